@@ -1,0 +1,277 @@
+/*
+ * thinvm metadata engine: the state machine behind an image
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Engine layer; may rely on the format layer only.  It does no I/O: where it
+ * lacks a metadata page it says which one, and somebody else (store.c in the
+ * driver, an array in the unit tests) reads it and hands it in.
+ *
+ * What the state consists of: a mapping tree for the disk and one for VM
+ * state, a tree of reference counts of physical clusters, counts of metadata
+ * pages, snapshots, the backing file's name and a few scalars.  It changes
+ * only through operations (ThinvmOp): thinvm_state_prepare() loads and decides
+ * all that can fail, thinvm_state_apply() is deterministic and cannot fail.
+ *
+ * Invariants kept here (numbers of the design, section 4):
+ *  2. A cluster freed by an operation stays busy until thinvm_space_unbusy().
+ *  3. No page is used before its checksum and its contents were judged.
+ *  4. Mapping entries and counts change in the same apply, so base plus any
+ *     prefix of operations is consistent.
+ *  And: a page that a durable base may name is never changed and its place
+ *  never reused while one of the two newest bases names it.
+ *
+ * Locking: everything needs state->lock held, except thinvm_state_lookup()
+ * and the readers of statistics.  The lock is never held across I/O.
+ */
+#ifndef BLOCK_THINVM_STATE_H
+#define BLOCK_THINVM_STATE_H
+
+#include "qemu/thread.h"
+#include "qemu/queue.h"
+#include "format.h"
+
+typedef struct ThinvmState ThinvmState;
+typedef struct ThinvmPage ThinvmPage;       /* a page in memory; page.c */
+
+/* A metadata page that somebody should read and hand to _insert_page() */
+typedef struct ThinvmPageRef {
+    uint64_t page;
+    uint32_t crc;
+    ThinvmPageKind kind;
+    uint8_t level;
+} ThinvmPageRef;
+
+/*
+ * Pages that an operation (or a look-up) lacks, and those that it holds in
+ * memory meanwhile.  One for each attempt: init, then { call; while -EAGAIN:
+ * read all of want[], insert; call again }, then destroy.  Inserted pages
+ * stay pinned until the destroy, so that the loop ends.
+ */
+typedef struct ThinvmNeeds {
+    ThinvmPageRef *want;
+    unsigned nb_want, max_want;
+    ThinvmPage **pinned;
+    unsigned nb_pinned, max_pinned;
+} ThinvmNeeds;
+
+void thinvm_needs_init(ThinvmNeeds *needs);
+void thinvm_needs_destroy(ThinvmState *s, ThinvmNeeds *needs);
+
+/* ------------------------------------------------------------------ */
+/* Life                                                                */
+
+/*
+ * A state on the base that @sb names.  Nothing is loaded yet: call
+ * thinvm_state_load() until it returns 0.  @cache_size: bytes of clean pages
+ * that may stay in memory.  @older: the other valid superblock, or NULL: the
+ * pages of its base are kept from reuse.
+ */
+ThinvmState *thinvm_state_new(const ThinvmSuperblock *sb,
+                              const ThinvmSuperblock *older,
+                              uint64_t cache_size);
+/* Loads the space map.  0, -EAGAIN (see ThinvmNeeds), or -EBADMSG */
+int thinvm_state_load(ThinvmState *s, ThinvmNeeds *needs, Error **errp);
+/*
+ * The state of a new, empty image: @sb gives uuid, cluster_bits, journal
+ * and virtual size, device_clusters; the rest is filled in.  Nothing was
+ * written; the first checkpoint does that.  Fails if the device is too small.
+ */
+ThinvmState *thinvm_state_new_empty(const ThinvmSuperblock *sb,
+                                    uint64_t cache_size, Error **errp);
+/* Bytes of device that a new image with these parameters needs at least */
+uint64_t thinvm_state_minimum_device(const ThinvmSuperblock *sb);
+void thinvm_state_free(ThinvmState *s);
+
+void thinvm_state_lock(ThinvmState *s);
+void thinvm_state_unlock(ThinvmState *s);
+
+/*
+ * Hand in a page that was read.  Judges checksum and contents; -EBADMSG with
+ * @errp if they are wrong.  Copies @buf (4 KiB).  Pins it in @needs if given.
+ * A page that is there already is just pinned.
+ */
+int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
+                             const void *buf, ThinvmNeeds *needs,
+                             Error **errp);
+
+/* Scalars; stable while the lock is held */
+typedef struct ThinvmInfoState {
+    QemuUUID uuid;
+    uint64_t virtual_size, vmstate_size;    /* bytes */
+    uint64_t device_clusters, first_cluster;
+    unsigned cluster_bits;
+    uint64_t epoch;
+    uint64_t generation;            /* that the next checkpoint will have */
+    uint64_t allocated_clusters;    /* of data, snapshots included */
+    uint64_t free_clusters;         /* count 0, busy ones included */
+    uint64_t busy_clusters;         /* reserved, or freed but not reusable */
+    uint64_t metadata_pages, free_metadata_pages, dirty_pages, dirty_bound;
+    uint64_t cached_pages, cache_limit;     /* pages */
+    uint64_t cache_hits, cache_misses;
+    uint32_t nb_snapshots;
+    uint64_t current_snapshot_id;
+} ThinvmInfoState;
+void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info);
+void thinvm_state_set_cache_size(ThinvmState *s, uint64_t bytes);
+/* Points into the state; empty name: no backing file */
+const ThinvmBacking *thinvm_state_backing(ThinvmState *s);
+
+/* ------------------------------------------------------------------ */
+/* Look-up                                                             */
+
+typedef enum ThinvmMappingType {
+    THINVM_MAPPING_NONE,        /* reads from the backing file, else zeroes */
+    THINVM_MAPPING_ZERO,
+    THINVM_MAPPING_DATA,        /* physical, valid, source, shared */
+} ThinvmMappingType;
+
+/*
+ * @count guest clusters from @guest have this mapping: physical clusters are
+ * contiguous; valid bits, source and shared are alike (a longer range is
+ * joined only when all are; a data mapping that is not fully valid may be of
+ * one cluster only).
+ */
+typedef struct ThinvmMapping {
+    ThinvmMappingType type;
+    uint64_t guest, count;      /* clusters */
+    uint64_t physical;
+    uint16_t valid;
+    ThinvmSource source;
+    /* a write must go to a new cluster; decided exactly by the look-up for
+       the active trees when asked for (for_write) */
+    bool shared;
+} ThinvmMapping;
+
+/*
+ * Look @guest up in an active tree (or, when @root is not NULL, in the tree
+ * below that pointer), for at most @count clusters.  Takes no lock when the
+ * pages are in memory; any thread that is registered with RCU.
+ * 0; -EAGAIN: read want[], insert, call again (it may shorten the result
+ * rather than ask for more pages); -EBADMSG.
+ * @for_write: also settle whether the cluster is shared (may ask for count
+ * pages if it is possibly so).
+ */
+int thinvm_state_lookup(ThinvmState *s, int tree, const ThinvmPointer *root,
+                        uint64_t guest, uint64_t count, bool for_write,
+                        ThinvmMapping *mapping, ThinvmNeeds *needs);
+
+/* ------------------------------------------------------------------ */
+/* Operations                                                          */
+
+/*
+ * 0: may be applied now, as long as the lock is not released in between.
+ * -EAGAIN: pages are wanted.  -ENOSPC: needs metadata space: extend (see
+ * thinvm_space_metadata_wanted()) and try again; if that is impossible the
+ * operation must be refused.  -EALREADY: would change nothing; do not
+ * journal it.  -EINVAL, -EOVERFLOW (limit of roots), -ENOENT (snapshot): with
+ * @errp.  -EBADMSG when @replay and the operation cannot be right in this
+ * state (a damaged or foreign journal).
+ * @replay: out of a journal: everything is judged, and nothing is believed;
+ * reserves are not kept back.
+ */
+int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
+                         ThinvmNeeds *needs, Error **errp);
+void thinvm_state_apply(ThinvmState *s, const ThinvmOp *op);
+
+/*
+ * The longest UNMAP that one operation may do from @guest: *count is reduced
+ * to it.  0, -EAGAIN, -EBADMSG.  *nothing: set if these clusters read from
+ * @source already and have no cluster (skip them).
+ */
+int thinvm_state_unmap_step(ThinvmState *s, int tree, uint64_t guest,
+                            ThinvmSource source, uint64_t *count,
+                            bool *nothing, ThinvmNeeds *needs);
+
+/* ------------------------------------------------------------------ */
+/* Space                                                               */
+
+/*
+ * Reserve up to @max contiguous free clusters (at least one): from @goal on
+ * when that is free (0: no wish), else by the policy (low, contiguous).  They
+ * are busy until a MAP or META_EXTEND uses them or thinvm_space_unbusy().
+ * 0, -EAGAIN, -ENOSPC.
+ */
+int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
+                         uint64_t *first, uint64_t *nb_clusters,
+                         ThinvmNeeds *needs);
+void thinvm_space_unbusy(ThinvmState *s, uint64_t first, uint64_t nb_clusters);
+
+typedef struct ThinvmFreedRange {
+    uint64_t first, nb_clusters;
+} ThinvmFreedRange;
+/*
+ * Clusters that applied operations freed since the last call: an array of
+ * ThinvmFreedRange, owned by the caller, or NULL.  All are busy.
+ */
+GArray *thinvm_space_take_freed(ThinvmState *s);
+
+/*
+ * Clusters that a META_EXTEND should take now to keep the reserves: 0 if
+ * there is enough.  *urgent: operations are about to be refused.
+ */
+uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent);
+
+/* ------------------------------------------------------------------ */
+/* Checkpoint                                                          */
+
+/*
+ * A frozen base: everything that was dirty, immutable from now on.  At most
+ * one exists.  pages[] is in the order in which they must be completed:
+ * children before parents.  Only the code of checkpoint.c uses this.
+ */
+typedef struct ThinvmFrozen {
+    ThinvmPage **pages;
+    unsigned nb_pages;
+    ThinvmSuperblock superblock;    /* pointers complete after the last page */
+} ThinvmFrozen;
+
+/*
+ * Freeze.  The caller holds the lock and has cut the journal record whose
+ * sequence the base will carry; it fills in sequence, epoch,
+ * journal_position and record_crc of frozen->superblock itself, later.
+ */
+ThinvmFrozen *thinvm_state_freeze(ThinvmState *s);
+/*
+ * Complete pages[i] (in order): children's checksums go in, its own is
+ * computed.  Returns its 4 KiB; *page is its place.  No lock needed.
+ */
+const void *thinvm_frozen_complete_page(ThinvmState *s, ThinvmFrozen *f,
+                                        unsigned i, uint64_t *page);
+/* After the last page: the superblock's pointers get their checksums */
+void thinvm_frozen_complete(ThinvmState *s, ThinvmFrozen *f);
+/* The superblock is durable: pages become clean; frees @f */
+void thinvm_state_thaw(ThinvmState *s, ThinvmFrozen *f);
+
+/* ------------------------------------------------------------------ */
+/* Snapshots                                                           */
+
+/*
+ * Read the slot'th snapshot (0 to nb_snapshot_slots - 1).  0, -EAGAIN,
+ * -ENOENT (the slot is free), -EBADMSG.
+ */
+int thinvm_snapshot_read(ThinvmState *s, uint32_t slot, ThinvmSnapshot *snap,
+                         ThinvmNeeds *needs, Error **errp);
+uint32_t thinvm_snapshot_nb_slots(ThinvmState *s);
+/* The id that the next SNAPSHOT_CREATE must carry */
+uint64_t thinvm_snapshot_next_id(ThinvmState *s);
+
+/* ------------------------------------------------------------------ */
+/* Check (qemu-img check): walks everything, through the needs loop     */
+
+/* Page count and cluster count as recorded; for the checker */
+int thinvm_state_page_count(ThinvmState *s, uint64_t page, uint16_t *count);
+int thinvm_state_cluster_count(ThinvmState *s, uint64_t cluster,
+                               uint16_t *count, ThinvmNeeds *needs);
+/* Root pointers as they are now (active trees, count tree); for the checker */
+void thinvm_state_roots(ThinvmState *s, ThinvmPointer *map,
+                        ThinvmPointer *vmstate, ThinvmPointer *count,
+                        ThinvmPointer *snapshot, ThinvmPointer *backing);
+/*
+ * The contents of any metadata page in memory or to be loaded: copies 4 KiB
+ * to @buf.  0, -EAGAIN (wanted with the given crc), -EBADMSG.
+ */
+int thinvm_state_read_page(ThinvmState *s, const ThinvmPageRef *ref, void *buf,
+                           ThinvmNeeds *needs);
+
+#endif

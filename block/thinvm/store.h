@@ -1,0 +1,229 @@
+/*
+ * thinvm durability: journal, checkpoints, opening, and what the driver calls
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Durability layer; relies on the engine (state.h) and the format.  Knows a
+ * device only as ThinvmDevice, so that it runs in unit tests on a simulated
+ * one.  Knows nothing of guests, QMP, modes or migration.
+ *
+ * Invariants kept here (design section 4): 1 (data flush before record), 2
+ * (quarantine of freed clusters), 4, 5 (with the modes above), 7.
+ *
+ * Context: coroutine_fn throughout unless said; several threads at once.
+ * The caller holds the graph lock for reading where the device needs it.
+ */
+#ifndef BLOCK_THINVM_STORE_H
+#define BLOCK_THINVM_STORE_H
+
+#include "qemu/coroutine.h"
+#include "state.h"
+
+/*
+ * The device under an image.  Offsets and sizes in bytes, multiples of 512
+ * for data and of 4 KiB for metadata.  All return 0 or a negative errno.
+ * Buffers are of any alignment (the block layer bounces).
+ */
+typedef struct ThinvmDevice ThinvmDevice;
+struct ThinvmDevice {
+    int coroutine_fn (*co_pread)(ThinvmDevice *dev, uint64_t offset,
+                                 uint64_t bytes, void *buf);
+    int coroutine_fn (*co_pwrite)(ThinvmDevice *dev, uint64_t offset,
+                                  uint64_t bytes, const void *buf);
+    int coroutine_fn (*co_flush)(ThinvmDevice *dev);
+    /* A hint; -ENOTSUP is fine */
+    int coroutine_fn (*co_pdiscard)(ThinvmDevice *dev, uint64_t offset,
+                                    uint64_t bytes);
+    /* Current length, in bytes, or negative errno */
+    int64_t coroutine_fn (*co_length)(ThinvmDevice *dev);
+    /* Make it at least this long; -ENOSPC when it cannot be */
+    int coroutine_fn (*co_grow)(ThinvmDevice *dev, uint64_t bytes);
+    /* Fault injection and tracing point (BLKDBG_*); may be NULL */
+    void coroutine_fn (*co_event)(ThinvmDevice *dev, int event);
+};
+
+typedef struct ThinvmStore ThinvmStore;
+
+typedef struct ThinvmStoreStats {
+    uint64_t commits;           /* calls that had something to make durable */
+    uint64_t records, operations;
+    uint64_t checkpoints;
+    uint64_t metadata_bytes_read, metadata_bytes_written;
+    uint64_t journal_used;      /* bytes, since the older base */
+    uint64_t longest_commit_ns;
+    uint64_t pending_operations;
+} ThinvmStoreStats;
+
+/* ------------------------------------------------------------------ */
+/* Create, open, close                                                 */
+
+typedef struct ThinvmCreateParams {
+    uint64_t virtual_size;      /* bytes, multiple of 512 */
+    uint64_t cluster_size;      /* bytes, power of two */
+    uint64_t journal_size;      /* bytes, multiple of 4 KiB */
+    ThinvmBacking backing;      /* empty name: none */
+} ThinvmCreateParams;
+
+/* Are these possible?  Messages name option, value, and what would be right */
+bool thinvm_create_params_check(const ThinvmCreateParams *params, Error **errp);
+/*
+ * Write a new image: grows the device to the minimum if it can, invalidates
+ * both superblock slots and the claims of whatever was there, flushes, writes
+ * its own.  O(1): no data area is touched.  (Whether a former image may be
+ * overwritten is the caller's business: owner.h.)
+ */
+int coroutine_fn thinvm_store_create(ThinvmDevice *dev,
+                                     const ThinvmCreateParams *params,
+                                     Error **errp);
+
+/*
+ * Read the superblocks: the newest valid one to @sb, the other valid one to
+ * @older (*has_older).  Warns in *damaged if a slot that held a newer
+ * or equal generation seems damaged (for messages).  -EINVAL: no image here.
+ */
+int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
+                                    ThinvmSuperblock *older, bool *has_older,
+                                    Error **errp);
+/*
+ * Open: superblock, space map, journal replayed in memory.  Writes nothing.
+ * @cache_size: bytes, 0 for the default of this image.
+ */
+ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
+                                            uint64_t cache_size,
+                                            Error **errp);
+uint64_t thinvm_store_default_cache_size(uint64_t virtual_size);
+/*
+ * Begin to write, as the owner of @epoch (greater than any in the journal):
+ * journals EPOCH, durably.  Before this every change is refused (-EROFS).
+ */
+int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
+                                            Error **errp);
+/*
+ * End writing: commit durably, checkpoint if @checkpoint, then refuse
+ * changes.  On error the store goes on as a writer.
+ */
+int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
+                                          Error **errp);
+/* Refuse every further change at once, without I/O (lost ownership) */
+void thinvm_store_poison(ThinvmStore *st);
+bool thinvm_store_writable(ThinvmStore *st);
+/* No I/O; any context; no request may be running */
+void thinvm_store_free(ThinvmStore *st);
+
+/* The engine below; for information and look-ups of snapshots */
+ThinvmState *thinvm_store_state(ThinvmStore *st);
+void thinvm_store_stats(ThinvmStore *st, ThinvmStoreStats *stats);
+
+/* ------------------------------------------------------------------ */
+/* Requests, look-up, operations                                       */
+
+/*
+ * A request joins before its first look-up and leaves after its last I/O.
+ * What it looked up stays unreused meanwhile (invariant 2).  No I/O, any
+ * thread, does not wait.  Returns the token for the end.
+ */
+unsigned thinvm_store_request_begin(ThinvmStore *st);
+void thinvm_store_request_end(ThinvmStore *st, unsigned token);
+
+/* thinvm_state_lookup() with the pages read as needed; 0 or negative errno */
+int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
+                                     const ThinvmPointer *root,
+                                     uint64_t guest, uint64_t count,
+                                     bool for_write, ThinvmMapping *mapping);
+
+/*
+ * thinvm_space_reserve() with everything tried before -ENOSPC is returned:
+ * pages read, freed clusters reclaimed (a durable commit), device grown.
+ */
+int coroutine_fn thinvm_store_reserve(ThinvmStore *st, uint64_t goal,
+                                      uint64_t max, uint64_t *first,
+                                      uint64_t *nb_clusters);
+void thinvm_store_unreserve(ThinvmStore *st, uint64_t first,
+                            uint64_t nb_clusters);
+
+/*
+ * Apply one operation and put it into the pending record.  Data that it
+ * refers to must have been written (completed) before.  May wait: for pages,
+ * for a commit when the record is full, for a checkpoint when bounds are
+ * near.  -EALREADY is turned into 0.  @ticket (may be NULL): for
+ * thinvm_store_commit_ticket().  Extends metadata space as needed.
+ */
+int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
+                                      uint64_t *ticket, Error **errp);
+/*
+ * UNMAP a range of any length in bounded steps; clusters that are so already
+ * are skipped.
+ */
+int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
+                                    uint64_t count, ThinvmSource source,
+                                    uint64_t *ticket, Error **errp);
+
+typedef enum ThinvmCommitLevel {
+    /* data flushed, record written; survives the process */
+    THINVM_COMMIT_RECORD,
+    /* and the record flushed; survives a power cut */
+    THINVM_COMMIT_DURABLE,
+} ThinvmCommitLevel;
+
+/*
+ * Commit everything applied before the call.  Callers at the same time share
+ * a record and a flush.  A DURABLE commit with nothing pending still flushes
+ * the device (it is the guest's flush) unless @only_metadata.
+ */
+int coroutine_fn thinvm_store_commit(ThinvmStore *st, ThinvmCommitLevel level,
+                                     bool only_metadata);
+/* Wait until the record with this ticket is written (RECORD level) */
+int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket);
+
+/* Write a checkpoint now (commits first).  Progress is in the trace */
+int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st);
+/* Is one due?  For the background worker; any context */
+bool thinvm_store_wants_checkpoint(ThinvmStore *st);
+/*
+ * Make freed clusters reusable whose freeing is durable and whose readers
+ * have left; discards them on the device first if @discard.  Bounded work.
+ * Called by the worker and, when space is short, by thinvm_store_reserve().
+ */
+int coroutine_fn thinvm_store_reclaim(ThinvmStore *st, bool discard);
+/* Should reserve and reclaim pass discards down?  Default false */
+void thinvm_store_set_discard(ThinvmStore *st, bool discard);
+/*
+ * Called (any thread, no lock of the store held) when background work is
+ * due: a checkpoint, a reclaim, a record that has gathered enough.
+ */
+void thinvm_store_set_kick(ThinvmStore *st, void (*kick)(void *opaque),
+                           void *opaque);
+
+/*
+ * Follow the owner (a store that does not write): apply the records that
+ * have appeared since.  *changed: something was applied, or the state was
+ * opened afresh since the owner's base moved on.  Concurrent callers share
+ * one catch-up.  The state object may be replaced: look it up again.
+ */
+int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
+                                       Error **errp);
+
+/* ------------------------------------------------------------------ */
+/* Check                                                               */
+
+typedef struct ThinvmCheckResult {
+    uint64_t corruptions, leaks;            /* found */
+    uint64_t corruptions_fixed, leaks_fixed;
+    uint64_t check_errors;
+    uint64_t allocated_clusters, total_clusters, fragmented_clusters;
+    uint64_t image_end_offset;              /* bytes */
+} ThinvmCheckResult;
+
+enum { THINVM_FIX_LEAKS = 1, THINVM_FIX_ERRORS = 2 };
+
+/*
+ * Walk all trees, recount, compare; report each finding through @report (a
+ * message with structure, place, and the guest range concerned).
+ */
+int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
+                                    void (*report)(void *opaque,
+                                                   const char *message),
+                                    void *opaque, ThinvmCheckResult *result,
+                                    Error **errp);
+
+#endif
