@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest on a thin disk on an iSCSI LUN: it writes, all is there."""
+
+from lib.context import check
+from lib.guest import Guest
+from lib.image import GiB, MiB, create, info, raw_reader, require_clean
+from lib.testing import ANY, OURS, THIN, test
+from lib.tgt import Target
+from lib.vm import VM
+
+
+@test(formats=ANY)
+def writes_and_verifies(ctx):
+    """Mixed writes, zeroes and discards from four lanes, seen from both
+    sides: by the guest itself and, after shutdown, by qemu-img."""
+    lun = Target(ctx).add_lun(4 * GiB)
+    create(ctx, lun, 2 * GiB)
+    guest = Guest(ctx, zero=5, discard=5, stride=8192)
+    vm = VM(ctx, guest, lun)
+    guest.wait_ready()
+    guest.start_writing()
+    guest.wait_writes(3000)
+    guest.stop_writing()
+    guest.verify('read by the guest')
+    vm.quit()
+    require_clean(ctx, lun)
+    read = raw_reader(ctx, lun)
+    guest.model.require(guest.model.scan(read), 'acked', 'read by qemu-img')
+
+
+@test(formats=THIN)
+def disk_is_thin(ctx):
+    """A disk larger than its LUN is made at once and takes what is written,
+    not what it promises."""
+    lun = Target(ctx).add_lun(1 * GiB)
+    create(ctx, lun, 16 * GiB)
+    empty = lun.used()
+    check(empty < 8 * MiB, 'an empty disk takes %d bytes of the LUN', empty)
+    guest = Guest(ctx, lanes=2, blocks=400, stride=16 * MiB)
+    vm = VM(ctx, guest, lun)
+    guest.wait_ready()
+    size = int(guest.ask('size', 'size').split()[1])
+    check(size == 16 * GiB, 'the guest sees a disk of %d bytes', size)
+    guest.start_writing()
+    guest.wait_writes(800)
+    guest.stop_writing()
+    guest.verify('read by the guest')
+    vm.quit()
+    require_clean(ctx, lun)
+    check(info(ctx, lun)['virtual-size'] == 16 * GiB, 'the size has changed')
+    used = lun.used()
+    check(used < 160 * MiB, '800 blocks of 4 KiB take %d bytes', used)
+
+
+@test(formats=OURS)
+def several_queues(ctx):
+    """Two virtual CPUs, two queues and an iothread; small strides, so that
+    lanes meet in the same clusters."""
+    lun = Target(ctx).add_lun(1 * GiB)
+    create(ctx, lun, 1 * GiB)
+    guest = Guest(ctx, lanes=8, blocks=700, stride=4096, zero=3, discard=3)
+    vm = VM(ctx, guest, lun, cpus=2, iothread=True)
+    guest.wait_ready()
+    guest.start_writing()
+    guest.wait_writes(5000)
+    guest.stop_writing()
+    found = guest.verify('read by the guest')
+    guest.model.rebase(found)
+    guest.start_writing()
+    guest.wait_writes(2000)
+    guest.stop_writing()
+    guest.verify('read by the guest after a second run')
+    vm.quit()
+    require_clean(ctx, lun)
