@@ -23,7 +23,7 @@ import tomllib
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-LIST = CHECKOUT / 'integration' / 'insertions.toml'
+LIST = Path('integration') / 'insertions.toml'
 
 LINE_KEYS = ('after', 'before')
 INLINE_KEYS = ('inline-after', 'inline-before')
@@ -34,7 +34,7 @@ class InsertionError(Exception):
     """An insertion that cannot be applied, or a list that makes no sense."""
 
 
-def load(path=LIST):
+def load(path=CHECKOUT / LIST):
     """Read and validate the list; returns it in the order of the file."""
     try:
         with open(path, 'rb') as f:
@@ -81,10 +81,11 @@ def _only(entry, what, anchor, found):
     how = 'is missing' if not found else f'occurs {len(found)} times'
     where = f", below '{entry['within']}'" if what != 'within' and \
         'within' in entry else ''
+    anchor = anchor.rstrip('\n')
     raise InsertionError(
         f"insertion '{entry['name']}' does not fit {entry['file']}{where}: "
-        f"its anchor ({what}) {how}:\n{anchor.rstrip()}\n"
-        f"Adapt it in {LIST.relative_to(CHECKOUT)} to this QEMU version.")
+        f"its anchor ({what}) {how}:\n{anchor}\n"
+        f"Adapt it in {LIST} to this QEMU version.")
 
 
 def _scope(entry, text):

@@ -168,7 +168,7 @@ def update(checkout, source, tree, full=False):
     """
     version = describe(source)
     identity = f'{source.resolve()} {version}'
-    entries = insertions.load()
+    entries = insertions.load(checkout / insertions.LIST)
     patched = insertions.apply(
         entries, lambda f: (source / f).read_text(encoding='utf-8'))
     links = sorted(_own_files(checkout, source))
@@ -197,4 +197,3 @@ def update(checkout, source, tree, full=False):
     if new_state != state:
         (tree / STATE).write_text(json.dumps(new_state, indent=1) + '\n',
                                   encoding='utf-8')
-    return entries
