@@ -121,7 +121,7 @@ class Job:
             self.popen.communicate()
             return EXIT_FAILED, 'not done in %d s' % self.seconds
         text = self.popen.communicate()[0].decode(errors='replace')
-        return self.popen.returncode, ' '.join(text.split())
+        return self.popen.returncode, ' '.join(text.split())[:600]
 
 
 def report(name, status, reason, seconds):

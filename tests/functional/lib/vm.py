@@ -40,7 +40,7 @@ class VM:
             '-m', str(memory), '-smp', str(cpus),
             '-kernel', kernel, '-initrd', initrd,
             '-append', 'console=ttyS0 quiet nowatchdog mitigations=off '
-                       'panic=-1 rdinit=/init',
+                       'cryptomgr.notests oops=panic panic=-1 rdinit=/init',
             '-serial', 'file:' + ctx.log_file(self.name + '-console'),
             '-chardev', 'socket,id=qmp,server=on,wait=off,path=' + qmp_path,
             '-mon', 'chardev=qmp,mode=control',
