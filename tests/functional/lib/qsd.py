@@ -35,16 +35,18 @@ class StorageDaemon:
         self.qmp.cmd('blockdev-del', node_name=node)
         self.qmp.cmd('blockdev-del', node_name=node + '-file')
 
-    def export_nbd(self, node='disk', writable=True):
+    def export_nbd(self, node='disk', writable=True, inactive=False):
         """Export @node by NBD; the path of the socket."""
         if not self._nbd:
             self._nbd = self.ctx.path(self.name + '.nbd')
             self.qmp.cmd_raw('nbd-server-start', {
                 'addr': {'type': 'unix', 'data': {'path': self._nbd}},
                 'max-connections': 0})
-        self.qmp.cmd_raw('block-export-add', {
-            'type': 'nbd', 'id': 'nbd-' + node, 'node-name': node,
-            'name': node, 'writable': writable})
+        options = {'type': 'nbd', 'id': 'nbd-' + node, 'node-name': node,
+                   'name': node, 'writable': writable}
+        if inactive:
+            options['allow-inactive'] = True
+        self.qmp.cmd_raw('block-export-add', options)
         return self._nbd
 
     def nbd_url(self, node='disk'):

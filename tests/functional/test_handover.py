@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hand-over between two qemu-storage-daemons by blockdev-set-active.
+
+They see neither a migration nor a guest: the management tool deactivates the
+disk on one side and activates it on the other.  A node that is opened
+inactive is in migration mode and follows what the owner does.
+"""
+
+from lib.context import Failure, check, wait_for
+from lib.image import GiB, create, require_clean
+from lib.nbd import NBDClient
+from lib.node import mode_of
+from lib.qmp import QMPError
+from lib.qsd import StorageDaemon
+from lib.testing import OURS, test
+from lib.tgt import Target
+
+
+def pattern(number):
+    return bytes([number % 255 + 1]) * 4096
+
+
+def set_active(daemon, active, node='disk'):
+    daemon.qmp.cmd('blockdev-set-active', node_name=node, active=active)
+
+
+def write_some(ctx, daemon, first, count):
+    client = NBDClient(ctx, daemon.export_nbd(), 'disk')
+    acked = client.write_all((number * 69632, pattern(number))
+                             for number in range(first, first + count))
+    check(len(acked) == count, 'only %d of %d writes were acknowledged',
+          len(acked), count)
+    client.close()
+    daemon.remove_export('nbd-disk')
+
+
+def read_all(ctx, daemon, count, who):
+    client = NBDClient(ctx, daemon.export_nbd(writable=False), 'disk')
+    for number in range(count):
+        check(client.read(number * 69632, 4096) == pattern(number),
+              '%s does not see write %d', who, number)
+    client.close()
+    daemon.remove_export('nbd-disk')
+
+
+def two_daemons(ctx):
+    lun = Target(ctx).add_lun(2 * GiB)
+    create(ctx, lun, 2 * GiB)
+    first = StorageDaemon(ctx, host='a')
+    first.add_disk(lun, active=True)
+    second = StorageDaemon(ctx, host='b')
+    second.add_disk(lun, active=False)
+    return lun, first, second
+
+
+@test()
+def to_and_fro(ctx):
+    """Data written on one side is there on the other, six times."""
+    lun, owner, other = two_daemons(ctx)
+    check(mode_of(other.qmp, 'disk') == 'migration',
+          'an inactive node is in mode %s', mode_of(other.qmp, 'disk'))
+    written = 0
+    for _ in range(6):
+        write_some(ctx, owner, written, 200)
+        written += 200
+        set_active(owner, False)
+        set_active(other, True)
+        wait_for(lambda node=other: mode_of(node.qmp, 'disk') == 'writeback',
+                 10, 'the new owner is in writeback mode')
+        read_all(ctx, other, written, other.name)
+        owner, other = other, owner
+    owner.quit()
+    other.quit()
+    require_clean(ctx, lun)
+
+
+@test()
+def owner_dies_after_handover(ctx):
+    """What was handed over does not depend on either process."""
+    lun, first, second = two_daemons(ctx)
+    write_some(ctx, first, 0, 300)
+    set_active(first, False)
+    set_active(second, True)
+    write_some(ctx, second, 300, 100)
+    second.qmp.cmd('blockdev-set-active', node_name='disk', active=False)
+    first.kill()
+    second.kill()
+    require_clean(ctx, lun)
+    third = StorageDaemon(ctx, host='c')
+    third.add_disk(lun)
+    read_all(ctx, third, 400, 'the third host')
+    third.quit()
+    require_clean(ctx, lun)
+
+
+@test()
+def follows_while_inactive(ctx):
+    """A read-only export of the inactive side shows what the owner has
+    written and flushed, without any hand-over."""
+    lun, first, second = two_daemons(ctx)
+    reader = NBDClient(ctx, second.export_nbd(writable=False, inactive=True),
+                       'disk')
+    client = NBDClient(ctx, first.export_nbd(), 'disk')
+    for number in range(100):
+        client.write(number * 69632, pattern(number))
+        if number % 10 == 9:
+            client.flush()
+            for seen in range(number - 9, number + 1):
+                check(reader.read(seen * 69632, 4096) == pattern(seen),
+                      'the follower does not see write %d', seen)
+    client.trim(0, 65536)
+    client.flush()
+    check(reader.read(0, 4096) in (bytes(4096), pattern(0)),
+          'the follower reads rubbish where the owner discarded')
+    reader.close()
+    client.close()
+    first.quit()
+    second.quit()
+    require_clean(ctx, lun)
+
+
+@test()
+def inactive_side_does_not_write(ctx):
+    """A writable export of an inactive node is refused."""
+    _, _, second = two_daemons(ctx)
+    try:
+        second.export_nbd()
+    except QMPError as err:
+        ctx.log('refused: ' + err.desc)
+    else:
+        raise Failure('an inactive node could be exported for writing')
