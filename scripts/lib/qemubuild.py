@@ -129,17 +129,15 @@ def configure(build, opts):
     record.write_text(wanted, encoding='utf-8')
 
 
-def unit_tests(build):
-    """The names of thinvm's unit tests that QEMU's build knows."""
-    names = sorted(p.stem for p in
-                   (CHECKOUT / 'tests' / 'unit').glob('test-thinvm-*.c'))
-    table = CHECKOUT / 'tests' / 'unit' / 'thinvm' / 'meson.build'
-    known = table.read_text(encoding='utf-8')
-    for name in names:
-        if f"'{name}'" not in known:
-            raise BuildError(f'tests/unit/{name}.c is not in the table of '
-                             f'{table.relative_to(CHECKOUT)}')
-    return names
+def unit_tests():
+    """
+    Thinvm's unit tests that are in the table of QEMU's build.  One that is
+    not fails when the tests are run.
+    """
+    directory = CHECKOUT / 'tests' / 'unit'
+    table = (directory / 'thinvm' / 'meson.build').read_text(encoding='utf-8')
+    return sorted(p.stem for p in directory.glob('test-thinvm-*.c')
+                  if f"'{p.stem}'" in table)
 
 
 def link(target, path):
@@ -156,7 +154,7 @@ def link(target, path):
 def compile_qemu(build, opts):
     inner = build / 'qemu'
     targets = list(PROGRAMS.values())
-    targets += [f'tests/unit/{t}' for t in unit_tests(build)]
+    targets += [f'tests/unit/{t}' for t in unit_tests()]
     command = ['ninja', '-C', str(inner)]
     if opts.jobs:
         command += ['-j', str(opts.jobs)]

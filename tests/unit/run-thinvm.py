@@ -7,7 +7,7 @@
 # "PROGRAM/path/of/case", and adds one for a program that died, hung or
 # printed no case at all.
 #
-#   run-thinvm.py [--build DIR] [--only TEXT] [--tap] [--jobs N]
+#   run-thinvm.py [--build DIR] [--only TEXT] [--all] [--tap] [--jobs N]
 #
 # prints "ok NAME", "not ok NAME" or "skip NAME reason" (see
 # scripts/lib/testrun.py), with --tap the same as TAP for meson.
@@ -25,16 +25,20 @@ LIMIT = 600             # seconds that one program may take
 CASE = re.compile(r'^(not )?ok \d+ (?:- )?(\S+)(?:\s+#\s*SKIP\s*(.*))?')
 
 
-def run(program, log_dir):
+def run(program, log_dir, options):
     """Run one program; returns [(verdict, name, detail)]."""
+    if not program.exists():
+        return [('not ok', program.name, 'was not built: is it in the table '
+                 'of tests/unit/thinvm/meson.build?')]
     log = log_dir / (program.name + '.log')
     env = dict(os.environ, G_TEST_SRCDIR=str(CHECKOUT / 'tests' / 'unit'),
                G_TEST_BUILDDIR=str(program.parent))
     with open(log, 'w+', encoding='utf-8', errors='replace') as f:
         try:
-            rc = subprocess.call([str(program), '--tap', '-k'], stdout=f,
-                                 stderr=subprocess.STDOUT, timeout=LIMIT,
-                                 stdin=subprocess.DEVNULL, env=env)
+            rc = subprocess.call([str(program), '--tap', '-k', *options],
+                                 stdout=f, stderr=subprocess.STDOUT,
+                                 stdin=subprocess.DEVNULL, env=env,
+                                 timeout=LIMIT)
         except subprocess.TimeoutExpired:
             rc = f'killed after {LIMIT} s'
         f.seek(0)
@@ -61,7 +65,10 @@ def main():
     p = argparse.ArgumentParser(description="Run thinvm's unit tests.")
     p.add_argument('--build', type=Path, default=CHECKOUT / 'build')
     p.add_argument('--only', default='', metavar='TEXT',
-                   help='only programs whose name contains TEXT')
+                   help='only programs whose name contains TEXT (of a '
+                   'case: what precedes its first slash)')
+    p.add_argument('--all', action='store_true',
+                   help='also cases that take long (gtest\'s "-m slow")')
     p.add_argument('--tap', action='store_true')
     p.add_argument('--jobs', type=int, default=os.cpu_count())
     args = p.parse_args()
@@ -70,11 +77,15 @@ def main():
     log_dir.mkdir(parents=True, exist_ok=True)
     sources = (CHECKOUT / 'tests' / 'unit').glob('test-thinvm-*.c')
     programs = [args.build / 'qemu' / 'tests' / 'unit' / s.stem
-                for s in sorted(sources) if args.only in s.stem]
+                for s in sorted(sources)
+                if args.only.split('/')[0] in s.stem]
+    if not programs and args.only:
+        return 2
+    options = ['-m', 'slow'] if args.all else []
     count = 0
     bad = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, p, log_dir) for p in programs]
+        jobs = [pool.submit(run, p, log_dir, options) for p in programs]
         for job in concurrent.futures.as_completed(jobs):
             for verdict, name, detail in job.result():
                 count += 1
