@@ -19,9 +19,9 @@ def mode_of(qmp, node=None):
 
 
 def mode_events(qmp):
-    """(time, mode) for each THINVM_CACHE_MODE_CHANGED seen so far."""
+    """(time, new mode) for each THINVM_CACHE_MODE_CHANGED seen so far."""
     qmp.poll()
-    return [(event['received'], event['data'].get('mode'))
+    return [(event['received'], event['data']['new-mode'])
             for event in qmp.events
             if event['event'] == 'THINVM_CACHE_MODE_CHANGED']
 
