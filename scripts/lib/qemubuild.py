@@ -101,16 +101,20 @@ def build_lock(build):
 
 
 def configure(build, opts):
-    """Run QEMU's configure unless that was done with the same arguments."""
+    """
+    Run QEMU's configure, in an empty directory, unless that was done with
+    the same arguments for the same source.
+    """
     inner = build / 'qemu'
     args = configure_args(opts)
-    record = inner / '.thinvm-configure-args'
-    wanted = '\n'.join(args) + '\n'
+    version = overlay.describe(opts.source)
+    record = inner / '.thinvm-configured'
+    wanted = '\n'.join([f'{opts.source.resolve()} {version}', *args, ''])
     with contextlib.suppress(OSError):
         if record.read_text(encoding='utf-8') == wanted and \
                 (inner / 'build.ninja').exists():
             return
-    print(f'configuring QEMU {overlay.describe(opts.source)}', flush=True)
+    print(f'configuring QEMU {version}', flush=True)
     shutil.rmtree(inner, ignore_errors=True)
     inner.mkdir(parents=True)
     log = build / 'qemu-configure.log'
