@@ -62,8 +62,12 @@ static const OpShape op_shapes[THINVM_OP__MAX] = {
     [THINVM_OP_SNAPSHOT_CREATE] = {
         "SNAPSHOT_CREATE", 0, sizeof(ThinvmSnapshotLe),
     },
-    [THINVM_OP_SNAPSHOT_DELETE_STEP] = { "SNAPSHOT_DELETE_STEP", USES_VALUE },
-    [THINVM_OP_SNAPSHOT_GOTO] = { "SNAPSHOT_GOTO", USES_VALUE },
+    [THINVM_OP_SNAPSHOT_DELETE_STEP] = {
+        "SNAPSHOT_DELETE_STEP", USES_GUEST | USES_VALUE,
+    },
+    [THINVM_OP_SNAPSHOT_GOTO] = {
+        "SNAPSHOT_GOTO", USES_GUEST | USES_PHYSICAL | USES_VALUE,
+    },
     [THINVM_OP_VMSTATE_SIZE] = { "VMSTATE_SIZE", USES_VALUE },
 };
 QEMU_BUILD_BUG_ON(offsetof(ThinvmBackingLe, unused) !=
@@ -185,11 +189,7 @@ static const char *judge_mapping_op(const ThinvmOp *op)
         return "guest range";
     }
     if (op->type == THINVM_OP_UNMAP) {
-        bool whole_leaves = !(op->guest % THINVM_ENTRIES_PER_LEAF) &&
-                            !(count % THINVM_ENTRIES_PER_LEAF);
-
-        return within_one_leaf(op->guest, count) || whole_leaves
-               ? NULL : "guest range";
+        return NULL;
     }
     if (!physical_ok(op, count)) {
         return "physical cluster";
@@ -207,6 +207,22 @@ static const char *judge_mapping_op(const ThinvmOp *op)
     default:
         return NULL;
     }
+}
+
+/* Here the guest field is a slot, and the physical one an id */
+static const char *judge_snapshot_op(const ThinvmOp *op)
+{
+    if (op->guest >= THINVM_MAX_SNAPSHOT_SLOTS) {
+        return "snapshot slot";
+    }
+    if (!op->value || op->value > THINVM_COUNTER_MAX) {
+        return "snapshot id";
+    }
+    if (op->type == THINVM_OP_SNAPSHOT_GOTO &&
+        (op->physical <= op->value || op->physical > THINVM_COUNTER_MAX)) {
+        return "id of the former tree's record";
+    }
+    return NULL;
 }
 
 static const char *judge_op(const ThinvmOp *op)
@@ -235,8 +251,7 @@ static const char *judge_op(const ThinvmOp *op)
         return op->value && op->value <= THINVM_COUNTER_MAX ? NULL : "epoch";
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
-        return op->value && op->value <= THINVM_COUNTER_MAX
-               ? NULL : "snapshot id";
+        return judge_snapshot_op(op);
     default:
         return NULL;
     }

@@ -119,7 +119,7 @@ static const char *judge_fields(ThinvmPageKind kind, const ThinvmPointer *ptr,
     if (ptr->shared_below && !has_below) {
         return "shared below, where nothing is";
     }
-    if (ptr->extra > (ptr->type == THINVM_PTR_UNIFORM ? 0 : max_extra)) {
+    if (ptr->extra > (ptr->type == THINVM_PTR_PAGE ? max_extra : 0)) {
         return "extra field too large";
     }
     if (ptr->type != THINVM_PTR_PAGE && (ptr->crc || ptr->generation)) {

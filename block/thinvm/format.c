@@ -56,6 +56,8 @@ void thinvm_pointer_decode(ThinvmPointer *dst, const ThinvmPointerLe *src)
 /* ------------------------------------------------------------------ */
 /* Snapshots                                                           */
 
+#define SNAPSHOT_FLAGS_KNOWN (THINVM_SNAPSHOT_DELETED | THINVM_SNAPSHOT_TRASH)
+
 /* Is it a string, then zeroes up to the end, with one zero at least? */
 static bool is_padded_string(const uint8_t *buf, size_t size)
 {
@@ -123,9 +125,9 @@ static bool snapshot_scalars_ok(const ThinvmSnapshot *s, Error **errp)
                    "a second or more", s->id, s->date_nsec);
         return false;
     }
-    if (s->flags & ~THINVM_SNAPSHOT_DELETED) {
+    if (s->flags & ~SNAPSHOT_FLAGS_KNOWN) {
         error_setg(errp, "snapshot %" PRIu64 ": unknown flags 0x%" PRIx32,
-                   s->id, s->flags & ~THINVM_SNAPSHOT_DELETED);
+                   s->id, s->flags & ~SNAPSHOT_FLAGS_KNOWN);
         return false;
     }
     return true;

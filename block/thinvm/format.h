@@ -165,9 +165,10 @@ static inline ThinvmSource thinvm_entry_source(uint64_t entry)
  *                    the child; 0 where there is no child page
  * crc    checksum of the child page (THINVM_SUM_PAGE, its page number); 0
  *        where there is no child page
- * extra  in pages of the count tree: number of free clusters (count 0)
- *        below, of those that exist on the device; elsewhere 0, also in the
- *        superblock's pointer to the count tree, whose sum would not fit
+ * extra  in pointers to a page out of an inner page of the count tree: number
+ *        of free clusters (count 0) below, of those that exist on the device;
+ *        elsewhere 0, also in the superblock's pointer to the count tree,
+ *        whose sum would not fit
  *
  * Only PAGE, RUN and UNWRITTEN_RUN in mapping trees have something below, so
  * only they may say "shared below".
@@ -495,8 +496,8 @@ typedef enum ThinvmOpType {
     /* guest, physical, valid, tree: add valid bits if the entry still names
        this physical cluster; else nothing */
     THINVM_OP_VALIDATE = 2,
-    /* guest, count, source, tree: no cluster; reads from the source.  Either
-       within one leaf, or whole subtrees that have no pages below */
+    /* guest, count, source, tree: no cluster; reads from the source.  Writers
+       keep it so short that one apply frees a bounded number of clusters */
     THINVM_OP_UNMAP = 3,
     /* guest, physical, valid, tree: take these valid bits away, if the entry
        still names this cluster and its source is zeroes (or it is fully
@@ -517,9 +518,10 @@ typedef enum ThinvmOpType {
     THINVM_OP_EPOCH = 10,
     /* snapshot (payload ThinvmSnapshotLe; its roots are ignored) */
     THINVM_OP_SNAPSHOT_CREATE = 11,
-    /* value: id; one bounded step: see snapshot.c */
+    /* guest: slot, value: id; one bounded step: see snapshot.c */
     THINVM_OP_SNAPSHOT_DELETE_STEP = 12,
-    /* value: id; the active disk becomes this snapshot's */
+    /* guest: slot, value: id; the active disk becomes this snapshot's.
+       physical: id of the record that takes the former active tree */
     THINVM_OP_SNAPSHOT_GOTO = 13,
     /* value: bytes of the active VM state */
     THINVM_OP_VMSTATE_SIZE = 14,

@@ -37,8 +37,9 @@ static const ThinvmOp good_ops[] = {
     { .type = THINVM_OP_GROW, .value = 1ULL << 35 },
     { .type = THINVM_OP_META_EXTEND, .physical = 300, .count = 508 },
     { .type = THINVM_OP_EPOCH, .value = 1ULL << 62 },
-    { .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .value = 1 },
-    { .type = THINVM_OP_SNAPSHOT_GOTO, .value = 1ULL << 62 },
+    { .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .guest = 524287, .value = 1 },
+    { .type = THINVM_OP_SNAPSHOT_GOTO, .value = (1ULL << 62) - 1,
+      .physical = 1ULL << 62 },
     { .type = THINVM_OP_VMSTATE_SIZE, .value = 16 * PiB },
 };
 
@@ -188,12 +189,10 @@ static const struct {
     { 2, PHYSICAL, 8, 1ULL << 35, "VALIDATE: physical" },
     { 2, PHYSICAL, 8, 0, "VALIDATE: physical" },
     { 3, COUNT_FIELD, 8, (1ULL << 33) + 512, "UNMAP: guest range" },
-    { 3, COUNT_FIELD, 8, 513, "UNMAP: guest range" },
     { 3, COUNT_FIELD, 8, 0, "UNMAP: guest range" },
     { 3, PHYSICAL, 8, 1, "UNMAP: physical cluster is set" },
     { 3, VALID_BITS, 2, 1, "UNMAP: valid bits is set" },
-    { 4, COUNT_FIELD, 8, 510, "UNMAP: guest range" },
-    { 5, GUEST, 8, 513, "UNMAP: guest range" },
+    { 4, GUEST, 8, (1ULL << 33) - 508, "UNMAP: guest range" },
     { 6, VALID_BITS, 2, 0, "INVALIDATE: valid bits" },
     { 6, VALUE, 8, 1ULL << 63, "INVALIDATE: value is set" },
     { 7, GUEST, 8, 511, "MAP_RUN: guest" },
@@ -215,7 +214,12 @@ static const struct {
     { 13, VALUE, 8, 0, "EPOCH: epoch" },
     { 13, VALUE, 8, (1ULL << 62) + 1, "EPOCH: epoch" },
     { 14, VALUE, 8, 0, "SNAPSHOT_DELETE_STEP: snapshot id" },
+    { 14, GUEST, 8, 524288, "SNAPSHOT_DELETE_STEP: snapshot slot" },
+    { 14, PHYSICAL, 8, 2, "SNAPSHOT_DELETE_STEP: physical cluster is set" },
+    { 15, GUEST, 8, 524288, "SNAPSHOT_GOTO: snapshot slot" },
     { 15, VALUE, 8, UINT64_MAX, "SNAPSHOT_GOTO: snapshot id" },
+    { 15, VALUE, 8, 1ULL << 62, "SNAPSHOT_GOTO: id of the former" },
+    { 15, PHYSICAL, 8, (1ULL << 62) + 1, "SNAPSHOT_GOTO: id of the former" },
     { 16, VALUE, 8, 16 * PiB + 1, "VMSTATE_SIZE: VM state size" },
 };
 
