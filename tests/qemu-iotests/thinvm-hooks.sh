@@ -9,7 +9,8 @@
 
 if [ "$IMGFMT" = "thinvm" ]; then
     # "" if the test is not listed
-    thinvm_how=$(awk -v name="$seq" '$1 == name { print $2 }' thinvm-tests.txt)
+    thinvm_how=$(awk -v name="$seq" '$1 == name { print $2 }' \
+                 "$(dirname "${BASH_SOURCE[0]}")/thinvm-tests.txt")
 
     # Keep upstream's function $1 under the name upstream$1
     _thinvm_keep()
