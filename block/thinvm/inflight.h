@@ -1,0 +1,147 @@
+/*
+ * thinvm data path: changes of allocation in flight
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Data path layer.  Who may change what is mapped, while others are at it:
+ *
+ *  - A plain overwrite of valid parts of a private cluster registers nothing.
+ *    The store's request epochs keep the cluster from reuse until it left.
+ *  - A write that makes parts of a mapped cluster valid registers these parts.
+ *    Two such writes of one cluster go on side by side as long as they touch
+ *    different parts: a part that one of them fills must not be written by
+ *    the other meanwhile.
+ *  - An allocation, a discard, or a write of zeroes registers whole clusters
+ *    alone (exclusive).
+ *  - An allocating write, once its place is reserved, keeps only its parts and
+ *    lets others in: for its first and last cluster, of which it may cover but
+ *    some parts, it publishes a ThinvmAlloc that later writers to other parts
+ *    of that cluster join.
+ *
+ * An entry waits for conflicting ones that came before it, and only for these;
+ * nobody waits for a registration while another one of his depends on it being
+ * granted (each chunk of a request ends by itself).  So there is an order,
+ * hence neither deadlock nor starvation.
+ *
+ * Invariant 2 of the design (section 4), as far as requests are concerned, is
+ * kept here: what overlaps ends as one or the other, whole.
+ *
+ * Units: clusters are guest clusters; a part is a sixteenth of a cluster, and
+ * part numbers count from the start of the disk.
+ */
+#ifndef BLOCK_THINVM_INFLIGHT_H
+#define BLOCK_THINVM_INFLIGHT_H
+
+#include "thinvm.h"
+
+#define THINVM_PART_BITS    4       /* log2(THINVM_PARTS) */
+
+typedef enum ThinvmAllocState {
+    THINVM_ALLOC_RESERVED,          /* the mapping does not know of it yet */
+    THINVM_ALLOC_MAPPING,           /* somebody executes the MAP */
+    THINVM_ALLOC_MAPPED,
+} ThinvmAllocState;
+
+/*
+ * A new cluster that several writers fill, each some parts of it.  Whoever
+ * has written his data first maps it; the others validate their parts.  If
+ * all fail, the last one gives the reservation back.
+ */
+typedef struct ThinvmAlloc {
+    int tree;
+    uint64_t guest, physical;       /* clusters */
+    ThinvmSource source;            /* of the parts that nobody writes */
+    unsigned refs;
+    ThinvmAllocState state;
+    CoQueue queue;                  /* waits for the end of MAPPING */
+} ThinvmAlloc;
+
+struct ThinvmInflight {
+    int tree;
+    uint64_t start, end;            /* parts */
+    bool exclusive;
+    /* reserved clusters of an allocating write from first_cluster on, or 0 */
+    uint64_t physical;
+    /* first and last cluster when they are open to others; else NULL */
+    ThinvmAlloc *head, *tail;
+    CoQueue waiters;
+    QLIST_ENTRY(ThinvmInflight) link;   /* newest first */
+};
+
+static inline uint64_t thinvm_inflight_first(const ThinvmInflight *f)
+{
+    return f->start >> THINVM_PART_BITS;
+}
+
+/* The cluster after the last one */
+static inline uint64_t thinvm_inflight_end(const ThinvmInflight *f)
+{
+    return (f->end + THINVM_PARTS - 1) >> THINVM_PART_BITS;
+}
+
+/* Register parts [start, end); waits for those that came before and conflict */
+void coroutine_fn thinvm_inflight_begin_parts(BDRVThinvmState *s,
+                                              ThinvmInflight *f, int tree,
+                                              uint64_t start, uint64_t end);
+/* Register clusters [first, first + count) alone; waits likewise */
+void coroutine_fn thinvm_inflight_begin_exclusive(BDRVThinvmState *s,
+                                                  ThinvmInflight *f, int tree,
+                                                  uint64_t first,
+                                                  uint64_t count);
+
+typedef enum ThinvmBegin {
+    /* registered alone, on as many clusters as nobody else is at: fewer than
+       asked for, perhaps; end tells */
+    THINVM_BEGIN_EXCLUSIVE,
+    /* registered for the parts in the first cluster; its f->head is the
+       allocation of another writer, joined */
+    THINVM_BEGIN_JOINED,
+    /* registered for the parts in the first cluster, which somebody has
+       mapped meanwhile: look it up again */
+    THINVM_BEGIN_PARTS,
+} ThinvmBegin;
+
+/*
+ * Register a write of parts [start, end) that found its first cluster without
+ * a place of its own.
+ */
+ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
+                                                        ThinvmInflight *f,
+                                                        int tree,
+                                                        uint64_t start,
+                                                        uint64_t end);
+/*
+ * From exclusive to the parts [start, end) only.  @physical: what was
+ * reserved for the clusters of these parts, or 0.  @source and not NULL
+ * @open_head, @open_tail: publish these clusters (the first, the last) so
+ * that others may join.
+ */
+void coroutine_fn thinvm_inflight_narrow(BDRVThinvmState *s,
+                                         ThinvmInflight *f,
+                                         uint64_t start, uint64_t end,
+                                         uint64_t physical,
+                                         ThinvmSource source,
+                                         bool open_head, bool open_tail);
+/* Stay exclusive, but on the first @count clusters only, at @physical */
+void coroutine_fn thinvm_inflight_place(BDRVThinvmState *s,
+                                        ThinvmInflight *f, uint64_t count,
+                                        uint64_t physical);
+void coroutine_fn thinvm_inflight_end_request(BDRVThinvmState *s,
+                                              ThinvmInflight *f);
+
+/* Physical cluster after the one that an entry in flight has for the guest
+ * cluster before @guest; 0: there is none */
+uint64_t coroutine_fn thinvm_inflight_goal(BDRVThinvmState *s, int tree,
+                                           uint64_t guest);
+
+/*
+ * Our data in the parts @valid of @a is written: map the cluster, or validate
+ * the parts of it.
+ */
+int coroutine_fn thinvm_alloc_complete(BDRVThinvmState *s, ThinvmAlloc *a,
+                                       uint16_t valid, uint64_t *ticket,
+                                       Error **errp);
+/* Leave @a; the last one to leave gives an unused reservation back */
+void coroutine_fn thinvm_alloc_put(BDRVThinvmState *s, ThinvmAlloc *a);
+
+#endif

@@ -1,0 +1,299 @@
+/*
+ * thinvm data path: reads
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Data path layer; uses store.h for look-ups and mode.c around them.  Takes
+ * no lock.  What keeps a cluster from being reused while it is read is the
+ * request epoch (invariant 2); what makes a read of an image that another
+ * host writes right is the second look of thinvm_mode_end_read().
+ */
+#include "qemu/osdep.h"
+#include "qemu/error-report.h"
+#include "block/aio_task.h"
+#include "io.h"
+#include "trace.h"
+
+/*
+ * In a cluster of which only some parts are valid, a hole of at most so many
+ * bytes that reads as zeroes is read along with the valid parts around it,
+ * and then zeroed in memory: cheaper than one more request.
+ */
+#define MAX_HOLE    (64 * KiB)
+
+/* A piece of a request that one I/O serves */
+typedef struct ReadPiece {
+    AioTask task;
+    BlockDriverState *bs;
+    int tree;
+    uint64_t offset, bytes;         /* of the guest */
+    bool from_file;
+    uint64_t device_offset;         /* if from_file */
+    ThinvmSource source;            /* else */
+    uint16_t holes;                 /* parts to zero after the read */
+    QEMUIOVector *qiov;
+    size_t qiov_offset;
+    BdrvRequestFlags flags;
+} ReadPiece;
+
+int thinvm_io_report(BlockDriverState *bs, int ret, Error *err)
+{
+    trace_thinvm_io_error(bs, ret, err ? error_get_pretty(err) : "");
+    if (err && ret == -EBADMSG) {
+        /* not an error of a device, which the guest's error policy is for */
+        error_reportf_err(err, "thinvm: node '%s': ",
+                          bdrv_get_device_or_node_name(bs));
+    } else {
+        error_free(err);
+    }
+    return ret;
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read_source(BlockDriverState *bs, int tree, ThinvmSource source,
+                      uint64_t offset, uint64_t bytes, QEMUIOVector *qiov,
+                      size_t qiov_offset, BdrvRequestFlags flags)
+{
+    uint64_t disk_size = bs->total_sectors << BDRV_SECTOR_BITS;
+    uint64_t in_backing;
+
+    if (thinvm_source_is_zero(bs, tree, source)) {
+        qemu_iovec_memset(qiov, qiov_offset, 0, bytes);
+        return 0;
+    }
+
+    /*
+     * Beyond the end of the disk there is nothing, though the backing file
+     * may be longer: what is filled in there shows when the disk grows.
+     */
+    in_backing = offset < disk_size ? MIN(bytes, disk_size - offset) : 0;
+    if (in_backing < bytes) {
+        qemu_iovec_memset(qiov, qiov_offset + in_backing, 0,
+                          bytes - in_backing);
+    }
+    if (!in_backing) {
+        return 0;
+    }
+    BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_BACKING_AIO);
+    return bdrv_co_preadv_part(bs->backing, offset, in_backing, qiov,
+                               qiov_offset, flags);
+}
+
+static void zero_holes(const ReadPiece *p)
+{
+    BDRVThinvmState *s = p->bs->opaque;
+    uint64_t part_size = 1ULL << thinvm_part_bits(s);
+    uint64_t end = p->offset + p->bytes;
+    uint64_t at, next;
+
+    for (at = p->offset; at < end; at = next) {
+        next = MIN(end, QEMU_ALIGN_DOWN(at, part_size) + part_size);
+        if (p->holes & thinvm_parts_touched(s, at, next - at)) {
+            qemu_iovec_memset(p->qiov, p->qiov_offset + (at - p->offset), 0,
+                              next - at);
+        }
+    }
+}
+
+static int coroutine_fn GRAPH_RDLOCK read_piece(const ReadPiece *p)
+{
+    BlockDriverState *bs = p->bs;
+    int ret;
+
+    if (!p->from_file) {
+        return thinvm_io_read_source(bs, p->tree, p->source, p->offset,
+                                     p->bytes, p->qiov, p->qiov_offset,
+                                     p->flags);
+    }
+    BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
+    ret = bdrv_co_preadv_part(bs->file, p->device_offset, p->bytes, p->qiov,
+                              p->qiov_offset, p->flags);
+    if (ret == 0 && p->holes) {
+        zero_holes(p);
+    }
+    return ret;
+}
+
+static int coroutine_fn read_piece_entry(AioTask *task)
+{
+    ReadPiece *p = container_of(task, ReadPiece, task);
+
+    /* the request that waits for us holds it */
+    assume_graph_lock();
+    return read_piece(p);
+}
+
+/*
+ * How far, from part @first of a cluster with these valid bits, one I/O may
+ * go, and which parts are holes in it.  @hole_parts: the longest hole that
+ * may be read over.  Returns the part after the last.
+ */
+static unsigned span_of_parts(uint16_t valid, unsigned first,
+                              unsigned hole_parts, uint16_t *holes)
+{
+    bool is_valid = valid >> first & 1;
+    unsigned end = first + 1;
+    unsigned i;
+
+    *holes = 0;
+    if (!is_valid) {
+        while (end < THINVM_PARTS && !(valid >> end & 1)) {
+            end++;
+        }
+        return end;
+    }
+    for (i = end; i < THINVM_PARTS; i++) {
+        if (valid >> i & 1) {
+            *holes |= (1u << i) - (1u << end);
+            end = i + 1;
+        } else if (i - end >= hole_parts) {
+            break;
+        }
+    }
+    return end;
+}
+
+/* Fill in what serves the start of @p; p->bytes is shortened to it */
+static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m)
+{
+    BDRVThinvmState *s = p->bs->opaque;
+    unsigned part_bits = thinvm_part_bits(s);
+    unsigned first, end, hole_parts;
+    bool zero;
+
+    p->holes = 0;
+    p->source = thinvm_mapping_source(m);
+    p->bytes = thinvm_clamp(s, p->offset, p->bytes, m->count);
+    p->from_file = m->type == THINVM_MAPPING_DATA;
+    if (!p->from_file) {
+        return;
+    }
+    p->device_offset = thinvm_device_offset(s, m, p->offset);
+    if (m->valid == THINVM_ALL_VALID) {
+        return;
+    }
+
+    assert(m->count == 1);
+    zero = thinvm_source_is_zero(p->bs, p->tree, m->source);
+    hole_parts = zero ? MAX_HOLE >> part_bits : 0;
+    first = thinvm_into_cluster(s, p->offset) >> part_bits;
+    end = span_of_parts(m->valid, first, hole_parts, &p->holes);
+    p->from_file = m->valid >> first & 1;
+    p->bytes = MIN(p->bytes, ((uint64_t)end << part_bits) -
+                             thinvm_into_cluster(s, p->offset));
+}
+
+/* Read pieces side by side; the first one is not all of the request */
+static int coroutine_fn GRAPH_RDLOCK
+read_pieces(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
+            uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+            BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    AioTaskPool *pool = aio_task_pool_new(THINVM_IO_WORKERS);
+    ThinvmMapping m;
+    int ret = 0;
+
+    while (bytes && aio_task_pool_status(pool) == 0) {
+        ReadPiece *p = g_new(ReadPiece, 1);
+
+        *p = (ReadPiece) {
+            .task.func = read_piece_entry,
+            .bs = bs,
+            .tree = tree,
+            .offset = offset,
+            .bytes = bytes,
+            .qiov = qiov,
+            .qiov_offset = qiov_offset,
+            .flags = flags,
+        };
+        ret = thinvm_lookup(s, st, tree, offset, bytes, false, &m);
+        if (ret < 0) {
+            g_free(p);
+            break;
+        }
+        choose_piece(p, &m);
+        offset += p->bytes;
+        qiov_offset += p->bytes;
+        bytes -= p->bytes;
+        aio_task_pool_start_task(pool, &p->task);
+    }
+
+    aio_task_pool_wait_all(pool);
+    if (ret == 0) {
+        ret = aio_task_pool_status(pool);
+    }
+    aio_task_pool_free(pool);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
+          uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+          BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmMapping m;
+    ReadPiece p = {
+        .bs = bs,
+        .tree = tree,
+        .offset = offset,
+        .bytes = bytes,
+        .qiov = qiov,
+        .qiov_offset = qiov_offset,
+        .flags = flags,
+    };
+    int ret = thinvm_lookup(s, st, tree, offset, bytes, false, &m);
+
+    if (ret < 0) {
+        return ret;
+    }
+    choose_piece(&p, &m);
+    if (p.bytes == bytes) {
+        return read_piece(&p);
+    }
+    return read_pieces(bs, st, tree, offset, bytes, qiov, qiov_offset, flags);
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+               QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmStore *st;
+    unsigned token;
+    bool repeat;
+    int ret;
+
+    if (!bytes) {
+        return 0;
+    }
+    do {
+        repeat = false;
+        st = qatomic_read(&s->store);
+        token = thinvm_store_request_begin(st);
+        ret = thinvm_mode_begin_read(bs);
+        if (ret == 0) {
+            ret = read_once(bs, st, tree, offset, bytes, qiov, qiov_offset,
+                            flags);
+        }
+        if (ret == 0) {
+            ret = thinvm_mode_end_read(bs, &repeat);
+        }
+        thinvm_store_request_end(st, token);
+        if (repeat) {
+            trace_thinvm_read_repeat(bs, tree, offset, bytes);
+        }
+    } while (ret == 0 && repeat);
+
+    return ret;
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      QEMUIOVector *qiov, size_t qiov_offset,
+                      BdrvRequestFlags flags)
+{
+    return thinvm_io_read(bs, THINVM_TREE_DISK, offset, bytes, qiov,
+                          qiov_offset, flags);
+}

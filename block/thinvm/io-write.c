@@ -1,0 +1,780 @@
+/*
+ * thinvm data path: writes
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Data path layer; uses store.h for look-ups, space and operations, and
+ * inflight.h for the order among writers.
+ *
+ * A request is cut into chunks, each of one kind (WriteKind).  For each chunk:
+ *   1. look up; register what has to be registered; look up again;
+ *   2. reserve clusters where new ones are needed;
+ *   3. write the data, with what fills the rest of its first and last part
+ *      before and behind it, in one I/O;
+ *   4. execute the operation that makes it visible;
+ *   5. end the registration.
+ * 1 and 2 are done chunk after chunk, so that consecutive chunks get
+ * consecutive clusters; 3 to 5 of several chunks go on side by side.
+ *
+ * Invariants (design, section 4): 2, by registrations and request epochs; 7:
+ * when something fails, what was reserved is given back and nothing that was
+ * mapped has changed.  1 is the store's: it flushes the data before it writes
+ * the record of an operation that was executed after the data were written.
+ */
+#include "qemu/osdep.h"
+#include "block/aio_task.h"
+#include "io.h"
+#include "trace.h"
+
+typedef enum WriteKind {
+    /* all parts are valid and the cluster is private: registers nothing */
+    WRITE_IN_PLACE,
+    /* private cluster, some parts become valid: registered for its parts */
+    WRITE_VALIDATE,
+    /* into a cluster that another writer has reserved: likewise */
+    WRITE_JOIN,
+    /* new clusters where there was none: likewise, once they are reserved */
+    WRITE_NEW,
+    /* new clusters in the place of shared ones: registered alone */
+    WRITE_COPY,
+} WriteKind;
+
+typedef struct WriteChunk {
+    AioTask task;
+    BlockDriverState *bs;
+    int tree;
+    WriteKind kind;
+    uint64_t offset, bytes;         /* of the guest */
+    QEMUIOVector *qiov;
+    size_t qiov_offset;
+    BdrvRequestFlags flags;
+    ThinvmMapping old;              /* from the first cluster on */
+    uint64_t first, count;          /* guest clusters */
+    uint64_t physical;              /* of the first cluster */
+    ThinvmInflight inflight;        /* unless WRITE_IN_PLACE */
+    uint64_t *ticket;               /* of the request */
+} WriteChunk;
+
+/* ------------------------------------------------------------------ */
+/* 1, 2: what kind of write is it, and where to                        */
+
+static uint64_t first_part(const WriteChunk *c)
+{
+    return c->offset >> thinvm_part_bits(c->bs->opaque);
+}
+
+/* The part after the last one */
+static uint64_t end_part(const WriteChunk *c)
+{
+    unsigned part_bits = thinvm_part_bits(c->bs->opaque);
+
+    return ((c->offset + c->bytes - 1) >> part_bits) + 1;
+}
+
+/* The chunk becomes its part in the first @count clusters */
+static void shorten(WriteChunk *c, uint64_t count)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+
+    c->bytes = thinvm_clamp(s, c->offset, c->bytes, count);
+    c->count = thinvm_clusters_touched(s, c->offset, c->bytes);
+}
+
+static int coroutine_fn look_up(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+
+    return thinvm_lookup(s, s->store, c->tree, c->offset, c->bytes, true,
+                         &c->old);
+}
+
+/* @c->old is private: can all of the chunk be written where it is? */
+static bool all_valid(const WriteChunk *c)
+{
+    uint16_t touched;
+
+    if (c->old.valid == THINVM_ALL_VALID) {
+        return true;
+    }
+    touched = thinvm_parts_touched(c->bs->opaque, c->offset, c->bytes);
+    return !(touched & ~c->old.valid);
+}
+
+/*
+ * We are registered for the parts of a cluster that was mapped a moment ago.
+ * -EAGAIN: it is so no more.
+ */
+static int coroutine_fn prepare_registered_parts(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    int ret = look_up(c);
+
+    if (ret == 0 && thinvm_mapping_private(&c->old)) {
+        assert(!c->inflight.exclusive);
+        c->physical = c->old.physical;
+        if (!all_valid(c)) {
+            c->kind = WRITE_VALIDATE;
+            return 0;
+        }
+        c->kind = WRITE_IN_PLACE;
+    } else if (ret == 0) {
+        ret = -EAGAIN;
+    }
+    thinvm_inflight_end_request(s, &c->inflight);
+    return ret;
+}
+
+static int coroutine_fn prepare_parts(WriteChunk *c)
+{
+    shorten(c, 1);
+    thinvm_inflight_begin_parts(c->bs->opaque, &c->inflight, c->tree,
+                                first_part(c), end_part(c));
+    return prepare_registered_parts(c);
+}
+
+/* Where new clusters would continue what lies before them; 0: no wish */
+static uint64_t coroutine_fn goal(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    ThinvmMapping m;
+    uint64_t physical;
+
+    if (c->first == 0) {
+        return 0;
+    }
+    physical = thinvm_inflight_goal(s, c->tree, c->first);
+    if (physical) {
+        return physical;
+    }
+    if (thinvm_store_lookup(s->store, c->tree, NULL, c->first - 1, 1, false,
+                            &m) < 0 || m.type != THINVM_MAPPING_DATA) {
+        return 0;
+    }
+    return m.physical + 1;
+}
+
+/* Does this cluster of the chunk keep parts that the chunk does not touch? */
+static bool ragged(const WriteChunk *c, uint64_t cluster)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t start = MAX(c->offset, cluster << s->cluster_bits);
+
+    return thinvm_parts_touched(s, start, c->offset + c->bytes - start) !=
+           THINVM_ALL_VALID;
+}
+
+/* What the parts that nobody writes shall read from in a new cluster */
+static ThinvmSource GRAPH_RDLOCK new_source(const WriteChunk *c)
+{
+    if (c->tree != THINVM_TREE_DISK || !thinvm_has_backing(c->bs)) {
+        return THINVM_SOURCE_ZERO;
+    }
+    return thinvm_mapping_source(&c->old);
+}
+
+/* Registered alone on c->count clusters that have no place of their own */
+static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t last;
+    int ret;
+
+    shorten(c, MIN(c->old.count, THINVM_ENTRIES_PER_LEAF -
+                                 c->first % THINVM_ENTRIES_PER_LEAF));
+    ret = thinvm_store_reserve(s->store, goal(c), c->count, &c->physical,
+                               &c->count);
+    if (ret < 0) {
+        return ret;
+    }
+    shorten(c, c->count);
+    last = c->first + c->count - 1;
+    trace_thinvm_write_allocate(c->bs, c->tree, c->offset, c->bytes, c->first,
+                                c->count, c->physical, c->old.type);
+
+    if (c->old.type == THINVM_MAPPING_DATA) {
+        c->kind = WRITE_COPY;
+        thinvm_inflight_place(s, &c->inflight, c->count, c->physical);
+        return 0;
+    }
+    c->kind = WRITE_NEW;
+    thinvm_inflight_narrow(s, &c->inflight, first_part(c), end_part(c),
+                           c->physical, new_source(c), ragged(c, c->first),
+                           last > c->first && ragged(c, last));
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK prepare_exclusive(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    int ret = look_up(c);
+
+    if (ret == 0 && thinvm_mapping_private(&c->old)) {
+        /* somebody mapped it while we waited */
+        shorten(c, 1);
+        thinvm_inflight_narrow(s, &c->inflight, first_part(c), end_part(c), 0,
+                               0, false, false);
+        return prepare_registered_parts(c);
+    }
+    if (ret == 0) {
+        ret = reserve(c);
+    }
+    if (ret < 0) {
+        thinvm_inflight_end_request(s, &c->inflight);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK prepare_allocate(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    ThinvmAlloc *alloc;
+
+    shorten(c, c->old.count);
+    switch (thinvm_inflight_begin_allocate(s, &c->inflight, c->tree,
+                                           first_part(c), end_part(c))) {
+    case THINVM_BEGIN_JOINED:
+        alloc = c->inflight.head;
+        shorten(c, 1);
+        c->kind = WRITE_JOIN;
+        c->physical = alloc->physical;
+        c->old = (ThinvmMapping) {
+            .type = alloc->source == THINVM_SOURCE_ZERO ?
+                    THINVM_MAPPING_ZERO : THINVM_MAPPING_NONE,
+            .guest = c->first,
+            .count = 1,
+            .source = alloc->source,
+        };
+        return 0;
+    case THINVM_BEGIN_PARTS:
+        shorten(c, 1);
+        return prepare_registered_parts(c);
+    case THINVM_BEGIN_EXCLUSIVE:
+        shorten(c, thinvm_inflight_end(&c->inflight) - c->first);
+        return prepare_exclusive(c);
+    }
+    g_assert_not_reached();
+}
+
+/*
+ * Decide on the start of @c, of which as much is kept as is of one kind; the
+ * rest, if any, is for the next chunk.
+ */
+static int coroutine_fn GRAPH_RDLOCK prepare_chunk(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t bytes = c->bytes;
+    int ret;
+
+    c->first = c->offset >> s->cluster_bits;
+    do {
+        c->bytes = bytes;
+        ret = look_up(c);
+        if (ret < 0) {
+            return ret;
+        }
+        shorten(c, c->old.count);
+        if (!thinvm_mapping_private(&c->old)) {
+            ret = prepare_allocate(c);
+        } else if (all_valid(c)) {
+            c->kind = WRITE_IN_PLACE;
+            c->physical = c->old.physical;
+        } else {
+            ret = prepare_parts(c);
+        }
+    } while (ret == -EAGAIN);
+
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* 3: data and what fills the parts around it                          */
+
+/* Valid bits that the old mapping has in this cluster of the chunk */
+static uint16_t old_valid(const WriteChunk *c)
+{
+    return c->old.type == THINVM_MAPPING_DATA ? c->old.valid : 0;
+}
+
+/* Bytes to be written before c->offset, in the first cluster */
+static uint64_t bytes_before(const WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    unsigned part_bits = thinvm_part_bits(s);
+    uint64_t into = thinvm_into_cluster(s, c->offset);
+    unsigned part = into >> part_bits;
+    uint16_t valid = old_valid(c);
+
+    if (c->kind == WRITE_IN_PLACE) {
+        return 0;
+    }
+    if (c->kind == WRITE_COPY) {
+        /* from the first part that is worth copying */
+        part = valid ? MIN(part, ctz32(valid)) : part;
+    } else if (valid >> part & 1) {
+        return 0;
+    }
+    return into - ((uint64_t)part << part_bits);
+}
+
+/* Bytes to be written behind the data, in the last cluster */
+static uint64_t bytes_behind(const WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    unsigned part_bits = thinvm_part_bits(s);
+    uint64_t end = thinvm_into_cluster(s, c->offset + c->bytes - 1) + 1;
+    unsigned part = (end - 1) >> part_bits;
+    uint16_t valid = old_valid(c);
+
+    if (c->kind == WRITE_IN_PLACE) {
+        return 0;
+    }
+    if (c->kind == WRITE_COPY) {
+        part = valid ? MAX(part, 31 - clz32(valid)) : part;
+    } else if (valid >> part & 1) {
+        return 0;
+    }
+    return ((uint64_t)(part + 1) << part_bits) - end;
+}
+
+/* One part (or less) of what goes around the data */
+static int coroutine_fn GRAPH_RDLOCK
+fill_part(WriteChunk *c, uint64_t offset, uint64_t bytes, uint8_t *buf)
+{
+    BlockDriverState *bs = c->bs;
+    BDRVThinvmState *s = bs->opaque;
+    uint16_t bit = thinvm_parts_touched(s, offset, bytes);
+    uint64_t cluster = offset >> s->cluster_bits;
+    uint64_t start = MAX(c->offset, cluster << s->cluster_bits);
+    QEMUIOVector qiov;
+
+    if (c->kind == WRITE_COPY && (c->old.valid & bit)) {
+        BLKDBG_CO_EVENT(bs->file, BLKDBG_COW_READ);
+        return bdrv_co_pread(bs->file,
+                             thinvm_device_offset(s, &c->old, offset), bytes,
+                             buf, 0);
+    }
+    if (!(thinvm_parts_touched(s, start, c->offset + c->bytes - start) & bit)) {
+        /* between parts that are copied; stays invalid */
+        memset(buf, 0, bytes);
+        return 0;
+    }
+    qemu_iovec_init_buf(&qiov, buf, bytes);
+    return thinvm_io_read_source(bs, c->tree, thinvm_mapping_source(&c->old),
+                                 offset, bytes, &qiov, 0, 0);
+}
+
+/* Guest bytes [offset, offset + bytes), as they are before the write */
+static int coroutine_fn GRAPH_RDLOCK
+fill(WriteChunk *c, uint64_t offset, uint64_t bytes, uint8_t *buf)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t part_size = 1ULL << thinvm_part_bits(s);
+    uint64_t end = offset + bytes;
+    uint64_t next;
+    int ret = 0;
+
+    if (c->kind == WRITE_COPY && c->old.valid == THINVM_ALL_VALID) {
+        part_size = s->cluster_size;
+    }
+    for (; offset < end && ret == 0; offset = next) {
+        next = MIN(end, QEMU_ALIGN_DOWN(offset, part_size) + part_size);
+        ret = fill_part(c, offset, next - offset, buf);
+        buf += next - offset;
+    }
+    return ret;
+}
+
+/* A write that failed may be the first sign that the image is not ours */
+static int coroutine_fn GRAPH_RDLOCK
+write_file(BlockDriverState *bs, BlkdebugEvent event, uint64_t device_offset,
+           uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+           BdrvRequestFlags flags)
+{
+    int ret;
+
+    BLKDBG_CO_EVENT(bs->file, event);
+    ret = bdrv_co_pwritev_part(bs->file, device_offset, bytes, qiov,
+                               qiov_offset, flags);
+    if (ret < 0) {
+        thinvm_mode_write_failed(bs);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+write_buffer(BlockDriverState *bs, uint64_t device_offset, uint64_t bytes,
+             uint8_t *buf)
+{
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
+
+    return bytes ? write_file(bs, BLKDBG_COW_WRITE, device_offset, bytes,
+                              &qiov, 0, 0) : 0;
+}
+
+/* Three I/Os where one would have too many elements */
+static int coroutine_fn GRAPH_RDLOCK
+write_separately(WriteChunk *c, uint64_t device_offset, uint8_t *before,
+                 uint64_t nb_before, uint8_t *behind, uint64_t nb_behind)
+{
+    int ret;
+
+    ret = write_buffer(c->bs, device_offset - nb_before, nb_before, before);
+    if (ret == 0) {
+        ret = write_buffer(c->bs, device_offset + c->bytes, nb_behind, behind);
+    }
+    if (ret == 0) {
+        ret = write_file(c->bs, BLKDBG_WRITE_AIO, device_offset, c->bytes,
+                         c->qiov, c->qiov_offset, c->flags);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+write_filled(WriteChunk *c, uint64_t device_offset, uint64_t nb_before,
+             uint64_t nb_behind)
+{
+    BlockDriverState *bs = c->bs;
+    int niov = qemu_iovec_subvec_niov(c->qiov, c->qiov_offset, c->bytes);
+    QEMUIOVector qiov;
+    uint8_t *buf;
+    int ret;
+
+    buf = qemu_try_blockalign(bs->file->bs, nb_before + nb_behind);
+    if (!buf) {
+        return -ENOMEM;
+    }
+    ret = fill(c, c->offset - nb_before, nb_before, buf);
+    if (ret == 0) {
+        ret = fill(c, c->offset + c->bytes, nb_behind, buf + nb_before);
+    }
+    if (ret < 0) {
+        goto out;
+    }
+    if (niov > IOV_MAX - 2) {
+        ret = write_separately(c, device_offset, buf, nb_before,
+                               buf + nb_before, nb_behind);
+        goto out;
+    }
+
+    qemu_iovec_init(&qiov, niov + 2);
+    if (nb_before) {
+        qemu_iovec_add(&qiov, buf, nb_before);
+    }
+    qemu_iovec_concat(&qiov, c->qiov, c->qiov_offset, c->bytes);
+    if (nb_behind) {
+        qemu_iovec_add(&qiov, buf + nb_before, nb_behind);
+    }
+    ret = write_file(bs, BLKDBG_WRITE_AIO, device_offset - nb_before,
+                     qiov.size, &qiov, 0,
+                     c->flags & ~BDRV_REQ_REGISTERED_BUF);
+    qemu_iovec_destroy(&qiov);
+out:
+    qemu_vfree(buf);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK write_data(WriteChunk *c)
+{
+    BlockDriverState *bs = c->bs;
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t nb_before = bytes_before(c);
+    uint64_t nb_behind = bytes_behind(c);
+    uint64_t device_offset = (c->physical << s->cluster_bits) +
+                             thinvm_into_cluster(s, c->offset);
+
+    if (nb_before || nb_behind) {
+        return write_filled(c, device_offset, nb_before, nb_behind);
+    }
+    return write_file(bs, BLKDBG_WRITE_AIO, device_offset, c->bytes, c->qiov,
+                      c->qiov_offset, c->flags);
+}
+
+/* ------------------------------------------------------------------ */
+/* 4: make it visible                                                  */
+
+static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t ticket = 0;
+    Error *err = NULL;
+    int ret = thinvm_store_execute(s->store, op, &ticket, &err);
+
+    *c->ticket = MAX(*c->ticket, ticket);
+    return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
+}
+
+static int coroutine_fn publish_validate(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint16_t touched = thinvm_parts_touched(s, c->offset, c->bytes);
+    ThinvmOp op = {
+        .type = THINVM_OP_VALIDATE,
+        .tree = c->tree,
+        .guest = c->first,
+        .physical = c->physical,
+        .valid = touched & ~c->old.valid,
+    };
+
+    return execute(c, &op);
+}
+
+static int coroutine_fn publish_alloc(WriteChunk *c, ThinvmAlloc *alloc)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t start = MAX(c->offset, alloc->guest << s->cluster_bits);
+    uint64_t ticket = 0;
+    Error *err = NULL;
+    int ret = thinvm_alloc_complete(s, alloc,
+                                    thinvm_parts_touched(s, start, c->offset +
+                                                         c->bytes - start),
+                                    &ticket, &err);
+
+    *c->ticket = MAX(*c->ticket, ticket);
+    return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
+}
+
+/*
+ * The clusters of a WRITE_NEW that are not open to others: the write touches
+ * all of their parts.
+ */
+static void inner_clusters(const WriteChunk *c, uint64_t *skip,
+                           uint64_t *count)
+{
+    *skip = c->inflight.head ? 1 : 0;
+    *count = c->count - *skip - (c->inflight.tail ? 1 : 0);
+}
+
+static int coroutine_fn publish_new(WriteChunk *c)
+{
+    uint64_t skip, count;
+    int ret = 0;
+
+    inner_clusters(c, &skip, &count);
+    if (count) {
+        ThinvmOp op = {
+            .type = THINVM_OP_MAP,
+            .tree = c->tree,
+            .guest = c->first + skip,
+            .count = count,
+            .physical = c->physical + skip,
+            .valid = THINVM_ALL_VALID,
+        };
+        ret = execute(c, &op);
+        if (ret < 0) {
+            return ret;
+        }
+        /* mapped: no more ours to give back */
+        c->count -= count;
+    }
+    if (c->inflight.head) {
+        ret = publish_alloc(c, c->inflight.head);
+    }
+    if (ret == 0 && c->inflight.tail) {
+        ret = publish_alloc(c, c->inflight.tail);
+    }
+    return ret;
+}
+
+static int coroutine_fn publish_copy(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint16_t valid = c->old.valid;
+    ThinvmOp op;
+    int ret;
+
+    if (c->count == 1) {
+        valid |= thinvm_parts_touched(s, c->offset, c->bytes);
+    } else {
+        assert(valid == THINVM_ALL_VALID);
+    }
+    op = (ThinvmOp) {
+        .type = THINVM_OP_MAP,
+        .tree = c->tree,
+        .guest = c->first,
+        .count = c->count,
+        .physical = c->physical,
+        .valid = valid,
+        .source = valid == THINVM_ALL_VALID ? 0 : c->old.source,
+    };
+    ret = execute(c, &op);
+    if (ret == 0) {
+        c->count = 0;
+    }
+    return ret;
+}
+
+static int coroutine_fn publish(WriteChunk *c)
+{
+    switch (c->kind) {
+    case WRITE_IN_PLACE:
+        return 0;
+    case WRITE_VALIDATE:
+        return publish_validate(c);
+    case WRITE_JOIN:
+        return publish_alloc(c, c->inflight.head);
+    case WRITE_NEW:
+        return publish_new(c);
+    case WRITE_COPY:
+        return publish_copy(c);
+    }
+    g_assert_not_reached();
+}
+
+/* ------------------------------------------------------------------ */
+/* 5, and the whole                                                    */
+
+/* Give back what was reserved and not mapped, and let others in */
+static void coroutine_fn finish(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t skip, count;
+
+    if (c->kind == WRITE_IN_PLACE) {
+        return;
+    }
+    inner_clusters(c, &skip, &count);
+    if ((c->kind == WRITE_NEW || c->kind == WRITE_COPY) && count) {
+        thinvm_store_unreserve(s->store, c->physical + skip, count);
+    }
+    thinvm_inflight_end_request(s, &c->inflight);
+    if (c->inflight.head) {
+        thinvm_alloc_put(s, c->inflight.head);
+    }
+    if (c->inflight.tail) {
+        thinvm_alloc_put(s, c->inflight.tail);
+    }
+}
+
+static int coroutine_fn GRAPH_RDLOCK perform_chunk(WriteChunk *c)
+{
+    int ret = write_data(c);
+
+    if (ret == 0) {
+        ret = publish(c);
+    }
+    finish(c);
+    return ret;
+}
+
+static int coroutine_fn perform_chunk_entry(AioTask *task)
+{
+    WriteChunk *c = container_of(task, WriteChunk, task);
+
+    /* the request that waits for us holds it */
+    assume_graph_lock();
+    return perform_chunk(c);
+}
+
+/* The general way: chunks side by side */
+static int coroutine_fn GRAPH_RDLOCK
+write_chunks(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+             QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags,
+             uint64_t *ticket)
+{
+    AioTaskPool *pool = NULL;
+    int ret = 0;
+
+    while (bytes && aio_task_pool_status(pool) == 0) {
+        WriteChunk *c = g_new(WriteChunk, 1);
+
+        *c = (WriteChunk) {
+            .task.func = perform_chunk_entry,
+            .bs = bs,
+            .tree = tree,
+            .offset = offset,
+            .bytes = bytes,
+            .qiov = qiov,
+            .qiov_offset = qiov_offset,
+            .flags = flags,
+            .ticket = ticket,
+        };
+        ret = prepare_chunk(c);
+        if (ret < 0) {
+            g_free(c);
+            break;
+        }
+        offset += c->bytes;
+        qiov_offset += c->bytes;
+        bytes -= c->bytes;
+        if (!bytes && !pool) {
+            ret = perform_chunk(c);
+            g_free(c);
+            break;
+        }
+        if (!pool) {
+            pool = aio_task_pool_new(THINVM_IO_WORKERS);
+        }
+        aio_task_pool_start_task(pool, &c->task);
+    }
+
+    if (pool) {
+        aio_task_pool_wait_all(pool);
+        if (ret == 0) {
+            ret = aio_task_pool_status(pool);
+        }
+        aio_task_pool_free(pool);
+    }
+    return ret;
+}
+
+/* Most writes overwrite; these need nothing but one look-up */
+static int coroutine_fn GRAPH_RDLOCK
+write_once(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+           QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags,
+           uint64_t *ticket)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmMapping m;
+    int ret;
+
+    ret = thinvm_lookup(s, s->store, tree, offset, bytes, true, &m);
+    if (ret < 0) {
+        return ret;
+    }
+    if (thinvm_mapping_private(&m) &&
+        thinvm_clamp(s, offset, bytes, m.count) == bytes &&
+        (m.valid == THINVM_ALL_VALID ||
+         !(thinvm_parts_touched(s, offset, bytes) & ~m.valid))) {
+        return write_file(bs, BLKDBG_WRITE_AIO,
+                          thinvm_device_offset(s, &m, offset), bytes, qiov,
+                          qiov_offset, flags);
+    }
+    return write_chunks(bs, tree, offset, bytes, qiov, qiov_offset, flags,
+                        ticket);
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_write(BlockDriverState *bs, int tree, uint64_t offset,
+                uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+                BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t ticket = 0;
+    unsigned token;
+    int ret;
+
+    if (!bytes) {
+        return 0;
+    }
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        return ret;
+    }
+    token = thinvm_store_request_begin(s->store);
+    ret = write_once(bs, tree, offset, bytes, qiov, qiov_offset, flags,
+                     &ticket);
+    thinvm_store_request_end(s->store, token);
+    if (ret == 0 && ticket) {
+        ret = thinvm_mode_commit(bs, ticket);
+    }
+    return ret;
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                       QEMUIOVector *qiov, size_t qiov_offset,
+                       BdrvRequestFlags flags)
+{
+    return thinvm_io_write(bs, THINVM_TREE_DISK, offset, bytes, qiov,
+                           qiov_offset, flags);
+}

@@ -1,0 +1,145 @@
+/*
+ * thinvm data path: what its files share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Data path layer: guest requests become look-ups, I/O on the file child, and
+ * operations.  io-read.c and io-write.c work on any of the trees
+ * (THINVM_TREE_*), so that VM state takes the same way as the disk.
+ */
+#ifndef BLOCK_THINVM_IO_H
+#define BLOCK_THINVM_IO_H
+
+#include "qemu/memalign.h"
+#include "block/block-io.h"
+#include "thinvm.h"
+#include "inflight.h"
+
+/* Chunks of one request that are worked on at the same time */
+#define THINVM_IO_WORKERS   8
+
+static inline unsigned thinvm_part_bits(const BDRVThinvmState *s)
+{
+    return s->cluster_bits - THINVM_PART_BITS;
+}
+
+static inline uint64_t thinvm_into_cluster(const BDRVThinvmState *s,
+                                           uint64_t offset)
+{
+    return offset & (s->cluster_size - 1);
+}
+
+/* Clusters that [offset, offset + bytes) touches; bytes is not 0 */
+static inline uint64_t thinvm_clusters_touched(const BDRVThinvmState *s,
+                                               uint64_t offset, uint64_t bytes)
+{
+    return ((offset + bytes - 1) >> s->cluster_bits) -
+           (offset >> s->cluster_bits) + 1;
+}
+
+/* Bytes of [offset, offset + bytes) that lie in the first @count clusters */
+static inline uint64_t thinvm_clamp(const BDRVThinvmState *s, uint64_t offset,
+                                    uint64_t bytes, uint64_t count)
+{
+    uint64_t first = offset >> s->cluster_bits;
+
+    /* without overflow where @count is as large as can be */
+    if (thinvm_clusters_touched(s, offset, bytes) <= count) {
+        return bytes;
+    }
+    return ((first + count) << s->cluster_bits) - offset;
+}
+
+/*
+ * Valid bits of the parts that [offset, offset + bytes) touches in the
+ * cluster of @offset; it may reach beyond that cluster.
+ */
+static inline uint16_t thinvm_parts_touched(const BDRVThinvmState *s,
+                                            uint64_t offset, uint64_t bytes)
+{
+    uint64_t into = thinvm_into_cluster(s, offset);
+    uint64_t end = MIN(into + bytes, s->cluster_size);
+    unsigned first = into >> thinvm_part_bits(s);
+    unsigned last = (end - 1) >> thinvm_part_bits(s);
+
+    return (2u << last) - (1u << first);
+}
+
+/* A cluster that may be written where it is */
+static inline bool thinvm_mapping_private(const ThinvmMapping *m)
+{
+    return m->type == THINVM_MAPPING_DATA && !m->shared;
+}
+
+/* Where the invalid parts of any mapping read from */
+static inline ThinvmSource thinvm_mapping_source(const ThinvmMapping *m)
+{
+    switch (m->type) {
+    case THINVM_MAPPING_NONE:
+        return THINVM_SOURCE_BACKING;
+    case THINVM_MAPPING_ZERO:
+        return THINVM_SOURCE_ZERO;
+    case THINVM_MAPPING_DATA:
+        return m->source;
+    }
+    g_assert_not_reached();
+}
+
+/*
+ * Is there a backing file, be it that it is not opened?  If not, what is
+ * invalid in a new cluster may as well be known as zeroes.
+ */
+bool GRAPH_RDLOCK thinvm_has_backing(BlockDriverState *bs);
+
+static inline bool GRAPH_RDLOCK
+thinvm_source_is_zero(BlockDriverState *bs, int tree, ThinvmSource source)
+{
+    return source == THINVM_SOURCE_ZERO || tree != THINVM_TREE_DISK ||
+           !bs->backing;
+}
+
+/*
+ * @st: what s->store was when the request began.  For writing it stays what
+ * it was; a reader may be running while an activation replaces it.
+ */
+static inline int coroutine_fn
+thinvm_lookup(BDRVThinvmState *s, ThinvmStore *st, int tree, uint64_t offset,
+              uint64_t bytes, bool for_write, ThinvmMapping *m)
+{
+    const ThinvmPointer *root = tree == THINVM_TREE_DISK ? s->view_root : NULL;
+
+    return thinvm_store_lookup(st, tree, root, offset >> s->cluster_bits,
+                               thinvm_clusters_touched(s, offset, bytes),
+                               for_write, m);
+}
+
+/* Byte on the device of guest byte @offset, which @m covers */
+static inline uint64_t thinvm_device_offset(const BDRVThinvmState *s,
+                                            const ThinvmMapping *m,
+                                            uint64_t offset)
+{
+    return (m->physical << s->cluster_bits) +
+           (offset - (m->guest << s->cluster_bits));
+}
+
+/* An operation failed: trace, or if metadata are damaged tell, what; frees
+ * @err and passes @ret on */
+int thinvm_io_report(BlockDriverState *bs, int ret, Error *err);
+
+/*
+ * Read what is behind an invalid part: from the backing file, or zeroes.
+ */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read_source(BlockDriverState *bs, int tree, ThinvmSource source,
+                      uint64_t offset, uint64_t bytes, QEMUIOVector *qiov,
+                      size_t qiov_offset, BdrvRequestFlags flags);
+/* A whole request: epoch, mode, and all; any offset and length in bytes */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+               QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_write(BlockDriverState *bs, int tree, uint64_t offset,
+                uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+                BdrvRequestFlags flags);
+
+#endif
