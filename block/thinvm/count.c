@@ -1,0 +1,487 @@
+/*
+ * thinvm metadata engine: reference counts of physical clusters
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Engine layer.  A tree of three inner levels over leaves of 2048 counts.  A
+ * pointer stands for a page, or for a range whose counts are all the same
+ * (NONE: 0, UNIFORM: its address), so that 64 TiB of free or of fully used
+ * space need no pages.  A PAGE pointer inside the tree carries the number of
+ * free clusters below, which is how allocation finds space without reading
+ * full pages; where there is no page the number follows from the geometry.
+ * The pointer to the root page carries none (it could not hold it):
+ * state->nb_count_free is the sum, made when the image is opened.
+ *
+ * A count is the number of leaves and runs that name a cluster, in all trees,
+ * each page counted once however many pointers name it; THINVM_COUNT_METADATA
+ * marks header, journal and metadata extents.
+ */
+#include "qemu/osdep.h"
+#include "state-int.h"
+
+#define LEAF_BITS   11
+
+static inline uint64_t level_span(int level)
+{
+    return 1ULL << (LEAF_BITS + 8 * level);
+}
+
+static inline unsigned child_index(uint64_t cluster, int level)
+{
+    return (cluster >> (LEAF_BITS + 8 * (level - 1))) & 255;
+}
+
+static inline ThinvmPageKind level_kind(int level)
+{
+    return level ? THINVM_PAGE_COUNT_INNER : THINVM_PAGE_COUNT_LEAF;
+}
+
+/* Clusters of the device in the range of a level that starts at @base */
+static uint64_t level_exists(ThinvmState *s, int level, uint64_t base)
+{
+    return base >= s->device_clusters ? 0 :
+           MIN(s->device_clusters - base, level_span(level));
+}
+
+static uint64_t slot_free(ThinvmState *s, const ThinvmPointerLe *slot,
+                          int level, uint64_t base)
+{
+    switch (thinvm_slot_type(slot)) {
+    case THINVM_PTR_NONE:
+        return level_exists(s, level, base);
+    case THINVM_PTR_PAGE:
+        return le32_to_cpu(slot->extra_le);
+    default:
+        return 0;
+    }
+}
+
+int thinvm_count_load(ThinvmState *s, ThinvmNeeds *needs)
+{
+    const int top = THINVM_INNER_LEVELS;
+    ThinvmPage *root;
+    uint64_t sum = 0;
+
+    if (thinvm_slot_type(&s->count_root) != THINVM_PTR_PAGE) {
+        s->nb_count_free = slot_free(s, &s->count_root, top, 0);
+        return 0;
+    }
+    root = thinvm_page_get(s, &s->count_root, level_kind(top), top, needs);
+    if (!root) {
+        return -EAGAIN;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        sum += slot_free(s, &thinvm_page_slots(root)[i], top - 1,
+                         i * level_span(top - 1));
+    }
+    s->nb_count_free = sum;
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* prepare                                                             */
+
+/* The path to the leaf of @cluster will be changed */
+static int need_leaf(ThinvmState *s, uint64_t cluster, ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *slot = &s->count_root;
+
+    if (cluster >> LEAF_BITS == s->last_count_leaf) {
+        return 0;
+    }
+    for (int level = THINVM_INNER_LEVELS; level >= 0; level--) {
+        ThinvmPage *page;
+
+        if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
+            s->new_pages += level + 1;
+            break;
+        }
+        page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+        if (!page) {
+            return -EAGAIN;
+        }
+        thinvm_page_touch(s, page, false);
+        if (level) {
+            slot = &thinvm_page_slots(page)[child_index(cluster, level)];
+        }
+    }
+    s->last_count_leaf = cluster >> LEAF_BITS;
+    return 0;
+}
+
+int thinvm_count_need(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                      ThinvmNeeds *needs)
+{
+    uint64_t end = first + nb_clusters;
+    int ret = 0;
+
+    for (uint64_t c = first; c < end;
+         c = QEMU_ALIGN_DOWN(c, level_span(0)) + level_span(0)) {
+        if (need_leaf(s, c, needs) < 0) {
+            ret = -EAGAIN;
+        }
+    }
+    return ret;
+}
+
+/*
+ * The count of @cluster and how many from there on are known to be the same
+ * by way of a pointer (1 for a leaf).
+ */
+static int count_lookup(ThinvmState *s, uint64_t cluster, uint16_t *count,
+                        uint64_t *same, ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *slot = &s->count_root;
+    ThinvmPage *page;
+
+    for (int level = THINVM_INNER_LEVELS; level >= 0; level--) {
+        if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
+            *count = thinvm_slot_type(slot) == THINVM_PTR_NONE ? 0 :
+                     thinvm_slot_address(slot);
+            *same = level_span(level) - (cluster & (level_span(level) - 1));
+            return 0;
+        }
+        page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+        if (!page) {
+            return -EAGAIN;
+        }
+        if (level) {
+            slot = &thinvm_page_slots(page)[child_index(cluster, level)];
+        }
+    }
+    *count = lduw_le_p((uint16_t *)page->data +
+                       (cluster & (THINVM_COUNTS_PER_LEAF - 1)));
+    *same = 1;
+    return 0;
+}
+
+int thinvm_count_get(ThinvmState *s, uint64_t cluster, uint16_t *count,
+                     ThinvmNeeds *needs)
+{
+    uint64_t same;
+
+    return count_lookup(s, cluster, count, &same, needs);
+}
+
+int thinvm_count_expect(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                        uint16_t from, uint16_t to, ThinvmNeeds *needs)
+{
+    uint64_t same;
+    uint16_t count;
+    int ret;
+
+    if (nb_clusters > s->device_clusters ||
+        first > s->device_clusters - nb_clusters) {
+        return -EBADMSG;
+    }
+    ret = thinvm_count_need(s, first, nb_clusters, needs);
+    if (ret < 0) {
+        return ret;
+    }
+    for (uint64_t c = first; c < first + nb_clusters; c += same) {
+        ret = count_lookup(s, c, &count, &same, needs);
+        if (ret < 0) {
+            return ret;
+        }
+        if (count < from || count > to) {
+            return -EBADMSG;
+        }
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* apply                                                               */
+
+/* Replace a slot that stands for equal counts by a page that says the same */
+static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
+                               int level, uint64_t base)
+{
+    uint64_t word = thinvm_slot_word(slot);
+    uint16_t count = thinvm_slot_type(slot) == THINVM_PTR_NONE ? 0 :
+                     thinvm_slot_address(slot);
+    uint64_t free = slot_free(s, slot, level, base);
+    ThinvmPage *page = thinvm_page_new(s, level_kind(level), level);
+
+    if (level) {
+        for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+            thinvm_slot_set(&thinvm_page_slots(page)[i], word, 0, 0);
+        }
+    } else {
+        uint16_t *counts = (uint16_t *)page->data;
+
+        for (unsigned i = 0; i < THINVM_COUNTS_PER_LEAF; i++) {
+            counts[i] = cpu_to_le16(count);
+        }
+    }
+    word = thinvm_slot_make(THINVM_PTR_PAGE, page->number) |
+           (page->generation & 0xffff) << THINVM_PTR_GENERATION_SHIFT;
+    thinvm_slot_set(slot, word, 0, level == THINVM_INNER_LEVELS ? 0 : free);
+    return page;
+}
+
+static uint16_t count_changed(ThinvmState *s, uint16_t count,
+                              ThinvmCountChange change)
+{
+    /* Counts come from the device and may be wrong: stop, do not wrap */
+    switch (change) {
+    case THINVM_COUNT_INC:
+        if (count < THINVM_COUNT_MAX) {
+            return count + 1;
+        }
+        break;
+    case THINVM_COUNT_DEC:
+        if (count > 0 && count <= THINVM_COUNT_MAX) {
+            return count - 1;
+        }
+        break;
+    case THINVM_COUNT_TO_METADATA:
+        if (count == 0) {
+            return THINVM_COUNT_METADATA;
+        }
+        break;
+    }
+    s->damaged = true;
+    return count;
+}
+
+/* Change counts in a leaf; returns by how much the free ones grew */
+static int64_t change_leaf(ThinvmState *s, ThinvmPage *leaf, uint64_t first,
+                           uint64_t nb, ThinvmCountChange change)
+{
+    uint16_t *counts = (uint16_t *)leaf->data;
+    unsigned index = first & (THINVM_COUNTS_PER_LEAF - 1);
+    int64_t delta = 0;
+    uint64_t freed = 0;
+
+    for (uint64_t i = 0; i < nb; i++) {
+        uint16_t old = le16_to_cpu(counts[index + i]);
+        uint16_t new = count_changed(s, old, change);
+
+        qatomic_set(&counts[index + i], cpu_to_le16(new));
+        delta += (new == 0) - (old == 0);
+        if (new == 0 && old != 0) {
+            freed++;
+        } else if (freed) {
+            thinvm_space_freed(s, first + i - freed, freed);
+            freed = 0;
+        }
+    }
+    if (freed) {
+        thinvm_space_freed(s, first + nb - freed, freed);
+    }
+    return delta;
+}
+
+static bool leaf_is_uniform(ThinvmPage *leaf)
+{
+    const uint16_t *counts = (uint16_t *)leaf->data;
+
+    return counts[0] == counts[THINVM_COUNTS_PER_LEAF - 1] &&
+           !memcmp(counts, counts + 1,
+                   (THINVM_COUNTS_PER_LEAF - 1) * sizeof(*counts));
+}
+
+static bool inner_is_uniform(ThinvmPage *page)
+{
+    const ThinvmPointerLe *slots = thinvm_page_slots(page);
+
+    for (unsigned i = 1; i < THINVM_POINTERS_PER_PAGE; i++) {
+        if (slots[i].word_le != slots[0].word_le) {
+            return false;
+        }
+    }
+    return thinvm_slot_type(&slots[0]) != THINVM_PTR_PAGE;
+}
+
+/* A page that says no more than a pointer can: back to the pointer */
+static void collapse(ThinvmState *s, ThinvmPointerLe *slot, ThinvmPage *page)
+{
+    uint64_t word;
+
+    if (page->level) {
+        if (!inner_is_uniform(page)) {
+            return;
+        }
+        word = thinvm_slot_word(&thinvm_page_slots(page)[0]);
+    } else {
+        uint16_t count = le16_to_cpu(*(uint16_t *)page->data);
+
+        if (!leaf_is_uniform(page)) {
+            return;
+        }
+        word = count ? thinvm_slot_make(THINVM_PTR_UNIFORM, count) : 0;
+    }
+    thinvm_slot_set(slot, word, 0, 0);
+    thinvm_page_unref(s, page->number);
+}
+
+/*
+ * Change the counts [first, first + nb), which lie within one leaf, below
+ * @slot, whose range begins at @base.  Returns by how much the free clusters
+ * grew.
+ */
+static int64_t change_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
+                            uint64_t base, uint64_t first, uint64_t nb,
+                            ThinvmCountChange change)
+{
+    ThinvmPage *page;
+    ThinvmPointerLe *child;
+    int64_t delta;
+    unsigned index;
+
+    if (thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
+        thinvm_page_resident(s, slot)) {
+        page = thinvm_page_shadow(s, slot);
+    } else {
+        page = materialize(s, slot, level, base);
+    }
+    if (level == 0) {
+        delta = change_leaf(s, page, first, nb, change);
+    } else {
+        index = child_index(first, level);
+        child = &thinvm_page_slots(page)[index];
+        delta = change_below(s, child, level - 1,
+                             base + index * level_span(level - 1),
+                             first, nb, change);
+    }
+    if (level < THINVM_INNER_LEVELS) {
+        thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
+                        le32_to_cpu(slot->extra_le) + delta);
+    }
+    if (level == 0 || thinvm_slot_type(child) != THINVM_PTR_PAGE) {
+        collapse(s, slot, page);
+    }
+    return delta;
+}
+
+void thinvm_count_change(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                         ThinvmCountChange change)
+{
+    while (nb_clusters) {
+        uint64_t rest = level_span(0) - (first & (level_span(0) - 1));
+        uint64_t nb = MIN(nb_clusters, rest);
+
+        s->nb_count_free += change_below(s, &s->count_root,
+                                         THINVM_INNER_LEVELS, 0, first, nb,
+                                         change);
+        first += nb;
+        nb_clusters -= nb;
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* The device grows                                                    */
+
+int thinvm_count_need_grow(ThinvmState *s, ThinvmNeeds *needs)
+{
+    return need_leaf(s, s->device_clusters, needs);
+}
+
+/*
+ * PAGE pointers whose range holds the old end have more free clusters now;
+ * pages below them exist only on the path to that end.
+ */
+void thinvm_count_grow(ThinvmState *s, uint64_t device_clusters)
+{
+    uint64_t old = s->device_clusters;
+    ThinvmPointerLe *slot = &s->count_root;
+    uint64_t base = 0;
+
+    for (int level = THINVM_INNER_LEVELS;
+         thinvm_slot_type(slot) == THINVM_PTR_PAGE; level--) {
+        ThinvmPage *page = thinvm_page_shadow(s, slot);
+        unsigned index;
+
+        if (level < THINVM_INNER_LEVELS) {
+            uint64_t end = MIN(device_clusters, base + level_span(level));
+
+            thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
+                            le32_to_cpu(slot->extra_le) + (end - old));
+        }
+        if (level == 0) {
+            break;
+        }
+        index = child_index(old, level);
+        base += index * level_span(level - 1);
+        slot = &thinvm_page_slots(page)[index];
+    }
+    s->nb_count_free += device_clusters - old;
+    s->device_clusters = device_clusters;
+    s->bounds.device_clusters = device_clusters;
+}
+
+/* ------------------------------------------------------------------ */
+/* Finding space                                                       */
+
+/* Free and not busy clusters from @c to @end, at most @max */
+static uint64_t run_length(ThinvmState *s, ThinvmPage *leaf, uint64_t c,
+                           uint64_t end, uint64_t max)
+{
+    const uint16_t *counts = leaf ? (uint16_t *)leaf->data : NULL;
+    uint64_t n = 0;
+
+    while (n < max && c + n < end &&
+           !(counts && counts[(c + n) & (THINVM_COUNTS_PER_LEAF - 1)]) &&
+           !thinvm_space_is_busy(s, c + n)) {
+        n++;
+    }
+    return n;
+}
+
+/* In one leaf's range: 0 if found, -ENOENT if not */
+static int find_in_leaf(ThinvmState *s, ThinvmPage *leaf, uint64_t from,
+                        uint64_t end, uint64_t max, uint64_t *first,
+                        uint64_t *nb_clusters)
+{
+    for (uint64_t c = from; c < end; c++) {
+        uint64_t n = run_length(s, leaf, c, end, max);
+
+        if (n) {
+            *first = c;
+            *nb_clusters = n;
+            return 0;
+        }
+    }
+    return -ENOENT;
+}
+
+int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
+                           uint64_t *first, uint64_t *nb_clusters,
+                           ThinvmNeeds *needs)
+{
+    uint64_t c = from;
+
+    while (c < s->device_clusters) {
+        const ThinvmPointerLe *slot = &s->count_root;
+        uint64_t base = 0, end;
+        ThinvmPage *page = NULL;
+        int level;
+
+        /* Down to the first range that is no page, or full, or a leaf */
+        for (level = THINVM_INNER_LEVELS; ; level--) {
+            base = QEMU_ALIGN_DOWN(c, level_span(level));
+            if (thinvm_slot_type(slot) != THINVM_PTR_PAGE ||
+                (level < THINVM_INNER_LEVELS &&
+                 slot_free(s, slot, level, base) == 0)) {
+                page = NULL;
+                break;
+            }
+            page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+            if (!page) {
+                return -EAGAIN;
+            }
+            if (level == 0) {
+                break;
+            }
+            slot = &thinvm_page_slots(page)[child_index(c, level)];
+        }
+        end = MIN(base + level_span(level), s->device_clusters);
+        if (slot_free(s, slot, level, base) &&
+            find_in_leaf(s, page, c, end, max, first, nb_clusters) == 0) {
+            return 0;
+        }
+        c = base + level_span(level);
+    }
+    return -ENOSPC;
+}

@@ -1,0 +1,206 @@
+/*
+ * thinvm metadata engine: mapping trees, look-up
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Engine layer.  A mapping tree has three inner levels over leaves of 512
+ * entries.  A pointer of any level may stand for a range that is unmapped or
+ * reads as zeroes, and one of the last level for a run: 512 contiguous
+ * clusters without a leaf.  map-ops.c changes trees; here they are read.
+ *
+ * Look-up without the lock: the walk reads each word atomically and each page
+ * under RCU; whether it saw one state is told by state->sequence afterwards.
+ * What a walk meets while an operation is applied is bounded by the page
+ * kinds, so it can be wrong, but not run away.
+ */
+#include "qemu/osdep.h"
+#include "map.h"
+
+/* Join following slots of the same page that stand for the same */
+static uint64_t join_slots(const ThinvmPointerLe *slots, unsigned index,
+                           ThinvmPointerType type, int level)
+{
+    unsigned n = 1;
+
+    while (slots && index + n < THINVM_POINTERS_PER_PAGE &&
+           thinvm_slot_type(&slots[index + n]) == type) {
+        n++;
+    }
+    return n * thinvm_map_span(level);
+}
+
+static void entry_mapping(uint64_t entry, ThinvmMapping *m)
+{
+    m->physical = thinvm_entry_physical(entry);
+    m->valid = thinvm_entry_valid(entry);
+    m->source = thinvm_entry_source(entry);
+    m->type = m->physical ? THINVM_MAPPING_DATA :
+              m->source == THINVM_SOURCE_ZERO ? THINVM_MAPPING_ZERO :
+              THINVM_MAPPING_NONE;
+}
+
+static void leaf_mapping(ThinvmPage *leaf, uint64_t guest, uint64_t count,
+                         ThinvmMapping *m, bool *flagged)
+{
+    unsigned index = guest & (THINVM_ENTRIES_PER_LEAF - 1);
+    uint64_t max = MIN(count, THINVM_ENTRIES_PER_LEAF - index);
+    uint64_t first = le64_to_cpu(qatomic_read(&leaf->data[index]));
+    uint64_t n = 1;
+
+    entry_mapping(first, m);
+    *flagged |= !!(first & THINVM_ENTRY_SHARED);
+    while (n < max) {
+        uint64_t entry = le64_to_cpu(qatomic_read(&leaf->data[index + n]));
+
+        if (entry != first + (m->physical ? n : 0)) {
+            break;
+        }
+        n++;
+    }
+    m->count = n;
+}
+
+/*
+ * One walk.  0; -EAGAIN: a page is not in memory (wanted if @needs), or the
+ * walk lost its way among changes.
+ */
+static int lookup_once(ThinvmState *s, const ThinvmPointerLe *slot,
+                       uint64_t guest, uint64_t count, ThinvmMapping *m,
+                       bool *flagged, ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *slots = NULL;
+    unsigned index = 0;
+
+    *flagged = false;
+    m->guest = guest;
+    m->shared = false;
+    m->physical = 0;
+    m->valid = 0;
+    m->source = THINVM_SOURCE_BACKING;
+    for (int level = THINVM_INNER_LEVELS; ; level--) {
+        uint64_t word = thinvm_slot_word(slot);
+        ThinvmPointerType type = (word >> THINVM_PTR_TYPE_SHIFT) & 15;
+        uint64_t offset = guest & (thinvm_map_span(level) - 1);
+        ThinvmPage *page;
+
+        *flagged |= !!(word & THINVM_PTR_SHARED_BELOW);
+        if (type == THINVM_PTR_NONE || type == THINVM_PTR_ZERO) {
+            m->type = type == THINVM_PTR_ZERO ? THINVM_MAPPING_ZERO :
+                      THINVM_MAPPING_NONE;
+            m->source = type == THINVM_PTR_ZERO ? THINVM_SOURCE_ZERO :
+                        THINVM_SOURCE_BACKING;
+            m->count = MIN(count, join_slots(slots, index, type, level) -
+                           offset);
+            return 0;
+        }
+        if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) {
+            entry_mapping(thinvm_run_entry(word, offset), m);
+            m->count = MIN(count, thinvm_map_span(0) - offset);
+            return 0;
+        }
+        if (needs) {
+            page = thinvm_page_get(s, slot, thinvm_map_kind(level), level,
+                                   needs);
+        } else {
+            page = thinvm_page_find(s, word & THINVM_CLUSTER_MASK);
+        }
+        if (!page || page->kind != thinvm_map_kind(level) ||
+            page->level != level) {
+            return -EAGAIN;
+        }
+        if (qatomic_read(page->count) > 1) {
+            m->shared = true;
+        }
+        if (level == 0) {
+            leaf_mapping(page, guest, count, m, flagged);
+            return 0;
+        }
+        slots = thinvm_page_slots(page);
+        index = thinvm_map_index(guest, level);
+        slot = &slots[index];
+    }
+}
+
+/* Settle by the counts whether clusters that may be shared are; lock held */
+static int settle_shared(ThinvmState *s, ThinvmMapping *m, ThinvmNeeds *needs)
+{
+    uint64_t n = 0;
+    uint16_t count;
+    int ret;
+
+    for (; n < MIN(m->count, THINVM_ENTRIES_PER_LEAF); n++) {
+        ret = thinvm_count_get(s, m->physical + n, &count, needs);
+        if (ret < 0) {
+            if (n) {
+                break;
+            }
+            return ret;
+        }
+        if (n == 0) {
+            m->shared = count > 1;
+        } else if (m->shared != (count > 1)) {
+            break;
+        }
+    }
+    m->count = n;
+    return 0;
+}
+
+static int lookup_locked(ThinvmState *s, const ThinvmPointerLe *slot,
+                         uint64_t guest, uint64_t count, bool for_write,
+                         ThinvmMapping *m, ThinvmNeeds *needs)
+{
+    bool flagged;
+    int ret;
+
+    needs->nb_want = 0;
+    ret = lookup_once(s, slot, guest, count, m, &flagged, needs);
+    if (ret == -EAGAIN && !needs->nb_want) {
+        /* A page of another kind than its parent says; not on this walk */
+        return -EBADMSG;
+    }
+    if (ret == 0 && for_write && flagged && !m->shared &&
+        m->type == THINVM_MAPPING_DATA) {
+        ret = settle_shared(s, m, needs);
+        if (ret == 0) {
+            needs->nb_want = 0;
+        }
+    }
+    return ret;
+}
+
+int thinvm_state_lookup(ThinvmState *s, int tree, const ThinvmPointer *root,
+                        uint64_t guest, uint64_t count, bool for_write,
+                        ThinvmMapping *m, ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *slot = &s->root[tree];
+    ThinvmPointerLe own;
+    bool flagged;
+    int ret;
+
+    assert(count > 0);
+    if (guest >= THINVM_MAX_GUEST_CLUSTERS) {
+        return -EINVAL;
+    }
+    if (root) {
+        thinvm_pointer_encode(&own, root);
+        slot = &own;
+    }
+    WITH_RCU_READ_LOCK_GUARD() {
+        unsigned sequence = seqlock_read_begin(&s->sequence);
+
+        ret = lookup_once(s, slot, guest, count, m, &flagged, NULL);
+        if (seqlock_read_retry(&s->sequence, sequence)) {
+            ret = -EAGAIN;
+        }
+    }
+    if (ret == 0 && !(for_write && flagged && !m->shared &&
+                      m->type == THINVM_MAPPING_DATA)) {
+        qatomic_set(&s->hits, qatomic_read(&s->hits) + 1);
+        return 0;
+    }
+    thinvm_state_lock(s);
+    ret = lookup_locked(s, slot, guest, count, for_write, m, needs);
+    thinvm_state_unlock(s);
+    return ret;
+}

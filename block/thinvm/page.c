@@ -1,0 +1,424 @@
+/*
+ * thinvm metadata engine: pages in memory
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Engine layer.  Finds, takes in, copies, counts and evicts metadata pages;
+ * knows nothing of what they mean beyond asking map.c for the references of
+ * a copy.
+ *
+ * A page in memory is in one of these lists:
+ *   clean      as on the device; may be evicted (clock) when nobody pins it
+ *   dirty[]    made in the interval being built; one list for each rank
+ *   (frozen)   in state->frozen->pages, immutable, until the thaw
+ * and in the hash by its place, unless no pointer names it any more.
+ *
+ * Invariant 3: thinvm_state_insert_page() is the only way in for bytes from
+ * a device.  Own invariant: a page whose generation is not the one that is
+ * being built, or that several pointers name, is never changed.
+ */
+#include "qemu/osdep.h"
+#include "qemu/memalign.h"
+#include "qemu/xxhash.h"
+#include "state-int.h"
+
+static uint32_t page_hash(uint64_t number)
+{
+    return qemu_xxhash2(number);
+}
+
+static bool page_equal(const void *a, const void *b)
+{
+    const ThinvmPage *p = a, *q = b;
+
+    return p->number == q->number;
+}
+
+static bool page_has_number(const void *obj, const void *userp)
+{
+    const ThinvmPage *page = obj;
+    const uint64_t *number = userp;
+
+    return page->number == *number;
+}
+
+static void page_free(ThinvmPage *page)
+{
+    qemu_vfree(page);
+}
+
+void thinvm_pages_init(ThinvmState *s)
+{
+    qht_init(&s->pages, page_equal, 1024, QHT_MODE_AUTO_RESIZE);
+    QTAILQ_INIT(&s->clean);
+    for (int i = 0; i < THINVM_NB_RANKS; i++) {
+        QTAILQ_INIT(&s->dirty[i]);
+    }
+}
+
+static ThinvmPage *page_alloc(void)
+{
+    ThinvmPage *page = qemu_memalign(64, sizeof(ThinvmPage));
+
+    memset(page, 0, offsetof(ThinvmPage, data));
+    return page;
+}
+
+static int page_rank(const ThinvmPage *page)
+{
+    switch (page->kind) {
+    case THINVM_PAGE_SNAPSHOT_LEAF:
+        return THINVM_RANK_SNAPSHOT_LEAF;
+    case THINVM_PAGE_SNAPSHOT_INNER:
+        return THINVM_RANK_SNAPSHOT_LEAF + page->level;
+    case THINVM_PAGE_BACKING:
+        return THINVM_RANK_BACKING;
+    default:
+        return THINVM_RANK_LEAF + page->level;
+    }
+}
+
+void thinvm_pages_destroy(ThinvmState *s)
+{
+    ThinvmPage *page, *next;
+
+    QTAILQ_FOREACH_SAFE(page, &s->clean, link, next) {
+        page_free(page);
+    }
+    for (int i = 0; i < THINVM_NB_RANKS; i++) {
+        QTAILQ_FOREACH_SAFE(page, &s->dirty[i], link, next) {
+            page_free(page);
+        }
+    }
+    if (s->frozen) {
+        for (unsigned i = 0; i < s->frozen->nb_pages; i++) {
+            page_free(s->frozen->pages[i]);
+        }
+        g_free(s->frozen->pages);
+        g_free(s->frozen);
+    }
+    qht_destroy(&s->pages);
+}
+
+ThinvmPage *thinvm_page_find(ThinvmState *s, uint64_t number)
+{
+    ThinvmPage *page = qht_lookup_custom(&s->pages, &number,
+                                         page_hash(number), page_has_number);
+
+    if (page && !qatomic_read(&page->touched)) {
+        qatomic_set(&page->touched, true);
+    }
+    return page;
+}
+
+void thinvm_needs_init(ThinvmNeeds *needs)
+{
+    memset(needs, 0, sizeof(*needs));
+}
+
+static void needs_pin(ThinvmNeeds *needs, ThinvmPage *page)
+{
+    if (needs->nb_pinned == needs->max_pinned) {
+        needs->max_pinned = MAX(16, needs->max_pinned * 2);
+        needs->pinned = g_renew(ThinvmPage *, needs->pinned,
+                                needs->max_pinned);
+    }
+    page->pins++;
+    needs->pinned[needs->nb_pinned++] = page;
+}
+
+void thinvm_needs_want(ThinvmNeeds *needs, const ThinvmPageRef *ref)
+{
+    for (unsigned i = 0; i < needs->nb_want; i++) {
+        if (needs->want[i].page == ref->page) {
+            return;
+        }
+    }
+    if (needs->nb_want == needs->max_want) {
+        needs->max_want = MAX(8, needs->max_want * 2);
+        needs->want = g_renew(ThinvmPageRef, needs->want, needs->max_want);
+    }
+    needs->want[needs->nb_want++] = *ref;
+}
+
+/* A page that nobody can find any more goes when its last pin does */
+static bool page_is_hashed(ThinvmState *s, ThinvmPage *page)
+{
+    uint64_t number = page->number;
+
+    return qht_lookup_custom(&s->pages, &number, page_hash(number),
+                             page_has_number) == page;
+}
+
+void thinvm_needs_destroy(ThinvmState *s, ThinvmNeeds *needs)
+{
+    for (unsigned i = 0; i < needs->nb_pinned; i++) {
+        ThinvmPage *page = needs->pinned[i];
+
+        assert(page->pins > 0);
+        if (--page->pins == 0 && !page->dirty && !page_is_hashed(s, page)) {
+            call_rcu(page, page_free, rcu);
+        }
+    }
+    g_free(needs->want);
+    g_free(needs->pinned);
+    memset(needs, 0, sizeof(*needs));
+    thinvm_pages_evict(s);
+}
+
+static void pages_unhash(ThinvmState *s, ThinvmPage *page)
+{
+    bool removed = qht_remove(&s->pages, page, page_hash(page->number));
+
+    assert(removed);
+}
+
+/*
+ * The clock: a clean page that was touched since the hand passed gets another
+ * round; at most two rounds, so that a cache full of pinned pages is let be.
+ */
+void thinvm_pages_evict(ThinvmState *s)
+{
+    uint64_t steps = s->nb_clean * 2;
+
+    while (s->nb_clean > s->cache_limit && steps-- > 0) {
+        ThinvmPage *page = QTAILQ_LAST(&s->clean);
+
+        QTAILQ_REMOVE(&s->clean, page, link);
+        if (page->pins || qatomic_read(&page->touched)) {
+            qatomic_set(&page->touched, false);
+            QTAILQ_INSERT_HEAD(&s->clean, page, link);
+            continue;
+        }
+        s->nb_clean--;
+        pages_unhash(s, page);
+        call_rcu(page, page_free, rcu);
+    }
+}
+
+void thinvm_pages_forget_clean(ThinvmState *s)
+{
+    ThinvmPage *page, *next;
+
+    QTAILQ_FOREACH_SAFE(page, &s->clean, link, next) {
+        QTAILQ_REMOVE(&s->clean, page, link);
+        s->nb_clean--;
+        pages_unhash(s, page);
+        if (page->pins == 0) {
+            call_rcu(page, page_free, rcu);
+        }
+    }
+}
+
+ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
+                            ThinvmPageKind kind, int level,
+                            ThinvmNeeds *needs)
+{
+    ThinvmPageRef ref = {
+        .page = thinvm_slot_address(slot),
+        .kind = kind,
+        .level = level,
+    };
+    ThinvmPage *page = thinvm_page_find(s, ref.page);
+
+    if (!page) {
+        ref.crc = thinvm_slot_crc(s, slot);
+        thinvm_needs_want(needs, &ref);
+    }
+    return page;
+}
+
+int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
+                             const void *buf, ThinvmNeeds *needs,
+                             Error **errp)
+{
+    ThinvmPage *page = thinvm_page_find(s, ref->page);
+    uint32_t crc;
+
+    if (!page) {
+        crc = thinvm_checksum(&s->uuid, THINVM_SUM_PAGE, ref->page, buf,
+                              THINVM_PAGE_SIZE);
+        if (crc != ref->crc) {
+            error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
+                       " has checksum 0x%08x; its parent says 0x%08x",
+                       ref->page, ref->page * THINVM_PAGE_SIZE, crc,
+                       ref->crc);
+            return -EBADMSG;
+        }
+        if (!thinvm_page_validate(&s->bounds, ref->kind, ref->level,
+                                  ref->page, buf, errp)) {
+            return -EBADMSG;
+        }
+        page = page_alloc();
+        page->number = ref->page;
+        page->kind = ref->kind;
+        page->level = ref->level;
+        page->crc = crc;
+        page->complete = true;
+        page->count = thinvm_page_count(s, ref->page, NULL);
+        memcpy(page->data, buf, THINVM_PAGE_SIZE);
+        QTAILQ_INSERT_HEAD(&s->clean, page, link);
+        s->nb_clean++;
+        qht_insert(&s->pages, page, page_hash(page->number), NULL);
+        qatomic_set(&s->misses, s->misses + 1);
+    } else if (page->kind != ref->kind || page->level != ref->level) {
+        error_setg(errp, "metadata page %" PRIu64 " is named as two kinds of "
+                   "page", ref->page);
+        return -EBADMSG;
+    }
+    if (needs) {
+        needs_pin(needs, page);
+    }
+    thinvm_pages_evict(s);
+    return 0;
+}
+
+ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level)
+{
+    ThinvmPage *page = page_alloc();
+    ThinvmMetaExtent *extent;
+
+    page->number = thinvm_place_alloc(s);
+    page->count = thinvm_page_count(s, page->number, &extent);
+    page->kind = kind;
+    page->level = level;
+    page->generation = s->generation;
+    page->dirty = true;
+    memset(page->data, 0, THINVM_PAGE_SIZE);
+    QTAILQ_INSERT_TAIL(&s->dirty[page_rank(page)], page, link);
+    qatomic_set(&s->nb_dirty, s->nb_dirty + 1);
+    qht_insert(&s->pages, page, page_hash(page->number), NULL);
+    return page;
+}
+
+void thinvm_page_ref(ThinvmState *s, uint64_t number)
+{
+    ThinvmMetaExtent *extent;
+    uint16_t *count = thinvm_page_count(s, number, &extent);
+
+    if (!count || *count == 0 || *count >= THINVM_COUNT_MAX) {
+        s->damaged = true;
+        return;
+    }
+    qatomic_set(count, *count + 1);
+    extent->dirty = true;
+}
+
+/* Take a page that no pointer names out of memory */
+static void page_drop(ThinvmState *s, ThinvmPage *page)
+{
+    pages_unhash(s, page);
+    if (page->dirty && page->generation < s->generation) {
+        return;     /* frozen: the thaw frees it */
+    }
+    if (page->dirty) {
+        QTAILQ_REMOVE(&s->dirty[page_rank(page)], page, link);
+        qatomic_set(&s->nb_dirty, s->nb_dirty - 1);
+        page->dirty = false;
+    } else {
+        QTAILQ_REMOVE(&s->clean, page, link);
+        s->nb_clean--;
+    }
+    if (page->pins == 0) {
+        call_rcu(page, page_free, rcu);
+    }
+}
+
+bool thinvm_page_unref(ThinvmState *s, uint64_t number)
+{
+    ThinvmMetaExtent *extent;
+    uint16_t *count = thinvm_page_count(s, number, &extent);
+    ThinvmPage *page;
+    bool fresh;
+
+    if (!count || *count == 0) {
+        s->damaged = true;
+        return false;
+    }
+    qatomic_set(count, *count - 1);
+    extent->dirty = true;
+    if (*count > 0) {
+        return false;
+    }
+    page = thinvm_page_find(s, number);
+    fresh = page && page->dirty && page->generation == s->generation;
+    if (page) {
+        page_drop(s, page);
+    }
+    thinvm_place_free(s, number, !fresh);
+    return true;
+}
+
+void thinvm_page_thaw(ThinvmState *s, ThinvmPage *page)
+{
+    page->dirty = false;
+    if (page_is_hashed(s, page)) {
+        QTAILQ_INSERT_HEAD(&s->clean, page, link);
+        s->nb_clean++;
+    } else if (page->pins == 0) {
+        call_rcu(page, page_free, rcu);
+    }
+}
+
+void thinvm_page_touch(ThinvmState *s, ThinvmPage *page, bool shared)
+{
+    if (page->mark == s->mark) {
+        return;
+    }
+    page->mark = s->mark;
+    if (shared || !thinvm_page_writable(s, page)) {
+        s->new_pages++;
+    }
+}
+
+bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot)
+{
+    if (thinvm_page_find(s, thinvm_slot_address(slot))) {
+        return true;
+    }
+    /* Freed through another pointer of this very operation: a hostile image */
+    s->damaged = true;
+    thinvm_slot_set(slot, 0, 0, 0);
+    return false;
+}
+
+static void slot_name_page(ThinvmPointerLe *slot, ThinvmPage *page)
+{
+    uint64_t word = thinvm_slot_make(THINVM_PTR_PAGE, page->number) |
+                    (page->generation & 0xffff) << THINVM_PTR_GENERATION_SHIFT;
+
+    thinvm_slot_set(slot, word, 0, le32_to_cpu(slot->extra_le));
+}
+
+ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot)
+{
+    uint64_t number = thinvm_slot_address(slot);
+    bool shared_below = thinvm_slot_shared_below(slot);
+    ThinvmPage *page = thinvm_page_find(s, number);
+    ThinvmPage *copy = page;
+
+    assert(page);
+    if (!thinvm_page_writable(s, page)) {
+        bool shared = *page->count > 1;
+
+        copy = thinvm_page_new(s, page->kind, page->level);
+        memcpy(copy->data, page->data, THINVM_PAGE_SIZE);
+        if (page->dirty) {
+            thinvm_page_refresh(s, copy);
+        }
+        if (shared) {
+            thinvm_map_copy_refs(s, copy);
+            thinvm_map_mark_shared(copy, false);
+        }
+    }
+    if (shared_below) {
+        thinvm_map_mark_shared(copy, true);
+    }
+    if (copy != page || shared_below) {
+        slot_name_page(slot, copy);
+    }
+    if (copy != page) {
+        thinvm_page_unref(s, number);
+    }
+    return copy;
+}

@@ -1,0 +1,285 @@
+/*
+ * thinvm metadata engine: which clusters may be handed out
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Engine layer.  A cluster may be handed out when its count is 0 and it is
+ * not busy.  Busy are: clusters reserved for a write whose data is on its way,
+ * and clusters that an operation freed and that somebody may still read or
+ * write, or whose freeing is not durable yet (invariant 2).  Being busy is a
+ * matter of this process alone: after a crash nobody is left who could touch
+ * them, and what was not durable has not happened.
+ *
+ * Policy: low places first, in windows of contiguous clusters, so that a
+ * volume which grows on demand stays small; a caller that continues a
+ * sequence names the place where it would like to go on.
+ */
+#include "qemu/osdep.h"
+#include "state-int.h"
+
+#define CHUNK_BITS  11
+#define CHUNK       (1 << CHUNK_BITS)
+
+typedef struct ThinvmBusy {
+    uint32_t nb;
+    DECLARE_BITMAP(bits, CHUNK);
+} ThinvmBusy;
+
+void thinvm_space_init(ThinvmState *s)
+{
+    s->busy = g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free,
+                                    g_free);
+    s->freed = g_array_new(false, false, sizeof(ThinvmFreedRange));
+}
+
+void thinvm_space_destroy(ThinvmState *s)
+{
+    g_hash_table_unref(s->busy);
+    g_array_unref(s->freed);
+}
+
+bool thinvm_space_is_busy(ThinvmState *s, uint64_t cluster)
+{
+    int64_t key = cluster >> CHUNK_BITS;
+    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
+
+    return chunk && test_bit(cluster & (CHUNK - 1), chunk->bits);
+}
+
+static void set_chunk(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    int64_t key = first >> CHUNK_BITS;
+    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
+
+    if (!chunk) {
+        int64_t *own = g_new(int64_t, 1);
+
+        *own = key;
+        chunk = g_new0(ThinvmBusy, 1);
+        g_hash_table_insert(s->busy, own, chunk);
+    }
+    bitmap_set(chunk->bits, first & (CHUNK - 1), nb);
+    chunk->nb += nb;
+    s->nb_busy += nb;
+}
+
+static void clear_chunk(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    int64_t key = first >> CHUNK_BITS;
+    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
+
+    if (!chunk) {
+        return;
+    }
+    for (uint64_t i = first; i < first + nb; i++) {
+        if (test_and_clear_bit(i & (CHUNK - 1), chunk->bits)) {
+            chunk->nb--;
+            s->nb_busy--;
+        }
+    }
+    if (!chunk->nb) {
+        g_hash_table_remove(s->busy, &key);
+    }
+}
+
+static void each_chunk(ThinvmState *s, uint64_t first, uint64_t nb,
+                       void (*act)(ThinvmState *, uint64_t, uint64_t))
+{
+    while (nb) {
+        uint64_t n = MIN(nb, CHUNK - (first & (CHUNK - 1)));
+
+        act(s, first, n);
+        first += n;
+        nb -= n;
+    }
+}
+
+/* None of them may be busy */
+void thinvm_space_set_busy(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    each_chunk(s, first, nb, set_chunk);
+}
+
+void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    each_chunk(s, first, nb, clear_chunk);
+}
+
+void thinvm_space_unbusy(ThinvmState *s, uint64_t first, uint64_t nb_clusters)
+{
+    thinvm_space_clear_busy(s, first, nb_clusters);
+    s->search_hint = MIN(s->search_hint, first);
+}
+
+void thinvm_space_freed(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    ThinvmFreedRange range = { first, nb };
+
+    thinvm_space_set_busy(s, first, nb);
+    if (s->freed->len) {
+        ThinvmFreedRange *last = &g_array_index(s->freed, ThinvmFreedRange,
+                                                s->freed->len - 1);
+
+        if (last->first + last->nb_clusters == first) {
+            last->nb_clusters += nb;
+            return;
+        }
+    }
+    g_array_append_val(s->freed, range);
+}
+
+GArray *thinvm_space_take_freed(ThinvmState *s)
+{
+    GArray *freed = s->freed;
+
+    if (!freed->len) {
+        return NULL;
+    }
+    s->freed = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    return freed;
+}
+
+/* ------------------------------------------------------------------ */
+/* Reserving                                                           */
+
+static void window_drop(ThinvmState *s)
+{
+    if (s->window_nb) {
+        thinvm_space_unbusy(s, s->window_first, s->window_nb);
+        s->window_nb = 0;
+    }
+}
+
+/* Take [first, first + nb) out of the window; what lies behind is let go */
+static void window_take(ThinvmState *s, uint64_t first, uint64_t nb)
+{
+    uint64_t end = s->window_first + s->window_nb;
+
+    if (first == s->window_first) {
+        s->window_first += nb;
+        s->window_nb -= nb;
+        return;
+    }
+    s->window_nb = first - s->window_first;
+    if (first + nb < end) {
+        thinvm_space_unbusy(s, first + nb, end - first - nb);
+    }
+}
+
+static int reserve_goal(ThinvmState *s, uint64_t goal, uint64_t max,
+                        uint64_t *first, uint64_t *nb, ThinvmNeeds *needs)
+{
+    int ret;
+
+    if (goal >= s->window_first && goal < s->window_first + s->window_nb) {
+        *first = goal;
+        *nb = MIN(max, s->window_first + s->window_nb - goal);
+        window_take(s, *first, *nb);
+        return 0;
+    }
+    if (goal >= s->device_clusters || thinvm_space_is_busy(s, goal)) {
+        return -ENOENT;
+    }
+    ret = thinvm_count_find_free(s, goal, max, first, nb, needs);
+    if (ret < 0) {
+        return ret == -ENOSPC ? -ENOENT : ret;
+    }
+    if (*first != goal) {
+        return -ENOENT;
+    }
+    thinvm_space_set_busy(s, *first, *nb);
+    return 0;
+}
+
+static int window_fill(ThinvmState *s, uint64_t max, ThinvmNeeds *needs)
+{
+    uint64_t first, nb;
+    int ret;
+
+    if (s->nb_count_free <= s->nb_busy) {
+        return -ENOSPC;
+    }
+    ret = thinvm_count_find_free(s, s->search_hint, MAX(max, THINVM_WINDOW),
+                                 &first, &nb, needs);
+    if (ret < 0) {
+        return ret;
+    }
+    thinvm_space_set_busy(s, first, nb);
+    s->search_hint = first + nb;
+    s->window_first = first;
+    s->window_nb = nb;
+    return 0;
+}
+
+int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
+                         uint64_t *first, uint64_t *nb_clusters,
+                         ThinvmNeeds *needs)
+{
+    int ret;
+
+    assert(max > 0);
+    needs->nb_want = 0;
+    if (goal) {
+        ret = reserve_goal(s, goal, max, first, nb_clusters, needs);
+        if (ret != -ENOENT) {
+            return ret;
+        }
+    }
+    if (s->window_nb < max && max > 1) {
+        /* A longer piece may lie elsewhere; small rests are used later */
+        window_drop(s);
+    }
+    if (!s->window_nb) {
+        ret = window_fill(s, max, needs);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    *first = s->window_first;
+    *nb_clusters = MIN(max, s->window_nb);
+    window_take(s, *first, *nb_clusters);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* Metadata space                                                      */
+
+/*
+ * The bound on dirty pages follows what the image can need at all (leaves of
+ * the whole disk) and what its device can spare (256 KiB of device for each
+ * page: its reserve then takes less than a sixteenth).
+ */
+void thinvm_space_update_bounds(ThinvmState *s)
+{
+    uint64_t leaves = (s->virtual_size >> s->cluster_bits) /
+                      THINVM_ENTRIES_PER_LEAF;
+    uint64_t device = s->device_clusters >> (18 - MIN(18, s->cluster_bits));
+
+    if (s->cluster_bits > 18) {
+        device = s->device_clusters << (s->cluster_bits - 18);
+    }
+    s->dirty_bound = MIN(MAX(MIN(2 * leaves, device), THINVM_MIN_DIRTY_BOUND),
+                         THINVM_MAX_DIRTY_BOUND);
+}
+
+uint64_t thinvm_space_reserve_pages(ThinvmState *s)
+{
+    return 3ULL * s->dirty_bound;
+}
+
+uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent)
+{
+    uint64_t reserve = thinvm_space_reserve_pages(s);
+    uint64_t target = reserve + s->dirty_bound / 2;
+    unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
+    uint64_t pages;
+
+    *urgent = s->nb_meta_free < reserve + THINVM_LAST_PAGES;
+    if (s->nb_meta_free >= target ||
+        s->extents->len == THINVM_MAX_EXTENTS) {
+        return 0;
+    }
+    pages = MIN(MAX(target - s->nb_meta_free, s->dirty_bound),
+                THINVM_EXTENT_MAX_PAGES);
+    return MAX(1, pages >> bits);
+}

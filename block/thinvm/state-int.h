@@ -1,0 +1,311 @@
+/*
+ * thinvm metadata engine: what its own files share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Only page.c, count.c, space.c, map.c, snapshot.c, freeze.c and state.c
+ * include this.  See state.h for what the engine promises to others.
+ *
+ * Copy-on-write.  state->generation is the base that is being built.  A page
+ * whose own generation is that one and that one pointer names may be changed
+ * in place; any other is first replaced by a copy at a new place
+ * (thinvm_page_shadow()).  Freezing is thus no more than adding one to
+ * state->generation.  A page that several pointers name is copied with one
+ * more reference to each of its children.
+ *
+ * Readers without the lock walk pages under RCU and check state->sequence
+ * afterwards, since a place that was freed may be another page's by then.
+ */
+#ifndef BLOCK_THINVM_STATE_INT_H
+#define BLOCK_THINVM_STATE_INT_H
+
+#include "qemu/rcu.h"
+#include "qemu/qht.h"
+#include "qemu/seqlock.h"
+#include "qemu/bitmap.h"
+#include "state.h"
+
+/* Dirty pages at which a checkpoint must have been written; clamp */
+#define THINVM_MIN_DIRTY_BOUND  64
+#define THINVM_MAX_DIRTY_BOUND  4096
+/* Clusters reserved at a time for allocations that have no goal */
+#define THINVM_WINDOW           64
+/* Places in the last that even a commit of no new page keeps back */
+#define THINVM_LAST_PAGES       8
+
+struct ThinvmPage {
+    struct rcu_head rcu;
+    uint64_t number;            /* place on the device */
+    uint64_t generation;        /* that made it; 0: read from the device */
+    uint16_t *count;            /* of pointers that name it */
+    uint32_t crc;               /* valid once complete */
+    uint32_t pins;
+    uint32_t mark;              /* last prepare that touched it */
+    ThinvmPageKind kind;
+    uint8_t level;
+    uint8_t tree;               /* leaf of an active tree: which, and its */
+    uint64_t guest;             /* first guest cluster; to form runs */
+    bool dirty;                 /* not on the device yet: never evicted */
+    bool complete;              /* its bytes are what the device gets */
+    bool touched;               /* since the clock's hand passed */
+    QTAILQ_ENTRY(ThinvmPage) link;      /* state->clean or state->dirty[] */
+    uint64_t data[THINVM_PAGE_SIZE / 8];
+};
+
+/* A metadata extent.  A page is free when its count is 0 and not held. */
+typedef struct ThinvmMetaExtent {
+    uint64_t first_page;
+    uint32_t nb_pages;
+    uint32_t nb_free;           /* neither counted nor held */
+    uint32_t hint;              /* no free page below */
+    bool dirty;                 /* counts changed since the last freeze */
+    ThinvmPointer block;        /* its space block in the last base */
+    uint16_t *count;
+    unsigned long *busy;        /* counted or held */
+} ThinvmMetaExtent;
+
+typedef QTAILQ_HEAD(, ThinvmPage) ThinvmPageList;
+
+/* Ranks in which pages are completed: children before parents */
+enum {
+    THINVM_RANK_LEAF,           /* leaves of mapping and count trees */
+    THINVM_RANK_INNER1,
+    THINVM_RANK_INNER2,
+    THINVM_RANK_INNER3,
+    THINVM_RANK_SNAPSHOT_LEAF,
+    THINVM_RANK_SNAPSHOT_INNER1,
+    THINVM_RANK_SNAPSHOT_INNER2,
+    THINVM_RANK_BACKING,
+    THINVM_NB_RANKS
+};
+
+struct ThinvmState {
+    QemuMutex lock;
+    QemuSeqLock sequence;       /* odd while an operation is applied */
+
+    /* What never changes */
+    QemuUUID uuid;
+    unsigned cluster_bits;
+    uint64_t first_cluster;
+    uint64_t journal_offset, journal_size;
+    uint64_t compatible, readonly_compatible, incompatible, autoclear;
+    ThinvmBounds bounds;
+
+    /* Scalars of the state */
+    uint64_t virtual_size, vmstate_size, device_clusters;
+    uint64_t epoch, generation;
+    uint64_t next_snapshot_id, current_snapshot_id;
+    uint32_t nb_snapshots, nb_snapshot_slots;
+    uint32_t dirty_bound;
+
+    /* Roots, encoded as in a page so that one walk serves all */
+    ThinvmPointerLe root[THINVM_NB_TREES];
+    ThinvmPointerLe count_root, snapshot_root, backing_root;
+    ThinvmPointerLe space_root;
+    ThinvmBacking backing;
+
+    /* Pages in memory */
+    struct qht pages;
+    ThinvmPageList clean;       /* clock, hand at the tail */
+    ThinvmPageList dirty[THINVM_NB_RANKS];
+    uint64_t nb_clean, nb_dirty, cache_limit;   /* pages */
+    uint64_t hits, misses;
+    uint32_t mark;
+    GHashTable *checksums;      /* page number -> ThinvmChecksum; freeze.c */
+
+    /* Metadata extents, in order of taking, and sorted by place */
+    GPtrArray *extents;         /* ThinvmMetaExtent */
+    GPtrArray *extents_sorted;
+    GArray *space_inner;        /* ThinvmPointer of level-1 inner pages */
+    uint64_t nb_meta_pages, nb_meta_free;
+    /* Freed pages (numbers) that a base still names: in the interval being
+     * built, in the frozen one, in the one before */
+    GArray *held_new, *held_frozen, *held_old;
+
+    /* Space of data clusters */
+    GHashTable *busy;           /* cluster / 2048 -> ThinvmBusy; space.c */
+    uint64_t nb_busy;
+    uint64_t search_hint;       /* no free cluster below that is not busy */
+    uint64_t window_first, window_nb;
+    GArray *freed;              /* ThinvmFreedRange */
+
+    ThinvmFrozen *frozen;
+    /* Opening: the superblocks and which is being loaded; page.c */
+    ThinvmSuperblock sb, older;
+    bool has_older, loaded;
+    /* Counts were met that cannot be: every further change is refused */
+    bool damaged;
+    uint64_t new_pages;         /* current prepare: places it may need */
+    uint64_t last_count_leaf;   /* current prepare: asked for last */
+    uint64_t nb_count_free;     /* clusters with count 0 */
+};
+
+/* ---- page.c: pages in memory, their places and reference counts ---- */
+
+static inline ThinvmPointerLe *thinvm_page_slots(ThinvmPage *page)
+{
+    return (ThinvmPointerLe *)page->data;
+}
+
+static inline uint64_t thinvm_slot_word(const ThinvmPointerLe *slot)
+{
+    return le64_to_cpu(qatomic_read(&slot->word_le));
+}
+
+static inline ThinvmPointerType thinvm_slot_type(const ThinvmPointerLe *slot)
+{
+    return (thinvm_slot_word(slot) >> THINVM_PTR_TYPE_SHIFT) & 15;
+}
+
+static inline uint64_t thinvm_slot_address(const ThinvmPointerLe *slot)
+{
+    return thinvm_slot_word(slot) & THINVM_CLUSTER_MASK;
+}
+
+static inline bool thinvm_slot_shared_below(const ThinvmPointerLe *slot)
+{
+    return thinvm_slot_word(slot) & THINVM_PTR_SHARED_BELOW;
+}
+
+/* Replace a slot; the word last, for readers without the lock */
+static inline void thinvm_slot_set(ThinvmPointerLe *slot, uint64_t word,
+                                   uint32_t crc, uint32_t extra)
+{
+    slot->crc_le = cpu_to_le32(crc);
+    slot->extra_le = cpu_to_le32(extra);
+    qatomic_set(&slot->word_le, cpu_to_le64(word));
+}
+
+static inline uint64_t thinvm_slot_make(ThinvmPointerType type,
+                                        uint64_t address)
+{
+    return address | (uint64_t)type << THINVM_PTR_TYPE_SHIFT;
+}
+
+static inline bool thinvm_page_writable(ThinvmState *s, ThinvmPage *page)
+{
+    return page->generation == s->generation && *page->count == 1;
+}
+
+/* Under RCU or the lock; NULL if not in memory */
+ThinvmPage *thinvm_page_find(ThinvmState *s, uint64_t number);
+/* The child of a PAGE slot, or NULL with the page added to want[] */
+ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
+                            ThinvmPageKind kind, int level,
+                            ThinvmNeeds *needs);
+void thinvm_needs_want(ThinvmNeeds *needs, const ThinvmPageRef *ref);
+/* The count of a page by place, or NULL if it is no metadata page */
+uint16_t *thinvm_page_count(ThinvmState *s, uint64_t number,
+                            ThinvmMetaExtent **extent);
+/* A new page with count 1, zero-filled, dirty.  Places were prepared. */
+ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level);
+/* One reference more to, or less of, the page at @number */
+void thinvm_page_ref(ThinvmState *s, uint64_t number);
+/* true: it was the last one; the page is gone from memory and its place held */
+bool thinvm_page_unref(ThinvmState *s, uint64_t number);
+/* Is the child of a PAGE slot in memory?  If not the image names it twice */
+bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot);
+/*
+ * The child of @slot (a PAGE), made writable, with @slot pointing to it.
+ * Children get references and the shared flag when it was shared.
+ */
+ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot);
+void thinvm_pages_evict(ThinvmState *s);
+void thinvm_pages_forget_clean(ThinvmState *s);
+/* A frozen page is on the device now */
+void thinvm_page_thaw(ThinvmState *s, ThinvmPage *page);
+void thinvm_pages_init(ThinvmState *s);
+void thinvm_pages_destroy(ThinvmState *s);
+/* prepare: @page will be changed (@shared: or copied, being shared) */
+void thinvm_page_touch(ThinvmState *s, ThinvmPage *page, bool shared);
+
+/* ---- extents.c: places of pages ---- */
+void thinvm_extents_init(ThinvmState *s);
+void thinvm_extents_destroy(ThinvmState *s);
+/* ThinvmBounds callbacks; opaque is the state */
+bool thinvm_extents_have_page(void *opaque, uint64_t page);
+bool thinvm_extents_have_clusters(void *opaque, uint64_t cluster,
+                                  uint64_t nb_clusters);
+ThinvmMetaExtent *thinvm_extent_add(ThinvmState *s, uint64_t first_page,
+                                    uint32_t nb_pages);
+/* A place for a page with count 1, or its return (@hold: a base names it) */
+uint64_t thinvm_place_alloc(ThinvmState *s);
+void thinvm_place_free(ThinvmState *s, uint64_t number, bool hold);
+void thinvm_extents_hold_shift(ThinvmState *s);
+void thinvm_extents_hold_release(ThinvmState *s);
+
+/* ---- count.c: the tree of reference counts of clusters ---- */
+
+typedef enum ThinvmCountChange {
+    THINVM_COUNT_INC,
+    THINVM_COUNT_DEC,               /* 0 reached: freed, busy */
+    THINVM_COUNT_TO_METADATA,       /* from 0 */
+} ThinvmCountChange;
+
+/* prepare: the counts of these clusters will change.  0, -EAGAIN */
+int thinvm_count_need(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                      ThinvmNeeds *needs);
+/* and they must be @from to @to now (replay): 0, -EAGAIN, -EBADMSG */
+int thinvm_count_expect(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                        uint16_t from, uint16_t to, ThinvmNeeds *needs);
+void thinvm_count_change(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                         ThinvmCountChange change);
+int thinvm_count_get(ThinvmState *s, uint64_t cluster, uint16_t *count,
+                     ThinvmNeeds *needs);
+/* After loading: sums up the free clusters.  0, -EAGAIN */
+int thinvm_count_load(ThinvmState *s, ThinvmNeeds *needs);
+/* prepare and apply of GROW */
+int thinvm_count_need_grow(ThinvmState *s, ThinvmNeeds *needs);
+void thinvm_count_grow(ThinvmState *s, uint64_t device_clusters);
+/*
+ * From @from on: the first cluster with count 0 that is not busy, and how
+ * many follow it at least (at most @max).  0, -EAGAIN, -ENOSPC.
+ */
+int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
+                           uint64_t *first, uint64_t *nb_clusters,
+                           ThinvmNeeds *needs);
+
+/* ---- space.c ---- */
+void thinvm_space_init(ThinvmState *s);
+void thinvm_space_destroy(ThinvmState *s);
+bool thinvm_space_is_busy(ThinvmState *s, uint64_t cluster);
+void thinvm_space_set_busy(ThinvmState *s, uint64_t first, uint64_t nb);
+/* Clear without making them searchable again: they are in use now */
+void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb);
+void thinvm_space_freed(ThinvmState *s, uint64_t first, uint64_t nb);
+void thinvm_space_update_bounds(ThinvmState *s);
+uint64_t thinvm_space_reserve_pages(ThinvmState *s);
+
+/* ---- map.c: mapping trees ---- */
+
+int thinvm_map_prepare(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs,
+                       Error **errp);
+void thinvm_map_apply(ThinvmState *s, const ThinvmOp *op);
+/* The references that a copy of this page adds: prepare and apply */
+int thinvm_map_need_copy(ThinvmState *s, ThinvmPage *page, ThinvmNeeds *needs);
+void thinvm_map_copy_refs(ThinvmState *s, ThinvmPage *page);
+/* Entries and runs of a page (and what its pages hold, if @pages_too) may be
+ * shared from now on */
+void thinvm_map_mark_shared(ThinvmPage *page, bool pages_too);
+/*
+ * One bounded step of freeing the tree below @root, whose holder may be
+ * changed: prepare and apply.  0, -EAGAIN.
+ */
+int thinvm_map_need_drop_step(ThinvmState *s, const ThinvmPointerLe *root,
+                              ThinvmNeeds *needs);
+void thinvm_map_drop_step(ThinvmState *s, ThinvmPointerLe *root);
+/* Before a freeze: leaves that are runs become runs */
+void thinvm_map_form_runs(ThinvmState *s);
+
+/* ---- snapshot.c ---- */
+int thinvm_snapshot_prepare(ThinvmState *s, const ThinvmOp *op,
+                            ThinvmNeeds *needs, Error **errp);
+void thinvm_snapshot_apply(ThinvmState *s, const ThinvmOp *op);
+
+/* ---- freeze.c ---- */
+/* The checksum of a child that was completed lately; else the slot's own */
+uint32_t thinvm_slot_crc(ThinvmState *s, const ThinvmPointerLe *slot);
+/* Put the checksums known by now into a copy of a page */
+void thinvm_page_refresh(ThinvmState *s, ThinvmPage *page);
+
+#endif
