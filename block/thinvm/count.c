@@ -371,6 +371,75 @@ void thinvm_count_change(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
 }
 
 /* ------------------------------------------------------------------ */
+/* Repair                                                              */
+
+/* The free clusters below a page, by its own contents */
+static uint64_t page_free_clusters(ThinvmState *s, ThinvmPage *page,
+                                   uint64_t base)
+{
+    const uint16_t *counts = (uint16_t *)page->data;
+    uint64_t sum = 0;
+
+    if (page->level == 0) {
+        for (uint64_t i = 0; i < level_exists(s, 0, base); i++) {
+            sum += counts[i] == 0;
+        }
+        return sum;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        sum += slot_free(s, &thinvm_page_slots(page)[i], page->level - 1,
+                         base + i * level_span(page->level - 1));
+    }
+    return sum;
+}
+
+static void set_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
+                      uint64_t cluster, uint16_t count)
+{
+    uint64_t base = QEMU_ALIGN_DOWN(cluster, level_span(level));
+    ThinvmPage *page = thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
+                       thinvm_page_resident(s, slot) ?
+                       thinvm_page_shadow(s, slot) :
+                       materialize(s, slot, level, base);
+
+    if (level == 0) {
+        qatomic_set((uint16_t *)page->data + (cluster - base),
+                    cpu_to_le16(count));
+    } else {
+        set_below(s, &thinvm_page_slots(page)[child_index(cluster, level)],
+                  level - 1, cluster, count);
+    }
+    if (level < THINVM_INNER_LEVELS) {
+        thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
+                        page_free_clusters(s, page, base));
+    } else {
+        s->nb_count_free = page_free_clusters(s, page, base);
+    }
+}
+
+int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
+                                uint16_t count, ThinvmNeeds *needs)
+{
+    int ret;
+
+    needs->nb_want = 0;
+    s->mark++;
+    s->new_pages = 0;
+    s->last_count_leaf = UINT64_MAX;
+    ret = need_leaf(s, cluster, needs);
+    if (ret < 0) {
+        return ret;
+    }
+    if (s->nb_meta_free < s->new_pages + THINVM_LAST_PAGES) {
+        return -ENOSPC;
+    }
+    seqlock_write_begin(&s->sequence);
+    set_below(s, &s->count_root, THINVM_INNER_LEVELS, cluster, count);
+    seqlock_write_end(&s->sequence);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
 /* The device grows                                                    */
 
 int thinvm_count_need_grow(ThinvmState *s, ThinvmNeeds *needs)

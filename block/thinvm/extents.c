@@ -202,6 +202,33 @@ void thinvm_extents_hold_release(ThinvmState *s)
     s->held_frozen = empty;
 }
 
+int thinvm_repair_page_count(ThinvmState *s, uint64_t number, uint16_t count)
+{
+    ThinvmMetaExtent *e;
+    uint16_t *recorded = thinvm_page_count(s, number, &e);
+    uint16_t old;
+
+    if (!recorded) {
+        return -ENOENT;
+    }
+    old = *recorded;
+    qatomic_set(recorded, count);
+    e->dirty = true;
+    if (old && !count) {
+        /* Both bases may name it, as they say themselves */
+        thinvm_page_forget(s, number);
+        thinvm_place_free(s, number, true);
+    } else if (!old && count) {
+        uint32_t page = number - e->first_page;
+
+        if (!test_and_set_bit(page, e->busy)) {
+            e->nb_free--;
+            s->nb_meta_free--;
+        }
+    }
+    return 0;
+}
+
 /* ------------------------------------------------------------------ */
 /* Loading                                                             */
 

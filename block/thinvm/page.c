@@ -324,6 +324,15 @@ static void page_drop(ThinvmState *s, ThinvmPage *page)
     }
 }
 
+void thinvm_page_forget(ThinvmState *s, uint64_t number)
+{
+    ThinvmPage *page = thinvm_page_find(s, number);
+
+    if (page) {
+        page_drop(s, page);
+    }
+}
+
 bool thinvm_page_unref(ThinvmState *s, uint64_t number)
 {
     ThinvmMetaExtent *extent;

@@ -211,6 +211,8 @@ bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot);
  */
 ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot);
 void thinvm_pages_evict(ThinvmState *s);
+/* A page that nothing names (repair) leaves memory */
+void thinvm_page_forget(ThinvmState *s, uint64_t number);
 void thinvm_pages_forget_clean(ThinvmState *s);
 /* A frozen page is on the device now */
 void thinvm_page_thaw(ThinvmState *s, ThinvmPage *page);

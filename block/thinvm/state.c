@@ -471,3 +471,19 @@ int thinvm_state_read_page(ThinvmState *s, const ThinvmPageRef *ref, void *buf,
     memcpy(buf, page->data, THINVM_PAGE_SIZE);
     return 0;
 }
+
+void thinvm_repair_distrust(ThinvmState *s)
+{
+    seqlock_write_begin(&s->sequence);
+    for (int tree = 0; tree < THINVM_NB_TREES; tree++) {
+        ThinvmPointerLe *slot = &s->root[tree];
+
+        if (thinvm_slot_type(slot) == THINVM_PTR_PAGE) {
+            thinvm_slot_set(slot, thinvm_slot_word(slot) |
+                            THINVM_PTR_SHARED_BELOW,
+                            le32_to_cpu(slot->crc_le), 0);
+        }
+    }
+    s->damaged = false;
+    seqlock_write_end(&s->sequence);
+}

@@ -274,4 +274,21 @@ void thinvm_state_roots(ThinvmState *s, ThinvmPointer *map,
 int thinvm_state_read_page(ThinvmState *s, const ThinvmPageRef *ref, void *buf,
                            ThinvmNeeds *needs);
 
+/*
+ * Repair.  Counts are set to what a walk of all trees found, in memory and
+ * without a journal record; nothing else may run meanwhile.  The caller then
+ * writes two checkpoints: the first makes all corrections durable at once,
+ * the second brings them into the older base too.
+ */
+/* 0; -EAGAIN (read want[], insert, call again); -ENOSPC */
+int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
+                                uint16_t count, ThinvmNeeds *needs);
+int thinvm_repair_page_count(ThinvmState *s, uint64_t page, uint16_t count);
+/*
+ * Entries may lack "possibly shared": from now on the counts decide.  Makes
+ * two guest clusters on one physical cluster (counted as 2) safe: the next
+ * write to either copies.  Also lets changes be made again.
+ */
+void thinvm_repair_distrust(ThinvmState *s);
+
 #endif
