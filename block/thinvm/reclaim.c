@@ -1,0 +1,552 @@
+/*
+ * thinvm durability layer: when a freed cluster may be used again
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Keeps invariant 2.  A cluster that an operation freed is in quarantine, and
+ * busy to the engine, until
+ *
+ *   - the record that frees it is durable: else a power cut would bring back
+ *     the mapping to it, with another mapping's data in it;
+ *   - every request that joined before the freeing has left: it may have
+ *     looked the mapping up and be reading, or writing, the cluster;
+ *   - a discard of it, if one is passed down, has completed: else it might
+ *     land on the next owner's data.
+ *
+ * Requests are counted by epoch.  st->request_epoch is the current one; what
+ * is freed is stamped with it *after* the apply that freed it, and then the
+ * epoch is advanced, so that a request that joins later does not hold it up.
+ * Epochs share THINVM_REQUEST_EPOCHS counters: the epoch advances only onto a
+ * counter that is zero.  A request that is delayed between reading the epoch
+ * and counting itself sees that the epoch has changed, and joins again; so
+ * once a counter was found zero after the epoch had left it, nobody is in it.
+ *
+ * Nothing of this is on the device.  A power cut forgets the quarantine:
+ * after it the clusters are free if the record arrived, and in use if not;
+ * discards that were not passed down yet are lost, which wastes space in a
+ * thin device below but harms nothing.
+ */
+#include "qemu/osdep.h"
+#include "qemu/lockable.h"
+#include "store-int.h"
+#include "trace.h"
+
+/* Ranges in quarantine that are too many to wait for the worker */
+#define THINVM_QUARANTINE_FULL      16384
+/* Ranges that one call of thinvm_store_reclaim() makes free, at least */
+#define THINVM_RECLAIM_STEP         1024
+/* Bytes by which a device is enlarged at least, when that works */
+#define THINVM_GROW_STEP            (64 * MiB)
+/* How long a request waits in reserve() for others to leave */
+#define THINVM_RESERVE_WAIT_NS      (10 * SCALE_MS)
+#define THINVM_RESERVE_WAITS        50
+
+void thinvm_reclaim_init(ThinvmStore *st)
+{
+    QSIMPLEQ_INIT(&st->quarantine);
+    QSIMPLEQ_INIT(&st->retired);
+    qemu_co_mutex_init(&st->grow_lock);
+}
+
+/* ------------------------------------------------------------------ */
+/* Request epochs                                                      */
+
+static unsigned *request_count(ThinvmStore *st, unsigned epoch)
+{
+    return &st->requests[epoch & (THINVM_REQUEST_EPOCHS - 1)].nb;
+}
+
+unsigned thinvm_store_request_begin(ThinvmStore *st)
+{
+    for (;;) {
+        unsigned epoch = qatomic_read(&st->request_epoch);
+
+        /* A full barrier: the count is seen before what we look up */
+        qatomic_inc(request_count(st, epoch));
+        smp_mb();
+        if (qatomic_read(&st->request_epoch) == epoch) {
+            return epoch & (THINVM_REQUEST_EPOCHS - 1);
+        }
+        qatomic_dec(request_count(st, epoch));
+    }
+}
+
+void thinvm_store_request_end(ThinvmStore *st, unsigned token)
+{
+    unsigned before = qatomic_fetch_dec(&st->requests[token].nb);
+
+    assert(before > 0);
+}
+
+/* So that requests from now on are of a later epoch.  st->lock */
+static void advance_epoch(ThinvmStore *st)
+{
+    smp_mb();
+    if (!qatomic_read(request_count(st, st->request_epoch + 1))) {
+        qatomic_set(&st->request_epoch, st->request_epoch + 1);
+        smp_mb();
+    }
+}
+
+/* Have all requests of @epoch and of earlier ones left?  st->lock */
+static bool epoch_has_left(ThinvmStore *st, unsigned epoch)
+{
+    unsigned behind = st->request_epoch - epoch;
+
+    if (behind == 0) {
+        advance_epoch(st);
+        behind = st->request_epoch - epoch;
+    }
+    smp_mb();
+    /* Counters of epochs further back were zero when they were taken again */
+    for (unsigned i = behind; i < THINVM_REQUEST_EPOCHS; i++) {
+        if (qatomic_read(request_count(st, st->request_epoch - i))) {
+            return false;
+        }
+    }
+    return behind > 0;
+}
+
+static unsigned requests_running(ThinvmStore *st)
+{
+    unsigned nb = 0;
+
+    for (unsigned i = 0; i < THINVM_REQUEST_EPOCHS; i++) {
+        nb += qatomic_read(&st->requests[i].nb);
+    }
+    return nb;
+}
+
+/* ------------------------------------------------------------------ */
+/* Quarantine                                                          */
+
+static void quarantine_free(ThinvmQuarantine *q)
+{
+    g_array_free(q->ranges, true);
+    g_free(q);
+}
+
+void thinvm_quarantine_add(ThinvmStore *st, ThinvmState *s,
+                           uint64_t sequence)
+{
+    GArray *freed = thinvm_space_take_freed(s);
+    ThinvmQuarantine *q;
+
+    if (!freed) {
+        return;
+    }
+    /* The stamp is read after what freed them was visible to everybody */
+    smp_mb();
+    QEMU_LOCK_GUARD(&st->lock);
+    st->quarantined_ranges += freed->len;
+    q = QSIMPLEQ_LAST(&st->quarantine, ThinvmQuarantine, next);
+    if (q && q->sequence == sequence && q->request_epoch == st->request_epoch) {
+        g_array_append_vals(q->ranges, freed->data, freed->len);
+        g_array_free(freed, true);
+    } else {
+        q = g_new0(ThinvmQuarantine, 1);
+        q->sequence = sequence;
+        q->request_epoch = st->request_epoch;
+        q->ranges = freed;
+        QSIMPLEQ_INSERT_TAIL(&st->quarantine, q, next);
+    }
+    advance_epoch(st);
+}
+
+void thinvm_quarantine_skip(ThinvmState *s)
+{
+    GArray *freed;
+
+    thinvm_state_lock(s);
+    freed = thinvm_space_take_freed(s);
+    for (guint i = 0; freed && i < freed->len; i++) {
+        ThinvmFreedRange *r = &g_array_index(freed, ThinvmFreedRange, i);
+
+        thinvm_space_unbusy(s, r->first, r->nb_clusters);
+    }
+    thinvm_state_unlock(s);
+    if (freed) {
+        g_array_free(freed, true);
+    }
+}
+
+void thinvm_quarantine_drop(ThinvmStore *st)
+{
+    ThinvmQuarantine *q;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    while ((q = QSIMPLEQ_FIRST(&st->quarantine))) {
+        QSIMPLEQ_REMOVE_HEAD(&st->quarantine, next);
+        quarantine_free(q);
+    }
+    st->quarantined_ranges = 0;
+}
+
+bool thinvm_quarantine_is_full(ThinvmStore *st)
+{
+    return qatomic_read(&st->quarantined_ranges) >= THINVM_QUARANTINE_FULL;
+}
+
+/* Stamps and sequences grow along the queue: only the first is looked at */
+static ThinvmQuarantine *quarantine_pop(ThinvmStore *st)
+{
+    bool owner = qatomic_read(&st->mode) != THINVM_STORE_READING;
+    ThinvmQuarantine *q;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    q = QSIMPLEQ_FIRST(&st->quarantine);
+    /* A follower reuses nothing: for it the record need not be durable, and
+       when it becomes the owner its first commit makes it so */
+    if (!q || (owner && q->sequence > st->journal.flushed_sequence) ||
+        !epoch_has_left(st, q->request_epoch)) {
+        return NULL;
+    }
+    QSIMPLEQ_REMOVE_HEAD(&st->quarantine, next);
+    st->quarantined_ranges -= q->ranges->len;
+    return q;
+}
+
+void thinvm_retire_state(ThinvmStore *st, ThinvmState *s)
+{
+    ThinvmRetiredState *r = g_new0(ThinvmRetiredState, 1);
+
+    r->state = s;
+    smp_mb();
+    QEMU_LOCK_GUARD(&st->lock);
+    r->request_epoch = st->request_epoch;
+    QSIMPLEQ_INSERT_TAIL(&st->retired, r, next);
+    advance_epoch(st);
+}
+
+static void free_retired(ThinvmStore *st, bool all)
+{
+    ThinvmRetiredState *r;
+
+    for (;;) {
+        WITH_QEMU_LOCK_GUARD(&st->lock) {
+            r = QSIMPLEQ_FIRST(&st->retired);
+            if (!r || (!all && !epoch_has_left(st, r->request_epoch))) {
+                return;
+            }
+            QSIMPLEQ_REMOVE_HEAD(&st->retired, next);
+        }
+        thinvm_state_free(r->state);
+        g_free(r);
+    }
+}
+
+void thinvm_reclaim_destroy(ThinvmStore *st)
+{
+    assert(requests_running(st) == 0);
+    free_retired(st, true);
+    thinvm_quarantine_drop(st);
+}
+
+/* ------------------------------------------------------------------ */
+/* Reclaiming                                                          */
+
+static void coroutine_fn discard_ranges(ThinvmStore *st, GArray *ranges)
+{
+    for (guint i = 0; i < ranges->len; i++) {
+        ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
+
+        if (qatomic_read(&st->poisoned)) {
+            return;             /* the clusters may be somebody else's */
+        }
+        /* It is a hint; when it fails nothing is lost but space below */
+        st->dev->co_pdiscard(st->dev, r->first << st->cluster_bits,
+                             r->nb_clusters << st->cluster_bits);
+    }
+}
+
+static int compare_ranges(const void *a, const void *b)
+{
+    const ThinvmFreedRange *ra = a, *rb = b;
+
+    return ra->first < rb->first ? -1 : ra->first > rb->first;
+}
+
+/* One discard, and one step of the engine, for neighbours */
+static void join_ranges(GArray *ranges)
+{
+    guint n = 0;
+
+    qsort(ranges->data, ranges->len, sizeof(ThinvmFreedRange), compare_ranges);
+    for (guint i = 1; i < ranges->len; i++) {
+        ThinvmFreedRange *last = &g_array_index(ranges, ThinvmFreedRange, n);
+        ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
+
+        if (last->first + last->nb_clusters == r->first) {
+            last->nb_clusters += r->nb_clusters;
+        } else {
+            n++;
+            g_array_index(ranges, ThinvmFreedRange, n) = *r;
+        }
+    }
+    g_array_set_size(ranges, MIN(ranges->len, n + 1));
+}
+
+/* Number of ranges that were made free */
+static unsigned coroutine_fn reclaim_some(ThinvmStore *st, bool discard)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmQuarantine *q;
+    unsigned nb = 0;
+
+    discard = discard && qatomic_read(&st->mode) == THINVM_STORE_WRITING;
+    while (nb < THINVM_RECLAIM_STEP && (q = quarantine_pop(st))) {
+        nb += q->ranges->len;
+        join_ranges(q->ranges);
+        if (discard) {
+            discard_ranges(st, q->ranges);
+        }
+        thinvm_state_lock(s);
+        for (guint i = 0; i < q->ranges->len; i++) {
+            ThinvmFreedRange *r = &g_array_index(q->ranges, ThinvmFreedRange,
+                                                 i);
+
+            thinvm_space_unbusy(s, r->first, r->nb_clusters);
+        }
+        thinvm_state_unlock(s);
+        trace_thinvm_reclaim(st, q->sequence, q->ranges->len);
+        quarantine_free(q);
+    }
+    return nb;
+}
+
+int coroutine_fn thinvm_store_reclaim(ThinvmStore *st, bool discard)
+{
+    unsigned nb = reclaim_some(st, discard);
+
+    free_retired(st, false);
+    if (nb >= THINVM_RECLAIM_STEP) {
+        thinvm_store_kick(st);  /* more may be ready */
+    }
+    return 0;
+}
+
+void thinvm_store_set_discard(ThinvmStore *st, bool discard)
+{
+    qatomic_set(&st->discard, discard);
+}
+
+/* ------------------------------------------------------------------ */
+/* Space                                                               */
+
+/* thinvm_space_reserve() with its pages read */
+static int coroutine_fn reserve_once(ThinvmStore *st, uint64_t goal,
+                                     uint64_t max, uint64_t *first,
+                                     uint64_t *nb_clusters)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    unsigned attempts = 0;
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        thinvm_state_lock(s);
+        ret = thinvm_space_reserve(s, goal, max, first, nb_clusters, &needs);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        thinvm_state_unlock(s);
+        ret = thinvm_store_read_wanted(st, s, &needs, NULL);
+        thinvm_state_lock(s);
+        if (ret == -EBADMSG && attempts++ == 0) {
+            thinvm_needs_destroy(s, &needs);    /* see may_retry() */
+            thinvm_needs_init(&needs);
+        } else if (ret < 0) {
+            break;
+        }
+        thinvm_state_unlock(s);
+    }
+    thinvm_needs_destroy(s, &needs);
+    thinvm_state_unlock(s);
+    return ret;
+}
+
+static uint64_t device_clusters(ThinvmStore *st)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmInfoState info;
+
+    thinvm_state_lock(s);
+    thinvm_state_info(s, &info);
+    thinvm_state_unlock(s);
+    return info.device_clusters;
+}
+
+/* Enlarge by @clusters, or less if the device is longer by less anyway */
+static int coroutine_fn grow_by(ThinvmStore *st, uint64_t clusters)
+{
+    uint64_t before = device_clusters(st);
+    uint64_t after = MIN(before + clusters, THINVM_MAX_CLUSTERS);
+    ThinvmOp op = { .type = THINVM_OP_GROW };
+    int64_t length;
+    int ret;
+
+    ret = st->dev->co_grow(st->dev, after << st->cluster_bits);
+    length = st->dev->co_length(st->dev);
+    if (length >= 0) {
+        after = MIN(after, length >> st->cluster_bits);
+    }
+    if (length < 0 || after <= before) {
+        return ret < 0 ? ret : -ENOSPC;
+    }
+    op.value = after;
+    trace_thinvm_grow(st, before, after);
+    return thinvm_store_execute_internal(st, &op, false, true, NULL, NULL);
+}
+
+/* grow_lock is held.  0: there is more space now */
+static int coroutine_fn grow(ThinvmStore *st)
+{
+    uint64_t before = device_clusters(st);
+    uint64_t step = MAX(THINVM_GROW_STEP >> st->cluster_bits, before / 16);
+    int ret;
+
+    do {
+        ret = grow_by(st, step);
+        step /= 16;
+    } while (ret < 0 && ret != -EIO && step > 0);
+    return ret < 0 ? -ENOSPC : 0;
+}
+
+static bool has_unflushed_quarantine(ThinvmStore *st)
+{
+    ThinvmQuarantine *q;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    q = QSIMPLEQ_FIRST(&st->quarantine);
+    return q && q->sequence > st->journal.flushed_sequence;
+}
+
+/*
+ * Others may hold up what would be free then.  They may also be waiting for
+ * us, say for an overlapping range, so the time is bounded; and there is no
+ * point in it when everybody who is left waits here.
+ */
+static bool coroutine_fn wait_for_others(ThinvmStore *st, unsigned *waits)
+{
+    bool worth;
+
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        worth = *waits < THINVM_RESERVE_WAITS &&
+                !QSIMPLEQ_EMPTY(&st->quarantine) &&
+                requests_running(st) > st->reserve_waiting + 1;
+        st->reserve_waiting += worth;
+    }
+    if (!worth) {
+        return false;
+    }
+    (*waits)++;
+    qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_RESERVE_WAIT_NS);
+    QEMU_LOCK_GUARD(&st->lock);
+    st->reserve_waiting--;
+    return true;
+}
+
+/* Freed clusters first, so that a device that grows on demand stays small */
+static int coroutine_fn make_space(ThinvmStore *st, bool grow_locked)
+{
+    uint64_t before = device_clusters(st);
+    int ret;
+
+    if (reclaim_some(st, qatomic_read(&st->discard))) {
+        return 0;
+    }
+    if (has_unflushed_quarantine(st)) {
+        ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
+        if (ret < 0) {
+            return ret;
+        }
+        if (reclaim_some(st, qatomic_read(&st->discard))) {
+            return 0;
+        }
+    }
+    if (grow_locked) {
+        return grow(st);
+    }
+    qemu_co_mutex_lock(&st->grow_lock);
+    ret = device_clusters(st) > before ? 0 : grow(st);
+    qemu_co_mutex_unlock(&st->grow_lock);
+    return ret;
+}
+
+static int coroutine_fn reserve(ThinvmStore *st, uint64_t goal, uint64_t max,
+                                bool grow_locked, uint64_t *first,
+                                uint64_t *nb_clusters)
+{
+    unsigned waits = 0;
+    int ret;
+
+    for (;;) {
+        ret = thinvm_store_may_write(st);
+        if (ret == 0) {
+            ret = reserve_once(st, goal, max, first, nb_clusters);
+        }
+        if (ret != -ENOSPC) {
+            return ret;
+        }
+        ret = make_space(st, grow_locked);
+        if (ret == -ENOSPC && (grow_locked || !wait_for_others(st, &waits))) {
+            /* What was freed by others just now counts too */
+            return reserve_once(st, goal, max, first, nb_clusters);
+        } else if (ret < 0 && ret != -ENOSPC) {
+            return ret;
+        }
+    }
+}
+
+int coroutine_fn thinvm_store_reserve(ThinvmStore *st, uint64_t goal,
+                                      uint64_t max, uint64_t *first,
+                                      uint64_t *nb_clusters)
+{
+    return reserve(st, goal, max, false, first, nb_clusters);
+}
+
+void thinvm_store_unreserve(ThinvmStore *st, uint64_t first,
+                            uint64_t nb_clusters)
+{
+    ThinvmState *s = thinvm_store_state(st);
+
+    thinvm_state_lock(s);
+    thinvm_space_unbusy(s, first, nb_clusters);
+    thinvm_state_unlock(s);
+}
+
+static uint64_t metadata_wanted(ThinvmStore *st)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    uint64_t wanted;
+    bool urgent;
+
+    thinvm_state_lock(s);
+    wanted = thinvm_space_metadata_wanted(s, &urgent);
+    thinvm_state_unlock(s);
+    return wanted;
+}
+
+int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
+{
+    ThinvmOp op = { .type = THINVM_OP_META_EXTEND };
+    uint64_t wanted;
+    int ret = 0;
+
+    qemu_co_mutex_lock(&st->grow_lock);
+    wanted = metadata_wanted(st);
+    if (wanted) {
+        ret = reserve(st, 0, wanted, true, &op.physical, &op.count);
+        if (ret == 0) {
+            trace_thinvm_meta_extend(st, op.physical, op.count);
+            ret = thinvm_store_execute_internal(st, &op, false, true, NULL,
+                                                NULL);
+            if (ret < 0) {
+                thinvm_store_unreserve(st, op.physical, op.count);
+            }
+        }
+    }
+    qemu_co_mutex_unlock(&st->grow_lock);
+    return ret;
+}

@@ -1,0 +1,893 @@
+/*
+ * thinvm durability layer: reading a base and its journal
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * For opening an image, and for following an owner elsewhere while it writes.
+ * Nothing here writes to the device.
+ *
+ * The state is the newest valid base plus the records that follow it, each
+ * named by the one before: sequence one higher, checksum of its predecessor,
+ * epoch not lower, own checksum right.  The first that is not so ends the
+ * journal.  Was it torn by a power cut, or damaged later?  A later record that
+ * says "flushed up to here" proves the latter (check_for_damage()); then
+ * opening fails rather than silently dropping what was promised to be there.
+ *
+ * While an owner writes, what we read may change under us in three ways:
+ *  - A record is half written: it is not there yet.
+ *  - The owner's base has moved on and pages or ring are being reused: a page
+ *    has a wrong checksum, a record does not continue ours.  Both superblocks
+ *    tell: if they have moved on we start afresh from them; if not, it is
+ *    damage, and is reported.
+ *  - A new owner has cut off records that we had read from the device's cache
+ *    and that a power cut then took: its first record does not continue ours,
+ *    and we start afresh.
+ * A state that applied only part of a record is never used again (st->stale).
+ *
+ * Before we write ourselves the state must stem from the newest base
+ * (thinvm_follow_finish()): only then do we know which pages the two newest
+ * bases name, and must not be overwritten.
+ *
+ * Bounds: records replayed by the size of the ring, pages changed by
+ * THINVM_MAX_REPLAY_PAGES, whatever a hostile journal says.
+ */
+#include "qemu/osdep.h"
+#include "qemu/lockable.h"
+#include "qemu/rcu.h"
+#include "qemu/cutils.h"
+#include "qapi/qapi-types-block-core.h"
+#include "store-int.h"
+#include "trace.h"
+
+/* Read ahead when replaying and scanning; bytes */
+#define THINVM_RING_WINDOW          (1 * MiB)
+/* The scan for damage stops here; bytes */
+#define THINVM_SCAN_LIMIT           (64 * MiB)
+/* The same when we take over after following: the next record at least */
+#define THINVM_SCAN_LIMIT_FOLLOW    (2 * THINVM_RECORD_MAX_SIZE)
+/* No writer leaves so many pages changed since its older base */
+#define THINVM_MAX_REPLAY_PAGES     65536
+/* Times that we start again because an owner's base has moved on */
+#define THINVM_MAX_RESTARTS         16
+
+/* ------------------------------------------------------------------ */
+/* Superblocks                                                         */
+
+typedef struct Slot {
+    ThinvmSuperblock sb;
+    bool valid;
+    bool blank;                 /* all zeroes: nothing was ever there */
+    int ret;
+    Error *err;
+} Slot;
+
+static int coroutine_fn slot_read(ThinvmDevice *dev, int nr, Slot *slot)
+{
+    g_autofree uint8_t *buf = g_malloc0(THINVM_PAGE_SIZE);
+
+    slot->ret = dev->co_pread(dev, thinvm_superblock_offset(nr),
+                              THINVM_PAGE_SIZE, buf);
+    if (slot->ret < 0) {
+        error_setg_errno(&slot->err, -slot->ret,
+                         "Could not read superblock %d", nr);
+        return slot->ret;
+    }
+    slot->blank = buffer_is_zero(buf, sizeof(ThinvmSuperblockLe));
+    slot->ret = thinvm_superblock_decode(&slot->sb,
+                                         (ThinvmSuperblockLe *)buf,
+                                         &slot->err);
+    if (slot->ret == 0) {
+        slot->valid = true;
+    } else {
+        error_prepend(&slot->err, "Superblock %d: ", nr);
+    }
+    return slot->ret;
+}
+
+/* Can these be two bases of one image, @b before @a? */
+static bool slots_agree(const ThinvmSuperblock *a, const ThinvmSuperblock *b)
+{
+    return qemu_uuid_is_equal(&a->uuid, &b->uuid) &&
+           a->cluster_bits == b->cluster_bits &&
+           a->journal_offset == b->journal_offset &&
+           a->journal_size == b->journal_size &&
+           a->generation > b->generation && a->sequence >= b->sequence &&
+           a->epoch >= b->epoch;
+}
+
+/* Which error of two invalid slots tells most?  Damage and versions do */
+static int worse_slot(const Slot *slots)
+{
+    return slots[0].ret == -EINVAL && slots[1].ret != -EINVAL ? 1 : 0;
+}
+
+void thinvm_bases_destroy(ThinvmBases *bases)
+{
+    error_free(bases->damage);
+    bases->damage = NULL;
+}
+
+int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
+                                   Error **errp)
+{
+    Slot slots[THINVM_NB_SUPERBLOCKS] = {};
+    int newest, other, ret = 0;
+
+    memset(bases, 0, sizeof(*bases));
+    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
+        slot_read(dev, i, &slots[i]);
+    }
+    if (!slots[0].valid && !slots[1].valid) {
+        int i = worse_slot(slots);
+
+        ret = slots[i].ret;
+        error_propagate(errp, g_steal_pointer(&slots[i].err));
+        goto out;
+    }
+    /* A version or feature that we do not know may be the newer base */
+    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
+        if (slots[i].ret == -ENOTSUP) {
+            ret = -ENOTSUP;
+            error_propagate(errp, g_steal_pointer(&slots[i].err));
+            goto out;
+        }
+    }
+    newest = !slots[0].valid ||
+             (slots[1].valid &&
+              slots[1].sb.generation > slots[0].sb.generation);
+    other = !newest;
+    bases->newest = slots[newest].sb;
+    bases->newest_slot = newest;
+    if (slots[other].valid) {
+        bases->older = slots[other].sb;
+        bases->has_older = slots_agree(&bases->newest, &bases->older);
+        if (!bases->has_older) {
+            bases->suspect = true;
+            error_setg(&bases->damage, "Superblock %d does not belong to the "
+                       "image that superblock %d describes", other, newest);
+        }
+    } else if (!slots[other].blank) {
+        bases->suspect = true;
+        bases->damage = g_steal_pointer(&slots[other].err);
+    }
+out:
+    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
+        error_free(slots[i].err);
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
+                                    ThinvmSuperblock *older, bool *has_older,
+                                    Error **errp)
+{
+    ThinvmBases bases;
+    int ret = thinvm_bases_read(dev, &bases, errp);
+
+    if (ret == 0) {
+        *sb = bases.newest;
+        if (older) {
+            *older = bases.older;
+        }
+        if (has_older) {
+            *has_older = bases.has_older;
+        }
+        thinvm_bases_destroy(&bases);
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* The ring                                                            */
+
+/* Where reading has arrived; see ThinvmJournal for running positions */
+typedef struct Position {
+    uint64_t tail, base, head;
+    uint64_t last;              /* where the record before head starts; is
+                                   head if that is in the base already */
+    uint64_t sequence, epoch;   /* of the record before head */
+    uint32_t crc;
+} Position;
+
+/* Reads the ring through a window; what it holds is as old as the read */
+typedef struct Ring {
+    ThinvmStore *st;
+    uint64_t offset, size;      /* bytes */
+    uint64_t start;             /* running position of buf */
+    uint32_t length;            /* bytes that buf holds */
+    uint32_t window;            /* bytes to read at once */
+    uint8_t *buf;
+} Ring;
+
+static void ring_init(Ring *ring, ThinvmStore *st, const ThinvmSuperblock *sb,
+                      uint32_t window)
+{
+    *ring = (Ring) {
+        .st = st,
+        .offset = sb->journal_offset,
+        .size = sb->journal_size,
+        .window = window,
+    };
+}
+
+static void ring_destroy(Ring *ring)
+{
+    g_free(ring->buf);
+}
+
+/* @bytes (at most THINVM_RECORD_MAX_SIZE) from a running position on */
+static int coroutine_fn ring_get(Ring *ring, uint64_t position, uint32_t bytes,
+                                 const uint8_t **data)
+{
+    uint32_t window = MAX(ring->window, bytes);
+    uint64_t start = position % ring->size;
+    uint64_t first;
+    int ret;
+
+    if (ring->length && position >= ring->start &&
+        position + bytes <= ring->start + ring->length) {
+        *data = ring->buf + (position - ring->start);
+        return 0;
+    }
+    window = MIN(window, ring->size);
+    ring->buf = g_realloc(ring->buf, window);
+    ring->length = 0;
+    first = MIN(window, ring->size - start);
+    ret = thinvm_store_pread(ring->st, ring->offset + start, first, ring->buf,
+                             BLKDBG_REFTABLE_LOAD);
+    if (ret == 0 && first < window) {
+        ret = thinvm_store_pread(ring->st, ring->offset, window - first,
+                                 ring->buf + first, BLKDBG_REFTABLE_LOAD);
+    }
+    if (ret == 0) {
+        ring->start = position;
+        ring->length = window;
+        *data = ring->buf;
+    }
+    return ret;
+}
+
+typedef enum Next {
+    NEXT_RECORD,                /* it continues the journal */
+    NEXT_NONE,                  /* nothing, or of an earlier lap */
+    NEXT_TORN,                  /* its header is right, the rest not (yet) */
+    NEXT_FOREIGN,               /* a record, but of another history */
+} Next;
+
+/* Judge what is at @pos->head; negative errno if it cannot be read */
+static int coroutine_fn ring_next(Ring *ring, const Position *pos,
+                                  ThinvmRecord *rec, const uint8_t **data)
+{
+    uint32_t size;
+    int ret;
+
+    ret = ring_get(ring, pos->head, THINVM_PAGE_SIZE, data);
+    if (ret < 0) {
+        return ret;
+    }
+    if (thinvm_record_decode_header(rec, *data) < 0 ||
+        rec->sequence != pos->sequence + 1 || rec->epoch < pos->epoch) {
+        return NEXT_NONE;
+    }
+    size = ROUND_UP(rec->length, THINVM_PAGE_SIZE);
+    if (rec->length > THINVM_RECORD_MAX_SIZE || size > ring->size) {
+        return NEXT_NONE;
+    }
+    ret = ring_get(ring, pos->head, size, data);
+    if (ret < 0) {
+        return ret;
+    }
+    if (thinvm_record_decode_header(rec, *data) < 0 ||
+        rec->length > size ||
+        !thinvm_record_checksum_ok(&ring->st->uuid, *data, rec)) {
+        return NEXT_TORN;
+    }
+    return rec->previous_crc == pos->crc ? NEXT_RECORD : NEXT_FOREIGN;
+}
+
+static void position_advance(Position *pos, const ThinvmRecord *rec)
+{
+    pos->last = pos->head;
+    pos->head += ROUND_UP(rec->length, THINVM_PAGE_SIZE);
+    pos->sequence = rec->sequence;
+    pos->epoch = rec->epoch;
+    pos->crc = rec->crc;
+}
+
+/*
+ * Is there, within @limit bytes from the head on, a record that says that the
+ * one which is missing at the head was durable?  0, -EBADMSG with @errp
+ * naming both, or another errno if the ring cannot be read.
+ */
+static int coroutine_fn check_for_damage(Ring *ring, const Position *pos,
+                                         uint64_t limit, Error **errp)
+{
+    uint64_t bad = pos->sequence + 1;
+    uint64_t end = pos->head + MIN(limit, ring->size);
+
+    for (uint64_t p = pos->head; p < end; p += THINVM_PAGE_SIZE) {
+        ThinvmRecord rec;
+        const uint8_t *data;
+        uint32_t size;
+        int ret = ring_get(ring, p, THINVM_PAGE_SIZE, &data);
+
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not read the journal at byte "
+                             "%" PRIu64, p % ring->size);
+            return ret;
+        }
+        if (thinvm_record_decode_header(&rec, data) < 0 ||
+            rec.sequence < bad || rec.epoch < pos->epoch ||
+            rec.flushed_sequence < bad ||
+            rec.length > THINVM_RECORD_MAX_SIZE) {
+            continue;
+        }
+        size = MIN(ROUND_UP(rec.length, THINVM_PAGE_SIZE), ring->size);
+        ret = ring_get(ring, p, size, &data);
+        if (ret < 0 || rec.length > size ||
+            !thinvm_record_checksum_ok(&ring->st->uuid, data, &rec)) {
+            continue;
+        }
+        error_setg(errp, "Journal record %" PRIu64 " at byte %" PRIu64
+                   " of the journal is damaged: record %" PRIu64 " at byte %"
+                   PRIu64 " says that it was durable", bad,
+                   pos->head % ring->size, rec.sequence, p % ring->size);
+        return -EBADMSG;
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* Replay                                                              */
+
+static int coroutine_fn replay_op(ThinvmStore *st, ThinvmState *s,
+                                  const ThinvmOp *op, Error **errp)
+{
+    ThinvmNeeds needs;
+    ThinvmInfoState info;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        thinvm_state_lock(s);
+        ret = thinvm_state_prepare(s, op, true, &needs, errp);
+        if (ret == 0) {
+            thinvm_state_apply(s, op);
+        }
+        thinvm_state_info(s, &info);
+        thinvm_state_unlock(s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_store_read_wanted(st, s, &needs, errp);
+        if (ret < 0) {
+            break;
+        }
+    }
+    thinvm_state_lock(s);
+    thinvm_needs_destroy(s, &needs);
+    thinvm_state_unlock(s);
+    if (ret == -EALREADY) {
+        return 0;
+    }
+    if (ret == -ENOSPC || (ret == 0 &&
+                           info.dirty_pages > THINVM_MAX_REPLAY_PAGES)) {
+        error_setg(errp, "it changes more metadata than there can be");
+        ret = -EBADMSG;
+    } else if (ret < 0 && errp && !*errp) {
+        error_setg_errno(errp, -ret, "operation of type %d", op->type);
+    }
+    return ret;
+}
+
+/* Apply a record whose checksum is right.  On error @s is of no use */
+static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
+                                      const ThinvmRecord *rec,
+                                      const uint8_t *data, Error **errp)
+{
+    ERRP_GUARD();
+    g_autofree ThinvmBacking *backing = g_new(ThinvmBacking, 1);
+    g_autofree ThinvmSnapshot *snapshot = g_new(ThinvmSnapshot, 1);
+    /* the window that @data is in may go while pages are read */
+    g_autofree uint8_t *copy = g_memdup2(data, rec->length);
+    uint32_t offset = sizeof(ThinvmRecordLe);
+    ssize_t ret = 0;
+
+    trace_thinvm_replay(st, rec->sequence, rec->length, rec->nb_operations);
+    for (uint32_t i = 0; i < rec->nb_operations; i++) {
+        ThinvmOp op;
+
+        ret = thinvm_op_decode(&op, backing, snapshot, copy + offset,
+                               rec->length - offset, errp);
+        if (ret >= 0) {
+            offset += ret;
+            ret = replay_op(st, s, &op, errp);
+        }
+        if (ret < 0) {
+            error_prepend(errp, "Journal record %" PRIu64 ", operation %u: ",
+                          rec->sequence, i);
+            return ret;
+        }
+    }
+    if (offset != rec->length) {
+        error_setg(errp, "Journal record %" PRIu64 " has %" PRIu32
+                   " bytes behind its last operation", rec->sequence,
+                   rec->length - offset);
+        return -EBADMSG;
+    }
+    return 0;
+}
+
+static int coroutine_fn load_base(ThinvmStore *st, ThinvmState *s,
+                                  Error **errp)
+{
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        thinvm_state_lock(s);
+        ret = thinvm_state_load(s, &needs, errp);
+        thinvm_state_unlock(s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_store_read_wanted(st, s, &needs, errp);
+        if (ret < 0) {
+            break;
+        }
+    }
+    thinvm_state_lock(s);
+    thinvm_needs_destroy(s, &needs);
+    thinvm_state_unlock(s);
+    return ret;
+}
+
+static void position_init(Position *pos, const ThinvmBases *bases)
+{
+    uint64_t size = bases->newest.journal_size;
+
+    pos->base = pos->tail = bases->newest.journal_position;
+    if (bases->has_older) {
+        pos->tail = bases->older.journal_position;
+        pos->base = pos->tail + (pos->base + size - pos->tail) % size;
+    }
+    pos->head = pos->last = pos->base;
+    pos->sequence = bases->newest.sequence;
+    pos->epoch = bases->newest.epoch;
+    pos->crc = bases->newest.record_crc;
+}
+
+/* From the base to the end of the journal; an end that is one */
+static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
+                                   const ThinvmBases *bases, Position *pos,
+                                   Error **errp)
+{
+    Ring ring;
+    ThinvmRecord rec;
+    const uint8_t *data;
+    bool again = false;
+    int ret;
+
+    position_init(pos, bases);
+    ring_init(&ring, st, &bases->newest, THINVM_RING_WINDOW);
+    for (;;) {
+        Error *local_err = NULL;
+
+        ret = ring_next(&ring, pos, &rec, &data);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not read the journal at byte "
+                             "%" PRIu64, pos->head % ring.size);
+            break;
+        }
+        if (ret == NEXT_RECORD &&
+            pos->head + ROUND_UP(rec.length, THINVM_PAGE_SIZE) - pos->base <
+            ring.size) {
+            ret = replay_record(st, s, &rec, data, errp);
+            if (ret < 0) {
+                break;
+            }
+            position_advance(pos, &rec);
+            again = false;
+            continue;
+        }
+        ret = check_for_damage(&ring, pos, THINVM_SCAN_LIMIT, &local_err);
+        if (ret != -EBADMSG || again) {
+            error_propagate(errp, local_err);
+            break;
+        }
+        /* An owner may have written both records since we looked */
+        error_free(local_err);
+        ring.length = 0;
+        again = true;
+    }
+    ring_destroy(&ring);
+    return ret;
+}
+
+/* Put @s and @pos in force; the former state waits for its readers */
+static void publish(ThinvmStore *st, ThinvmState *s, const Position *pos)
+{
+    ThinvmJournal *j = &st->journal;
+    ThinvmState *old = NULL;
+
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        if (s != st->state) {
+            old = st->state;
+            smp_wmb();
+            qatomic_set(&st->state, s);
+        }
+        j->tail = pos->tail;
+        j->base = pos->base;
+        j->head = pos->head;
+        j->last = pos->last;
+        j->composed_sequence = pos->sequence;
+        j->composed_crc = pos->crc;
+        j->composed_epoch = pos->epoch;
+        j->written_sequence = pos->sequence;
+        j->next_sequence = pos->sequence + 1;
+        st->follow_changes++;
+        st->head_block_valid = false;
+    }
+    if (old) {
+        thinvm_retire_state(st, old);
+    }
+}
+
+/* One attempt; *bases is what it was made from, also on failure */
+static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
+                                  Error **errp)
+{
+    ThinvmState *s;
+    Position pos;
+    int ret;
+
+    ret = thinvm_bases_read(st->dev, bases, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (st->state && !qemu_uuid_is_equal(&bases->newest.uuid, &st->uuid)) {
+        error_setg(errp, "The device holds another image now");
+        return -EIO;
+    }
+    st->uuid = bases->newest.uuid;
+    st->cluster_bits = bases->newest.cluster_bits;
+    s = thinvm_state_new(&bases->newest,
+                         bases->has_older ? &bases->older : NULL,
+                         st->cache_size);
+    ret = load_base(st, s, errp);
+    if (ret == 0) {
+        ret = replay_all(st, s, bases, &pos, errp);
+    }
+    if (ret < 0) {
+        thinvm_state_free(s);
+        return ret;
+    }
+    thinvm_quarantine_skip(s);
+    thinvm_bases_destroy(&st->bases);
+    st->bases = *bases;
+    if (!st->state) {
+        thinvm_journal_init(st, &bases->newest);
+    }
+    thinvm_journal_drop(st);
+    thinvm_checkpoint_forget(st);
+    thinvm_quarantine_drop(st); /* the new state has nothing busy */
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        st->journal.flushed_sequence = bases->newest.sequence;
+    }
+    publish(st, s, &pos);
+    st->stale = false;
+    trace_thinvm_open(st, bases->newest.generation, bases->newest.sequence,
+                      pos.sequence);
+    return 0;
+}
+
+/*
+ * Opening while an owner writes may fail because of what the owner does.  If
+ * its base has moved on meanwhile that explains everything: try again.
+ */
+int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
+{
+    for (int i = 0;; i++) {
+        Error *local_err = NULL;
+        ThinvmBases bases = {}, now = {};
+        bool moved;
+        int ret = open_once(st, &bases, &local_err);
+
+        if (ret == 0) {
+            return 0;
+        }
+        moved = thinvm_bases_read(st->dev, &now, NULL) == 0 &&
+                now.newest.generation != bases.newest.generation;
+        thinvm_bases_destroy(&now);
+        thinvm_bases_destroy(&bases);
+        if (!moved || i == THINVM_MAX_RESTARTS) {
+            error_propagate(errp, local_err);
+            return ret;
+        }
+        error_free(local_err);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Following                                                           */
+
+static void follow_enter_locked(ThinvmStore *st)
+{
+    assert(!st->following);
+    st->following = true;
+}
+
+static void coroutine_fn follow_enter(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    while (st->following) {
+        qemu_co_queue_wait(&st->follow_queue, &st->lock);
+    }
+    follow_enter_locked(st);
+}
+
+static void coroutine_fn follow_leave(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    st->following = false;
+    qemu_co_queue_restart_all(&st->follow_queue);
+}
+
+static void position_get(ThinvmStore *st, Position *pos)
+{
+    ThinvmJournal *j = &st->journal;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    *pos = (Position) {
+        .tail = j->tail,
+        .base = j->base,
+        .head = j->head,
+        .last = j->last,
+        .sequence = j->composed_sequence,
+        .epoch = j->composed_epoch,
+        .crc = j->composed_crc,
+    };
+}
+
+/* Apply the records that continue ours; what ended them to *end */
+static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
+                                       Position *pos, int *end, Error **errp)
+{
+    ThinvmState *s = st->state;
+    const uint8_t *data;
+    ThinvmRecord rec;
+    int ret;
+
+    for (;;) {
+        *end = ring_next(ring, pos, &rec, &data);
+        if (*end != NEXT_RECORD) {
+            return MIN(*end, 0);
+        }
+        ret = replay_record(st, s, &rec, data, errp);
+        if (ret < 0) {
+            st->stale = true;   /* part of it may be applied */
+            return ret;
+        }
+        position_advance(pos, &rec);
+        thinvm_state_lock(s);
+        thinvm_quarantine_add(st, s, rec.sequence);
+        thinvm_state_unlock(s);
+        publish(st, s, pos);
+        ring->window = THINVM_RECORD_MAX_SIZE;
+    }
+}
+
+/* Have the owner's bases left us behind (or is that the only explanation)? */
+static bool coroutine_fn base_moved(ThinvmStore *st, uint64_t sequence)
+{
+    ThinvmBases now = {};
+    bool moved = false;
+
+    if (thinvm_bases_read(st->dev, &now, NULL) == 0) {
+        moved = now.newest.generation != st->bases.newest.generation &&
+                now.newest.sequence >= sequence;
+        thinvm_bases_destroy(&now);
+    }
+    return moved;
+}
+
+static bool too_many_dirty(ThinvmStore *st)
+{
+    ThinvmInfoState info;
+
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    thinvm_state_unlock(st->state);
+    return info.dirty_pages > info.dirty_bound;
+}
+
+/*
+ * The block at the head is as it was when we found the end there: nothing
+ * new.  Not remembered while a record may be on its way: its first block may
+ * be final before the rest is.
+ */
+static bool head_unchanged(ThinvmStore *st, const uint8_t *data)
+{
+    return st->head_block_valid &&
+           !memcmp(st->head_block, data, THINVM_PAGE_SIZE);
+}
+
+static void remember_head(ThinvmStore *st, Ring *ring, const Position *pos)
+{
+    const uint8_t *data;
+
+    if (ring_get(ring, pos->head, THINVM_PAGE_SIZE, &data) == 0) {
+        if (!st->head_block) {
+            st->head_block = g_malloc(THINVM_PAGE_SIZE);
+        }
+        memcpy(st->head_block, data, THINVM_PAGE_SIZE);
+        st->head_block_valid = true;
+    }
+}
+
+static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
+                                    bool *afresh, Error **errp)
+{
+    const uint8_t *data;
+    Position pos;
+    int end, ret;
+
+    position_get(st, &pos);
+    ret = ring_get(ring, pos.head, THINVM_PAGE_SIZE, &data);
+    if (ret == 0 && head_unchanged(st, data)) {
+        return 0;
+    }
+    if (ret == 0) {
+        ret = follow_records(st, ring, &pos, &end, errp);
+    }
+    if (ret == -EBADMSG) {
+        *afresh = base_moved(st, 0);
+        return ret;
+    }
+    if (ret < 0) {
+        if (errp && !*errp) {
+            error_setg_errno(errp, -ret, "Could not read the journal");
+        }
+        return ret;
+    }
+    if (end == NEXT_FOREIGN) {
+        *afresh = true;
+    } else if (end == NEXT_NONE) {
+        *afresh = base_moved(st, pos.sequence + 1);
+        if (!*afresh) {
+            remember_head(st, ring, &pos);
+        }
+    }
+    if (!*afresh && too_many_dirty(st)) {
+        *afresh = base_moved(st, 0);
+    }
+    return 0;
+}
+
+/* Between follow_enter() and follow_leave() */
+static int coroutine_fn follow_once(ThinvmStore *st, Error **errp)
+{
+    Error *local_err = NULL;
+    bool afresh = st->stale;
+    Ring ring;
+    int ret = 0;
+
+    if (!afresh) {
+        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        ret = follow_ring(st, &ring, &afresh, &local_err);
+        ring_destroy(&ring);
+    }
+    if (afresh) {
+        error_free(local_err);
+        trace_thinvm_follow_afresh(st, st->bases.newest.generation,
+                                   st->journal.composed_sequence);
+        return thinvm_replay_open(st, errp);
+    }
+    error_propagate(errp, local_err);
+    return ret;
+}
+
+int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
+                                       Error **errp)
+{
+    uint64_t target, before;
+    bool led = false;
+    int ret;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    target = st->follow_started + 1;
+    before = st->follow_changes;
+    while (st->follow_finished < target &&
+           qatomic_read(&st->mode) == THINVM_STORE_READING) {
+        if (st->following) {
+            qemu_co_queue_wait(&st->follow_queue, &st->lock);
+            continue;
+        }
+        follow_enter_locked(st);
+        st->follow_started++;
+        qemu_mutex_unlock(&st->lock);
+        ret = follow_once(st, errp);
+        thinvm_store_reclaim(st, false);
+        qemu_mutex_lock(&st->lock);
+        led = true;
+        st->follow_ret = ret;
+        st->follow_finished = st->follow_started;
+        st->following = false;
+        qemu_co_queue_restart_all(&st->follow_queue);
+    }
+    ret = qatomic_read(&st->mode) == THINVM_STORE_READING ? st->follow_ret : 0;
+    if (changed) {
+        *changed = st->follow_changes != before;
+    }
+    if (ret < 0 && !led) {
+        error_setg_errno(errp, -ret, "Could not follow the image's journal");
+    }
+    return ret;
+}
+
+bool coroutine_fn thinvm_follow_restart(ThinvmStore *st, ThinvmState *old)
+{
+    bool restarted = true;
+
+    if (qatomic_read(&st->mode) != THINVM_STORE_READING) {
+        return false;
+    }
+    follow_enter(st);
+    if (st->state == old) {
+        restarted = base_moved(st, 0) && thinvm_replay_open(st, NULL) == 0;
+    }
+    follow_leave(st);
+    return restarted;
+}
+
+/*
+ * Is the record before the head still the one that we applied?  A power cut
+ * may have taken it, and another owner have written a different one.
+ */
+static bool coroutine_fn last_record_stands(ThinvmStore *st)
+{
+    Position pos;
+    Ring ring;
+    const uint8_t *data;
+    ThinvmRecord rec;
+    bool stands = true;
+
+    position_get(st, &pos);
+    if (pos.last != pos.head) {
+        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        stands = ring_get(&ring, pos.last, THINVM_PAGE_SIZE, &data) == 0 &&
+                 thinvm_record_decode_header(&rec, data) == 0 &&
+                 rec.sequence == pos.sequence && rec.epoch == pos.epoch &&
+                 rec.crc == pos.crc;
+        ring_destroy(&ring);
+    }
+    return stands;
+}
+
+int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
+{
+    Position pos;
+    Ring ring;
+    int ret;
+
+    follow_enter(st);
+    if (st->stale || base_moved(st, 0) || !last_record_stands(st)) {
+        ret = thinvm_replay_open(st, errp);
+    } else {
+        st->head_block_valid = false;
+        ret = follow_once(st, errp);
+        if (ret == 0) {
+            position_get(st, &pos);
+            ring_init(&ring, st, &st->bases.newest, THINVM_RECORD_MAX_SIZE);
+            ret = check_for_damage(&ring, &pos, THINVM_SCAN_LIMIT_FOLLOW,
+                                   errp);
+            ring_destroy(&ring);
+        }
+    }
+    if (ret == 0) {
+        qatomic_set(&st->mode, THINVM_STORE_STARTING);
+    }
+    follow_leave(st);
+    return ret;
+}

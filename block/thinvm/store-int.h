@@ -1,0 +1,296 @@
+/*
+ * thinvm durability layer: what its own files share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Only store.c, journal.c, replay.c, checkpoint.c, reclaim.c and check.c
+ * include this.  See store.h for what the layer promises to others.
+ *
+ * Locks, in the order in which they are taken:
+ *
+ *   follow        (a flag with a queue) one coroutine reads the journal of
+ *                 another owner or replaces the state
+ *   checkpoint    CoMutex: one checkpoint at a time; held across I/O
+ *   grow          CoMutex: one enlargement of the device or of the metadata
+ *                 space at a time; held across I/O
+ *   leading       (a flag with a queue) one coroutine writes the journal
+ *   state lock    thinvm_state_lock(): operations and the pending record;
+ *                 never across I/O
+ *   st->lock      the rest of the shared fields; never across I/O, and
+ *                 nothing else is taken under it
+ *
+ * A coroutine that holds "checkpoint" may lead a commit; one that leads
+ * never starts a checkpoint: that is why execute() makes sure, before it
+ * applies anything, that the ring has room for it (journal_has_room()).
+ */
+#ifndef BLOCK_THINVM_STORE_INT_H
+#define BLOCK_THINVM_STORE_INT_H
+
+#include "qemu/queue.h"
+#include "qemu/thread.h"
+#include "store.h"
+
+/* ---- Journal ------------------------------------------------------- */
+
+/*
+ * A record whose operations are fixed.  It is composed (header, place in
+ * the ring, checksum) when its turn to be written comes, and from then on
+ * its bytes do not change: a repeated write writes the same.
+ */
+typedef struct ThinvmJournalRecord {
+    QSIMPLEQ_ENTRY(ThinvmJournalRecord) next;
+    ThinvmRecord header;
+    uint64_t position;          /* running, see ThinvmJournal; if composed */
+    bool composed;
+    uint32_t size;              /* bytes in the ring: padded to 4 KiB */
+    uint8_t *buf;               /* @size bytes */
+} ThinvmJournalRecord;
+
+typedef QSIMPLEQ_HEAD(, ThinvmJournalRecord) ThinvmJournalQueue;
+
+/*
+ * One round of group commit: callers that come while a round is being
+ * written gather in the next one, and share its record and its flushes.
+ */
+typedef struct ThinvmRound {
+    unsigned refs;
+    bool durable;               /* somebody wants the record flushed */
+    bool guest_flush;           /* flush even if there is no record */
+    bool record_done, done;
+    int record_ret, ret;
+} ThinvmRound;
+
+/*
+ * Positions in the ring are "running": they count bytes from some lap on
+ * and never wrap; the place in the ring is the remainder by its size.
+ * head - tail never reaches the size of the ring.
+ */
+typedef struct ThinvmJournal {
+    /* constant */
+    uint64_t offset, size;      /* bytes */
+    uint32_t record_limit;      /* bytes of the longest record we write */
+
+    /* the state lock: the record that gathers operations */
+    uint8_t *pending;           /* room for the header, then operations */
+    uint32_t pending_length;    /* bytes, header included; 0: nothing */
+    uint32_t pending_allocated;
+    uint32_t pending_operations;
+    ThinvmOp last_op;           /* the last one in it, for coalescing */
+    uint32_t last_op_offset;    /* 0: none to coalesce with */
+    uint64_t next_sequence;     /* that the pending record will have */
+
+    /* st->lock */
+    ThinvmJournalQueue sealed;  /* not written yet, oldest first */
+    ThinvmJournalQueue unflushed; /* written, no flush confirmed them yet */
+    uint64_t sealed_bytes;
+    bool rewrite;               /* a flush failed: write unflushed[] again */
+    unsigned flush_failures;    /* to tell flushes that overlapped one */
+    int error;                  /* of the last round; 0 if it succeeded */
+    uint64_t composed_sequence; /* last one composed (or replayed) */
+    uint32_t composed_crc;
+    uint64_t composed_epoch;
+    uint64_t head;              /* running position after it */
+    uint64_t last;              /* where it starts; head: it is in the base */
+    uint64_t written_sequence, flushed_sequence;
+    uint64_t base;              /* running position of the newest base */
+    uint64_t tail;              /* of the older one: kept from there on */
+    ThinvmRound *next_round;
+    bool leading;
+    CoQueue rounds;             /* waiters for any progress of a round */
+} ThinvmJournal;
+
+/* ---- Quarantine ---------------------------------------------------- */
+
+/* Request epochs that may have members at the same time; power of two */
+#define THINVM_REQUEST_EPOCHS   16
+
+typedef struct ThinvmRequestCount {
+    unsigned nb QEMU_ALIGNED(64);
+} ThinvmRequestCount;
+
+/* Clusters freed by the operations of one record in one request epoch */
+typedef struct ThinvmQuarantine {
+    QSIMPLEQ_ENTRY(ThinvmQuarantine) next;
+    uint64_t sequence;          /* record that frees them */
+    unsigned request_epoch;     /* requests up to this one may use them */
+    GArray *ranges;             /* ThinvmFreedRange */
+} ThinvmQuarantine;
+
+/* A state that was replaced; requests may still be looking at it */
+typedef struct ThinvmRetiredState {
+    QSIMPLEQ_ENTRY(ThinvmRetiredState) next;
+    ThinvmState *state;
+    unsigned request_epoch;
+} ThinvmRetiredState;
+
+/* ---- Store --------------------------------------------------------- */
+
+typedef enum ThinvmStoreMode {
+    THINVM_STORE_READING,       /* somebody else may be the owner */
+    THINVM_STORE_STARTING,      /* EPOCH is on its way */
+    THINVM_STORE_WRITING,
+} ThinvmStoreMode;
+
+/*
+ * A base and where its journal goes on.  What superblock slot it is in
+ * decides where the next one goes.
+ */
+typedef struct ThinvmBases {
+    ThinvmSuperblock newest, older;
+    bool has_older;
+    int newest_slot;
+    bool suspect;               /* the other slot is damaged: erase it
+                                   before its pages are reused */
+    Error *damage;              /* why it is suspect, or NULL */
+} ThinvmBases;
+
+struct ThinvmStore {
+    ThinvmDevice *dev;
+    QemuMutex lock;
+    uint64_t cache_size;        /* bytes */
+    QemuUUID uuid;
+    unsigned cluster_bits;
+
+    ThinvmState *state;         /* replaced only by a follower */
+    ThinvmStoreMode mode;       /* qatomic */
+    bool poisoned;              /* qatomic */
+    uint64_t epoch;             /* ours, if writing */
+    ThinvmJournal journal;
+    ThinvmBases bases;          /* under the checkpoint mutex, or follow */
+
+    /* checkpoint.c */
+    CoMutex checkpoint_lock;
+    ThinvmFrozen *frozen;       /* not on the device yet */
+    GArray *frozen_pages;       /* ThinvmFrozenPage, completed */
+    bool frozen_complete;
+    uint64_t frozen_sequence;   /* st->lock from here */
+    bool frozen_marked;         /* position and crc are known */
+    uint64_t frozen_position;   /* running */
+    uint32_t frozen_crc;
+    uint64_t frozen_epoch;
+    unsigned checkpointing;     /* somebody writes one now */
+    CoQueue checkpoint_progress;/* woken at each step */
+
+    /* reclaim.c */
+    ThinvmRequestCount requests[THINVM_REQUEST_EPOCHS];
+    unsigned request_epoch;     /* qatomic; written under st->lock */
+    QSIMPLEQ_HEAD(, ThinvmQuarantine) quarantine;   /* st->lock, by age */
+    uint64_t quarantined_ranges;
+    QSIMPLEQ_HEAD(, ThinvmRetiredState) retired;    /* st->lock */
+    unsigned reserve_waiting;   /* requests that wait for others to leave */
+    bool discard;
+    CoMutex grow_lock;
+
+    /* replay.c: following */
+    bool following;             /* somebody catches up; st->lock */
+    uint64_t follow_started, follow_finished;
+    int follow_ret;
+    uint64_t follow_changes;    /* times that anything changed */
+    CoQueue follow_queue;
+    bool stale;                 /* memory may not agree with the device */
+    uint8_t *head_block;        /* 4 KiB at the head when last looked at */
+    bool head_block_valid;
+
+    void (*kick)(void *opaque);
+    void *kick_opaque;
+
+    /* qatomic */
+    uint64_t nb_commits, nb_records, nb_operations, nb_checkpoints;
+    uint64_t bytes_read, bytes_written;
+    uint64_t longest_commit_ns;
+};
+
+typedef struct ThinvmFrozenPage {
+    uint64_t page;
+    const void *data;
+} ThinvmFrozenPage;
+
+/* ---- store.c ---- */
+
+/* Metadata I/O of this store; refused once it is poisoned (writes) */
+int coroutine_fn thinvm_store_pread(ThinvmStore *st, uint64_t offset,
+                                    uint64_t bytes, void *buf, int event);
+int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
+                                     uint64_t bytes, const void *buf,
+                                     int event);
+/*
+ * Read all that @needs wants and hand it to @s.  -EBADMSG: a page was not
+ * what its pointer says; may be right again after the caller asks again
+ * (thinvm_store_retry()).
+ */
+int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
+                                          ThinvmNeeds *needs, Error **errp);
+/*
+ * Execute with what ordinary operations lack: @unmap: @op->count is cut to
+ * one step (and is 0 if nothing was to do); @internal: allowed while
+ * starting, does not extend metadata space, may use the last of the ring.
+ */
+int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
+                                               bool unmap, bool internal,
+                                               uint64_t *ticket, Error **errp);
+/* 0, -EROFS, -EIO (poisoned) */
+int thinvm_store_may_write(ThinvmStore *st);
+void thinvm_store_kick(ThinvmStore *st);
+
+/* ---- journal.c ---- */
+void thinvm_journal_init(ThinvmStore *st, const ThinvmSuperblock *sb);
+void thinvm_journal_destroy(ThinvmStore *st);
+/* Forget what was not written; only where nothing is promised any more */
+void thinvm_journal_drop(ThinvmStore *st);
+/* Append an applied operation to the pending record.  State lock held */
+void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op);
+/* Sequence of the record that holds the last operation.  State lock held */
+uint64_t thinvm_journal_ticket(ThinvmStore *st);
+/* Fix the pending record's contents.  State lock held */
+void thinvm_journal_seal(ThinvmStore *st);
+/* Would @op still leave the last quarter of the ring free?  State lock held */
+bool thinvm_journal_has_room(ThinvmStore *st, const ThinvmOp *op);
+/* Bytes of the ring in use, what is not written yet included */
+uint64_t thinvm_journal_used(ThinvmStore *st);
+/* Too much sealed and not written: whoever adds more commits first */
+bool thinvm_journal_is_behind(ThinvmStore *st);
+int coroutine_fn thinvm_journal_flush(ThinvmStore *st);
+int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
+                                       ThinvmCommitLevel level,
+                                       bool only_metadata);
+
+/* ---- replay.c ---- */
+int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
+                                   Error **errp);
+void thinvm_bases_destroy(ThinvmBases *bases);
+/* Build a state out of base and journal, and put it in the place of st's */
+int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
+/*
+ * The last look before writing: apply what is new, or start afresh if this is
+ * not the newest base's history.  On success the store is STARTING.
+ */
+int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp);
+/* A look-up met a damaged page: true if a fresh start was made */
+bool coroutine_fn thinvm_follow_restart(ThinvmStore *st, ThinvmState *old);
+
+/* ---- checkpoint.c ---- */
+/* Are dirty pages or the ring above this share of their bounds (of 4)? */
+bool thinvm_checkpoint_due(ThinvmStore *st, unsigned quarters);
+/* Wait for one step of a checkpoint in progress, if there is one */
+void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st);
+/* A record was composed: is it the last one in the frozen base? st->lock */
+void thinvm_checkpoint_mark(ThinvmStore *st, uint64_t sequence);
+int coroutine_fn thinvm_checkpoint_first(ThinvmStore *st);
+/* The state is being replaced; what is frozen goes with it */
+void thinvm_checkpoint_forget(ThinvmStore *st);
+
+/* ---- reclaim.c ---- */
+void thinvm_reclaim_init(ThinvmStore *st);
+void thinvm_reclaim_destroy(ThinvmStore *st);
+/* Take what was freed just now; the state lock is held */
+void thinvm_quarantine_add(ThinvmStore *st, ThinvmState *s,
+                           uint64_t sequence);
+void thinvm_quarantine_drop(ThinvmStore *st);
+/* Freed by replay before anybody could look: at once free */
+void thinvm_quarantine_skip(ThinvmState *s);
+bool thinvm_quarantine_is_full(ThinvmStore *st);
+void thinvm_retire_state(ThinvmStore *st, ThinvmState *s);
+/* Take metadata space ahead of need; @must: operations are refused */
+int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st);
+
+#endif

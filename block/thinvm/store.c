@@ -1,0 +1,788 @@
+/*
+ * thinvm durability layer: life of a store, and its operations
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Joins the engine (state.h), which lacks pages but never waits, with a
+ * device, which makes wait: loops that read what the engine wants and ask
+ * again, and everything that an operation has to wait for before it may be
+ * applied: room in the ring, room for dirty pages, metadata space.
+ *
+ * An operation is applied and put into the pending record under the same hold
+ * of the state lock, so that the journal has the order of the applies.  All
+ * that can fail comes before.  Hence: what is applied is never rolled back,
+ * and whatever could not be journalled later stays in memory until it can
+ * (journal.c).
+ *
+ * A power cut during any function here leaves what journal.c and checkpoint.c
+ * say, since only these write, apart from thinvm_store_create(): both
+ * superblock slots are erased first, so that the device holds no image until
+ * the one superblock that completes it is written.
+ */
+#include "qemu/osdep.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/rcu.h"
+#include "qapi/qapi-types-block-core.h"
+#include "store-int.h"
+#include "trace.h"
+
+/* Default cache: 1/8192 of the disk, which holds all leaves of a fully
+ * fragmented disk with clusters of 64 KiB; within these bounds (bytes) */
+#define THINVM_MIN_CACHE        (8 * MiB)
+#define THINVM_MAX_CACHE        (256 * MiB)
+
+/* ------------------------------------------------------------------ */
+/* Device                                                              */
+
+static void add_stat(uint64_t *counter, uint64_t bytes)
+{
+    /* several threads; a torn sum would be seen in query-thinvm only */
+    qatomic_set(counter, qatomic_read(counter) + bytes);
+}
+
+int coroutine_fn thinvm_store_pread(ThinvmStore *st, uint64_t offset,
+                                    uint64_t bytes, void *buf, int event)
+{
+    if (st->dev->co_event) {
+        st->dev->co_event(st->dev, event);
+    }
+    add_stat(&st->bytes_read, bytes);
+    return st->dev->co_pread(st->dev, offset, bytes, buf);
+}
+
+int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
+                                     uint64_t bytes, const void *buf,
+                                     int event)
+{
+    if (qatomic_read(&st->poisoned)) {
+        return -EIO;
+    }
+    if (st->dev->co_event) {
+        st->dev->co_event(st->dev, event);
+    }
+    add_stat(&st->bytes_written, bytes);
+    return st->dev->co_pwrite(st->dev, offset, bytes, buf);
+}
+
+int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
+                                          ThinvmNeeds *needs, Error **errp)
+{
+    g_autofree uint8_t *buf = g_malloc(THINVM_PAGE_SIZE);
+
+    /* _insert_page() leaves want[] as it is; the next call starts a new one */
+    for (unsigned i = 0; i < needs->nb_want; i++) {
+        ThinvmPageRef ref = needs->want[i];
+        int ret = thinvm_store_pread(st, ref.page * THINVM_PAGE_SIZE,
+                                     THINVM_PAGE_SIZE, buf, BLKDBG_L2_LOAD);
+
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not read metadata page %"
+                             PRIu64, ref.page);
+            return ret;
+        }
+        thinvm_state_lock(s);
+        ret = thinvm_state_insert_page(s, &ref, buf, needs, errp);
+        thinvm_state_unlock(s);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* Life                                                                */
+
+uint64_t thinvm_store_default_cache_size(uint64_t virtual_size)
+{
+    uint64_t size = ROUND_UP(virtual_size / 8192, MiB);
+
+    return MIN(MAX(size, THINVM_MIN_CACHE), THINVM_MAX_CACHE);
+}
+
+static ThinvmStore *store_new(ThinvmDevice *dev, uint64_t cache_size)
+{
+    ThinvmStore *st = g_new0(ThinvmStore, 1);
+
+    st->dev = dev;
+    st->cache_size = cache_size;
+    qemu_mutex_init(&st->lock);
+    qemu_co_mutex_init(&st->checkpoint_lock);
+    qemu_co_queue_init(&st->checkpoint_progress);
+    qemu_co_queue_init(&st->follow_queue);
+    thinvm_reclaim_init(st);
+    return st;
+}
+
+/* No state yet: a store that could not be opened */
+static void store_destroy(ThinvmStore *st)
+{
+    thinvm_bases_destroy(&st->bases);
+    qemu_mutex_destroy(&st->lock);
+    g_free(st->head_block);
+    g_free(st);
+}
+
+void thinvm_store_free(ThinvmStore *st)
+{
+    if (!st) {
+        return;
+    }
+    thinvm_reclaim_destroy(st);
+    thinvm_journal_destroy(st);
+    if (st->frozen_pages) {
+        g_array_free(st->frozen_pages, true);
+    }
+    thinvm_state_free(st->state);
+    store_destroy(st);
+}
+
+/* Is all that may be mapped within the device? */
+static int coroutine_fn check_length(ThinvmStore *st, Error **errp)
+{
+    int64_t length = st->dev->co_length(st->dev);
+    ThinvmInfoState info;
+    uint64_t needed;
+
+    if (length < 0) {
+        error_setg_errno(errp, -length, "Could not get the device's length");
+        return length;
+    }
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    thinvm_state_unlock(st->state);
+    needed = info.device_clusters << info.cluster_bits;
+    if (length < needed) {
+        error_setg(errp, "The device has %" PRId64 " bytes, but the image on "
+                   "it uses up to %" PRIu64 "; it was truncated, or copied "
+                   "incompletely, or must be rescanned", length, needed);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
+                                            uint64_t cache_size,
+                                            Error **errp)
+{
+    ThinvmStore *st = store_new(dev, cache_size);
+    ThinvmSuperblock sb;
+
+    if (!cache_size) {
+        if (thinvm_store_probe(dev, &sb, NULL, NULL, errp) < 0) {
+            store_destroy(st);
+            return NULL;
+        }
+        st->cache_size = thinvm_store_default_cache_size(sb.virtual_size);
+    }
+    if (thinvm_replay_open(st, errp) < 0) {
+        store_destroy(st);
+        return NULL;
+    }
+    if (check_length(st, errp) < 0) {
+        thinvm_store_free(st);
+        return NULL;
+    }
+    if (st->bases.damage) {
+        warn_report("thinvm image: %s; using the other superblock, of "
+                    "generation %" PRIu64, error_get_pretty(st->bases.damage),
+                    st->bases.newest.generation);
+    }
+    return st;
+}
+
+int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
+                                            Error **errp)
+{
+    ThinvmOp op = { .type = THINVM_OP_EPOCH, .value = epoch };
+    ThinvmInfoState info;
+    int ret;
+
+    if (qatomic_read(&st->mode) != THINVM_STORE_READING) {
+        error_setg(errp, "The image is open for writing already");
+        return -EBUSY;
+    }
+    if (qatomic_read(&st->poisoned)) {
+        error_setg(errp, "The image was lost to another owner");
+        return -EIO;
+    }
+    ret = thinvm_follow_finish(st, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = check_length(st, errp);
+    if (ret < 0) {
+        goto fail;
+    }
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    thinvm_state_unlock(st->state);
+    if (epoch <= info.epoch) {
+        error_setg(errp, "Epoch %" PRIu64 " of the new owner is not above %"
+                   PRIu64 " in the image's journal", epoch, info.epoch);
+        ret = -EINVAL;
+        goto fail;
+    }
+    st->epoch = epoch;
+    ret = thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
+    if (ret < 0) {
+        goto fail;
+    }
+    /* Its data flush also settles what the former owner left in caches */
+    ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write to the image's journal");
+        goto fail;
+    }
+    qatomic_set(&st->mode, THINVM_STORE_WRITING);
+    trace_thinvm_begin_writing(st, epoch, st->journal.flushed_sequence);
+    return 0;
+
+fail:
+    /* The state may have an epoch that the device has not: build it anew */
+    st->stale = true;
+    qatomic_set(&st->mode, THINVM_STORE_READING);
+    return ret;
+}
+
+int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
+                                          Error **errp)
+{
+    int ret;
+
+    if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
+        return 0;
+    }
+    ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, false);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not commit to the image");
+        return ret;
+    }
+    if (checkpoint) {
+        ret = thinvm_store_checkpoint(st);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write a checkpoint");
+            return ret;
+        }
+    }
+    thinvm_store_reclaim(st, st->discard);
+    /* A checkpoint that failed earlier and is not repeated: memory then holds
+       a base that the device lacks */
+    st->stale = st->frozen != NULL;
+    st->head_block_valid = false;
+    qatomic_set(&st->mode, THINVM_STORE_READING);
+    return 0;
+}
+
+void thinvm_store_poison(ThinvmStore *st)
+{
+    qatomic_set(&st->poisoned, true);
+}
+
+bool thinvm_store_writable(ThinvmStore *st)
+{
+    return thinvm_store_may_write(st) == 0;
+}
+
+int thinvm_store_may_write(ThinvmStore *st)
+{
+    if (qatomic_read(&st->poisoned)) {
+        return -EIO;
+    }
+    return qatomic_read(&st->mode) == THINVM_STORE_WRITING ? 0 : -EROFS;
+}
+
+ThinvmState *thinvm_store_state(ThinvmStore *st)
+{
+    /* What is behind it was complete before; readers depend on the pointer */
+    return qatomic_read__nocheck(&st->state);
+}
+
+void thinvm_store_stats(ThinvmStore *st, ThinvmStoreStats *stats)
+{
+    ThinvmJournal *j = &st->journal;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    *stats = (ThinvmStoreStats) {
+        .commits = st->nb_commits,
+        .records = qatomic_read(&st->nb_records),
+        .operations = qatomic_read(&st->nb_operations),
+        .checkpoints = qatomic_read(&st->nb_checkpoints),
+        .metadata_bytes_read = qatomic_read(&st->bytes_read),
+        .metadata_bytes_written = qatomic_read(&st->bytes_written),
+        .journal_used = MIN(j->head - j->tail, j->size),
+        .longest_commit_ns = st->longest_commit_ns,
+        .pending_operations = qatomic_read(&j->pending_operations),
+    };
+}
+
+void thinvm_store_set_kick(ThinvmStore *st, void (*kick)(void *opaque),
+                           void *opaque)
+{
+    st->kick = kick;
+    st->kick_opaque = opaque;
+}
+
+void thinvm_store_kick(ThinvmStore *st)
+{
+    if (st->kick) {
+        st->kick(st->kick_opaque);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Look-up                                                             */
+
+/*
+ * A page that proves damaged may just be gone: freed and reused since we were
+ * told to read it.  So ask again once, in a follower from a fresh start; if
+ * the answer is the same it is damage.
+ */
+static bool coroutine_fn may_retry(ThinvmStore *st, ThinvmState *s,
+                                   unsigned *attempts)
+{
+    return (*attempts)++ == 0 &&
+           (thinvm_store_may_write(st) == 0 || thinvm_follow_restart(st, s));
+}
+
+int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
+                                     const ThinvmPointer *root,
+                                     uint64_t guest, uint64_t count,
+                                     bool for_write, ThinvmMapping *mapping)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    unsigned attempts = 0;
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        ret = thinvm_state_lookup(s, tree, root, guest, count, for_write,
+                                  mapping, &needs);
+        if (ret == -EAGAIN) {
+            ret = thinvm_store_read_wanted(st, s, &needs, NULL);
+            if (ret == 0) {
+                continue;
+            }
+        }
+        if (ret == -EBADMSG && may_retry(st, s, &attempts)) {
+            thinvm_state_lock(s);
+            thinvm_needs_destroy(s, &needs);
+            thinvm_state_unlock(s);
+            thinvm_needs_init(&needs);
+            s = thinvm_store_state(st);
+            continue;
+        }
+        break;
+    }
+    if (needs.nb_pinned || needs.max_want) {
+        thinvm_state_lock(s);
+        thinvm_needs_destroy(s, &needs);
+        thinvm_state_unlock(s);
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Operations                                                          */
+
+/* Does the operation put more into use?  Refused while commits fail */
+static bool op_allocates(const ThinvmOp *op)
+{
+    return op->type == THINVM_OP_MAP || op->type == THINVM_OP_MAP_RUN ||
+           op->type == THINVM_OP_META_EXTEND || op->type == THINVM_OP_GROW ||
+           op->type == THINVM_OP_SNAPSHOT_CREATE;
+}
+
+/* What an operation waits for before it takes the lock */
+static int coroutine_fn make_way(ThinvmStore *st, const ThinvmOp *op,
+                                 Error **errp)
+{
+    bool failing;
+    int ret;
+
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        failing = st->journal.error != 0;
+    }
+    if ((failing && op_allocates(op)) || thinvm_journal_is_behind(st)) {
+        /* Perhaps the device works again */
+        ret = thinvm_store_commit(st, THINVM_COMMIT_RECORD, true);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+            return ret;
+        }
+    }
+    thinvm_checkpoint_pace(st);
+    return 0;
+}
+
+/* What the last look under the state lock found to be in the way */
+typedef enum Obstacle {
+    OBSTACLE_NONE,
+    OBSTACLE_FULL,              /* ring or dirty pages: needs a checkpoint */
+    OBSTACLE_METADATA,          /* an extension ahead of need is due */
+} Obstacle;
+
+static Obstacle find_obstacle(ThinvmStore *st, ThinvmState *s,
+                              const ThinvmOp *op, bool *extended)
+{
+    ThinvmInfoState info;
+    bool urgent;
+
+    thinvm_state_info(s, &info);
+    if (info.dirty_pages >= info.dirty_bound ||
+        !thinvm_journal_has_room(st, op)) {
+        return OBSTACLE_FULL;
+    }
+    if (!*extended && thinvm_space_metadata_wanted(s, &urgent)) {
+        *extended = true;
+        return OBSTACLE_METADATA;
+    }
+    return OBSTACLE_NONE;
+}
+
+/* One attempt under the state lock; -EALREADY: nothing (more) to do */
+static int try_execute(ThinvmStore *st, ThinvmState *s, ThinvmOp *op,
+                       uint64_t *remaining, ThinvmNeeds *needs,
+                       uint64_t *ticket, Error **errp)
+{
+    bool nothing = false;
+    int ret = 0;
+
+    if (remaining) {
+        op->count = *remaining;
+        ret = thinvm_state_unmap_step(s, op->tree, op->guest, op->source,
+                                      &op->count, &nothing, needs);
+        if (ret == 0 && nothing) {
+            ret = -EALREADY;
+        }
+    }
+    if (ret == 0) {
+        ret = thinvm_state_prepare(s, op, false, needs, errp);
+    }
+    if (ret == 0) {
+        thinvm_state_apply(s, op);
+        thinvm_journal_add(st, op);
+        thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
+    }
+    if ((ret == 0 || ret == -EALREADY) && ticket) {
+        *ticket = thinvm_journal_ticket(st);
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
+                                               bool unmap, bool internal,
+                                               uint64_t *ticket, Error **errp)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    uint64_t remaining = op->count;
+    bool extended = internal, urged = internal;
+    unsigned attempts = 0;
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        Error *local_err = NULL;
+        Obstacle obstacle = OBSTACLE_NONE;
+
+        ret = internal ? 0 : make_way(st, op, errp);
+        if (ret < 0) {
+            break;
+        }
+        thinvm_state_lock(s);
+        if (!internal) {
+            ret = thinvm_store_may_write(st);
+            if (ret < 0) {
+                thinvm_state_unlock(s);
+                error_setg_errno(errp, -ret, "The image is not open for "
+                                 "writing");
+                break;
+            }
+            obstacle = find_obstacle(st, s, op, &extended);
+        }
+        if (obstacle == OBSTACLE_NONE) {
+            ret = try_execute(st, s, op, unmap ? &remaining : NULL, &needs,
+                              ticket, &local_err);
+        }
+        thinvm_state_unlock(s);
+
+        if (obstacle == OBSTACLE_FULL) {
+            ret = thinvm_store_checkpoint(st);
+            if (ret < 0) {
+                error_setg_errno(errp, -ret, "Could not write a checkpoint");
+                break;
+            }
+            continue;
+        } else if (obstacle == OBSTACLE_METADATA) {
+            thinvm_store_extend_metadata(st);
+            continue;
+        }
+        if (ret == -EAGAIN) {
+            error_free(local_err);
+            local_err = NULL;
+            ret = thinvm_store_read_wanted(st, s, &needs, &local_err);
+            if (ret == 0) {
+                continue;
+            }
+            if (ret == -EBADMSG && attempts++ == 0) {
+                /* see may_retry() */
+                error_free(local_err);
+                thinvm_state_lock(s);
+                thinvm_needs_destroy(s, &needs);
+                thinvm_state_unlock(s);
+                thinvm_needs_init(&needs);
+                continue;
+            }
+        } else if (ret == -ENOSPC && !urged) {
+            urged = true;
+            if (thinvm_store_extend_metadata(st) == 0) {
+                error_free(local_err);
+                continue;
+            }
+        }
+        if (ret < 0 && ret != -EALREADY && !local_err) {
+            error_setg_errno(&local_err, -ret, "Could not change the image's "
+                             "metadata");
+        }
+        if (ret == -EALREADY) {
+            error_free(local_err);
+            ret = 0;
+        } else {
+            error_propagate(errp, local_err);
+        }
+        break;
+    }
+    if (needs.nb_pinned || needs.max_want) {
+        thinvm_state_lock(s);
+        thinvm_needs_destroy(s, &needs);
+        thinvm_state_unlock(s);
+    }
+    return ret;
+}
+
+static void kick_if_due(ThinvmStore *st)
+{
+    if (qatomic_read(&st->journal.pending_length) >=
+        st->journal.record_limit / 2 ||
+        thinvm_quarantine_is_full(st) || thinvm_store_wants_checkpoint(st)) {
+        thinvm_store_kick(st);
+    }
+}
+
+int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
+                                      uint64_t *ticket, Error **errp)
+{
+    ThinvmOp copy = *op;
+    int ret = thinvm_store_execute_internal(st, &copy, false, false, ticket,
+                                            errp);
+
+    if (ret == 0) {
+        kick_if_due(st);
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
+                                    uint64_t count, ThinvmSource source,
+                                    uint64_t *ticket, Error **errp)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_UNMAP,
+        .tree = tree,
+        .source = source,
+    };
+    int ret = thinvm_store_may_write(st);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The image is not open for writing");
+        return ret;
+    }
+    for (; count; guest += op.count, count -= op.count) {
+        op.guest = guest;
+        op.count = count;
+        ret = thinvm_store_execute_internal(st, &op, true, false, ticket,
+                                            errp);
+        if (ret < 0) {
+            return ret;
+        }
+        assert(op.count > 0 && op.count <= count);
+        if (thinvm_quarantine_is_full(st)) {
+            /* What a long range frees would else pile up in memory */
+            thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+            thinvm_store_reclaim(st, st->discard);
+        }
+    }
+    kick_if_due(st);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ */
+/* Create                                                              */
+
+bool thinvm_create_params_check(const ThinvmCreateParams *p, Error **errp)
+{
+    uint64_t max;
+
+    if (p->cluster_size < (1ULL << THINVM_MIN_CLUSTER_BITS) ||
+        p->cluster_size > (1ULL << THINVM_MAX_CLUSTER_BITS) ||
+        !is_power_of_2(p->cluster_size)) {
+        error_setg(errp, "cluster_size %" PRIu64 " is not possible: it must "
+                   "be a power of two from %d KiB to %d KiB", p->cluster_size,
+                   1 << (THINVM_MIN_CLUSTER_BITS - 10),
+                   1 << (THINVM_MAX_CLUSTER_BITS - 10));
+        return false;
+    }
+    if (p->journal_size < THINVM_MIN_JOURNAL_SIZE ||
+        p->journal_size > THINVM_MAX_JOURNAL_SIZE ||
+        p->journal_size % THINVM_PAGE_SIZE) {
+        error_setg(errp, "journal_size %" PRIu64 " is not possible: it must "
+                   "be a multiple of 4 KiB from 1 MiB to 1 GiB",
+                   p->journal_size);
+        return false;
+    }
+    max = MIN(THINVM_MAX_VIRTUAL_SIZE,
+              THINVM_MAX_GUEST_CLUSTERS * p->cluster_size);
+    if (p->virtual_size > max) {
+        error_setg(errp, "Size %" PRIu64 " is too large: with cluster_size %"
+                   PRIu64 " a disk may have up to %" PRIu64 " bytes",
+                   p->virtual_size, p->cluster_size, max);
+        return false;
+    }
+    if (p->virtual_size % THINVM_SECTOR_SIZE) {
+        error_setg(errp, "Size %" PRIu64 " is not a multiple of 512 bytes",
+                   p->virtual_size);
+        return false;
+    }
+    return true;
+}
+
+/* Erase whatever would let somebody believe in a former image */
+static int coroutine_fn invalidate_former(ThinvmDevice *dev, Error **errp)
+{
+    const uint64_t claims = THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
+    const struct {
+        uint64_t offset, size;
+    } area[] = {
+        { THINVM_SUPERBLOCK0_OFFSET, THINVM_PAGE_SIZE },
+        { THINVM_SUPERBLOCK1_OFFSET, THINVM_PAGE_SIZE },
+        { THINVM_CLAIM_OFFSET, claims },
+        { THINVM_HEARTBEAT_OFFSET, claims },
+    };
+    g_autofree uint8_t *zeroes = g_malloc0(claims);
+    int ret = 0;
+
+    for (int i = 0; i < ARRAY_SIZE(area) && ret == 0; i++) {
+        ret = dev->co_pwrite(dev, area[i].offset, area[i].size, zeroes);
+    }
+    if (ret == 0) {
+        ret = dev->co_flush(dev);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not erase the header");
+    }
+    return ret;
+}
+
+/* Fill sb->device_clusters; enlarge the device if that is too little */
+static int coroutine_fn make_device(ThinvmDevice *dev, ThinvmSuperblock *sb,
+                                    Error **errp)
+{
+    int64_t length = dev->co_length(dev);
+    uint64_t needed = thinvm_state_minimum_device(sb);
+    int ret;
+
+    if (length >= 0 && length < needed) {
+        ret = dev->co_grow(dev, needed);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "The device has %" PRId64 " bytes, "
+                             "an image with these options needs at least %"
+                             PRIu64, length, needed);
+            return ret;
+        }
+        length = dev->co_length(dev);
+    }
+    if (length < 0) {
+        error_setg_errno(errp, -length, "Could not get the device's length");
+        return length;
+    }
+    sb->device_clusters = MIN(length >> sb->cluster_bits, THINVM_MAX_CLUSTERS);
+    return 0;
+}
+
+/* Nothing of the state is on the device: no journal is needed for this */
+static int coroutine_fn set_first_backing(ThinvmStore *st,
+                                          const ThinvmBacking *backing,
+                                          Error **errp)
+{
+    ThinvmBacking copy = *backing;
+    ThinvmOp op = { .type = THINVM_OP_SET_BACKING, .backing = &copy };
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(st->state);
+    ret = thinvm_state_prepare(st->state, &op, false, &needs, errp);
+    if (ret == 0) {
+        thinvm_state_apply(st->state, &op);
+    }
+    thinvm_needs_destroy(st->state, &needs);
+    thinvm_state_unlock(st->state);
+    assert(ret != -EAGAIN);     /* all pages of a new state are in memory */
+    return ret;
+}
+
+int coroutine_fn thinvm_store_create(ThinvmDevice *dev,
+                                     const ThinvmCreateParams *params,
+                                     Error **errp)
+{
+    ThinvmSuperblock sb = {
+        .version_major = THINVM_VERSION_MAJOR,
+        .version_minor = THINVM_VERSION_MINOR,
+        .cluster_bits = ctz64(params->cluster_size),
+        .journal_offset = THINVM_JOURNAL_OFFSET,
+        .journal_size = params->journal_size,
+        .virtual_size = params->virtual_size,
+    };
+    ThinvmStore *st;
+    int ret;
+
+    if (!thinvm_create_params_check(params, errp)) {
+        return -EINVAL;
+    }
+    qemu_uuid_generate(&sb.uuid);
+    ret = make_device(dev, &sb, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = invalidate_former(dev, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    st = store_new(dev, THINVM_MIN_CACHE);
+    st->uuid = sb.uuid;
+    st->cluster_bits = sb.cluster_bits;
+    st->bases.newest_slot = 1;          /* so that the first goes to 0 */
+    thinvm_journal_init(st, &sb);
+    st->journal.next_sequence = 1;
+    st->state = thinvm_state_new_empty(&sb, st->cache_size, errp);
+    if (!st->state) {
+        thinvm_journal_destroy(st);
+        store_destroy(st);
+        return -EINVAL;
+    }
+    if (params->backing.name[0]) {
+        ret = set_first_backing(st, &params->backing, errp);
+    }
+    if (ret == 0) {
+        ret = thinvm_checkpoint_first(st);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write the new image");
+        }
+    }
+    thinvm_store_free(st);
+    return ret;
+}
