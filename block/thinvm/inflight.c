@@ -222,6 +222,19 @@ void coroutine_fn thinvm_inflight_narrow(BDRVThinvmState *s,
     qemu_co_queue_restart_all(&f->waiters);
 }
 
+void coroutine_fn thinvm_inflight_shorten(BDRVThinvmState *s,
+                                          ThinvmInflight *f, uint64_t end)
+{
+    if (end == f->end) {
+        return;
+    }
+    assert(end > f->start && end < f->end);
+
+    QEMU_LOCK_GUARD(&s->inflight_lock);
+    f->end = end;
+    qemu_co_queue_restart_all(&f->waiters);
+}
+
 void coroutine_fn thinvm_inflight_place(BDRVThinvmState *s,
                                         ThinvmInflight *f, uint64_t count,
                                         uint64_t physical)

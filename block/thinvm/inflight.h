@@ -122,6 +122,9 @@ void coroutine_fn thinvm_inflight_narrow(BDRVThinvmState *s,
                                          uint64_t physical,
                                          ThinvmSource source,
                                          bool open_head, bool open_tail);
+/* Keep the parts up to @end only */
+void coroutine_fn thinvm_inflight_shorten(BDRVThinvmState *s,
+                                          ThinvmInflight *f, uint64_t end);
 /* Stay exclusive, but on the first @count clusters only, at @physical */
 void coroutine_fn thinvm_inflight_place(BDRVThinvmState *s,
                                         ThinvmInflight *f, uint64_t count,

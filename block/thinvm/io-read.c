@@ -164,16 +164,15 @@ static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m)
     p->holes = 0;
     p->source = thinvm_mapping_source(m);
     p->bytes = thinvm_clamp(s, p->offset, p->bytes, m->count);
-    p->from_file = m->type == THINVM_MAPPING_DATA;
+    p->from_file = m->type == THINVM_MAPPING_DATA && m->valid;
     if (!p->from_file) {
         return;
     }
     p->device_offset = thinvm_device_offset(s, m, p->offset);
-    if (m->valid == THINVM_ALL_VALID) {
+    if (!thinvm_mapping_mixed(m)) {
         return;
     }
 
-    assert(m->count == 1);
     zero = thinvm_source_is_zero(p->bs, p->tree, m->source);
     hole_parts = zero ? MAX_HOLE >> part_bits : 0;
     first = thinvm_into_cluster(s, p->offset) >> part_bits;

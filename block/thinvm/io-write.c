@@ -33,9 +33,9 @@ typedef enum WriteKind {
     WRITE_VALIDATE,
     /* into a cluster that another writer has reserved: likewise */
     WRITE_JOIN,
-    /* new clusters where there was none: likewise, once they are reserved */
+    /* new clusters where there was no data: likewise, once reserved */
     WRITE_NEW,
-    /* new clusters in the place of shared ones: registered alone */
+    /* new clusters in the place of shared data: registered alone */
     WRITE_COPY,
 } WriteKind;
 
@@ -71,6 +71,15 @@ static uint64_t end_part(const WriteChunk *c)
     return ((c->offset + c->bytes - 1) >> part_bits) + 1;
 }
 
+/* Parts that the chunk touches in this one of its clusters */
+static uint16_t touched_in(const WriteChunk *c, uint64_t cluster)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t start = MAX(c->offset, cluster << s->cluster_bits);
+
+    return thinvm_parts_touched(s, start, c->offset + c->bytes - start);
+}
+
 /* The chunk becomes its part in the first @count clusters */
 static void shorten(WriteChunk *c, uint64_t count)
 {
@@ -78,6 +87,12 @@ static void shorten(WriteChunk *c, uint64_t count)
 
     c->bytes = thinvm_clamp(s, c->offset, c->bytes, count);
     c->count = thinvm_clusters_touched(s, c->offset, c->bytes);
+}
+
+/* Parts of each cluster of the chunk that are in the old mapping's clusters */
+static uint16_t old_valid(const WriteChunk *c)
+{
+    return c->old.type == THINVM_MAPPING_DATA ? c->old.valid : 0;
 }
 
 static int coroutine_fn look_up(WriteChunk *c)
@@ -91,18 +106,13 @@ static int coroutine_fn look_up(WriteChunk *c)
 /* @c->old is private: can all of the chunk be written where it is? */
 static bool all_valid(const WriteChunk *c)
 {
-    uint16_t touched;
-
-    if (c->old.valid == THINVM_ALL_VALID) {
-        return true;
-    }
-    touched = thinvm_parts_touched(c->bs->opaque, c->offset, c->bytes);
-    return !(touched & ~c->old.valid);
+    return c->old.valid == THINVM_ALL_VALID ||
+           !(touched_in(c, c->first) & ~c->old.valid);
 }
 
 /*
- * We are registered for the parts of a cluster that was mapped a moment ago.
- * -EAGAIN: it is so no more.
+ * We are registered for parts of clusters that were mapped a moment ago.
+ * -EAGAIN: the first one is so no more.
  */
 static int coroutine_fn prepare_registered_parts(WriteChunk *c)
 {
@@ -111,9 +121,11 @@ static int coroutine_fn prepare_registered_parts(WriteChunk *c)
 
     if (ret == 0 && thinvm_mapping_private(&c->old)) {
         assert(!c->inflight.exclusive);
+        shorten(c, c->old.count);
         c->physical = c->old.physical;
         if (!all_valid(c)) {
             c->kind = WRITE_VALIDATE;
+            thinvm_inflight_shorten(s, &c->inflight, end_part(c));
             return 0;
         }
         c->kind = WRITE_IN_PLACE;
@@ -126,7 +138,7 @@ static int coroutine_fn prepare_registered_parts(WriteChunk *c)
 
 static int coroutine_fn prepare_parts(WriteChunk *c)
 {
-    shorten(c, 1);
+    shorten(c, MIN(c->old.count, THINVM_ENTRIES_PER_LEAF));
     thinvm_inflight_begin_parts(c->bs->opaque, &c->inflight, c->tree,
                                 first_part(c), end_part(c));
     return prepare_registered_parts(c);
@@ -156,11 +168,7 @@ static uint64_t coroutine_fn goal(WriteChunk *c)
 /* Does this cluster of the chunk keep parts that the chunk does not touch? */
 static bool ragged(const WriteChunk *c, uint64_t cluster)
 {
-    BDRVThinvmState *s = c->bs->opaque;
-    uint64_t start = MAX(c->offset, cluster << s->cluster_bits);
-
-    return thinvm_parts_touched(s, start, c->offset + c->bytes - start) !=
-           THINVM_ALL_VALID;
+    return touched_in(c, cluster) != THINVM_ALL_VALID;
 }
 
 /* What the parts that nobody writes shall read from in a new cluster */
@@ -191,7 +199,7 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
     trace_thinvm_write_allocate(c->bs, c->tree, c->offset, c->bytes, c->first,
                                 c->count, c->physical, c->old.type);
 
-    if (c->old.type == THINVM_MAPPING_DATA) {
+    if (old_valid(c)) {
         c->kind = WRITE_COPY;
         thinvm_inflight_place(s, &c->inflight, c->count, c->physical);
         return 0;
@@ -289,12 +297,6 @@ static int coroutine_fn GRAPH_RDLOCK prepare_chunk(WriteChunk *c)
 /* ------------------------------------------------------------------ */
 /* 3: data and what fills the parts around it                          */
 
-/* Valid bits that the old mapping has in this cluster of the chunk */
-static uint16_t old_valid(const WriteChunk *c)
-{
-    return c->old.type == THINVM_MAPPING_DATA ? c->old.valid : 0;
-}
-
 /* Bytes to be written before c->offset, in the first cluster */
 static uint64_t bytes_before(const WriteChunk *c)
 {
@@ -343,8 +345,6 @@ fill_part(WriteChunk *c, uint64_t offset, uint64_t bytes, uint8_t *buf)
     BlockDriverState *bs = c->bs;
     BDRVThinvmState *s = bs->opaque;
     uint16_t bit = thinvm_parts_touched(s, offset, bytes);
-    uint64_t cluster = offset >> s->cluster_bits;
-    uint64_t start = MAX(c->offset, cluster << s->cluster_bits);
     QEMUIOVector qiov;
 
     if (c->kind == WRITE_COPY && (c->old.valid & bit)) {
@@ -353,7 +353,7 @@ fill_part(WriteChunk *c, uint64_t offset, uint64_t bytes, uint8_t *buf)
                              thinvm_device_offset(s, &c->old, offset), bytes,
                              buf, 0);
     }
-    if (!(thinvm_parts_touched(s, start, c->offset + c->bytes - start) & bit)) {
+    if (!(touched_in(c, offset >> s->cluster_bits) & bit)) {
         /* between parts that are copied; stays invalid */
         memset(buf, 0, bytes);
         return 0;
@@ -505,30 +505,31 @@ static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
 
 static int coroutine_fn publish_validate(WriteChunk *c)
 {
-    BDRVThinvmState *s = c->bs->opaque;
-    uint16_t touched = thinvm_parts_touched(s, c->offset, c->bytes);
-    ThinvmOp op = {
-        .type = THINVM_OP_VALIDATE,
-        .tree = c->tree,
-        .guest = c->first,
-        .physical = c->physical,
-        .valid = touched & ~c->old.valid,
-    };
+    int ret = 0;
 
-    return execute(c, &op);
+    for (uint64_t i = 0; i < c->count && ret == 0; i++) {
+        ThinvmOp op = {
+            .type = THINVM_OP_VALIDATE,
+            .tree = c->tree,
+            .guest = c->first + i,
+            .physical = c->physical + i,
+            .valid = touched_in(c, c->first + i) & ~c->old.valid,
+        };
+
+        ret = execute(c, &op);
+    }
+    return ret;
 }
 
 static int coroutine_fn publish_alloc(WriteChunk *c, ThinvmAlloc *alloc)
 {
     BDRVThinvmState *s = c->bs->opaque;
-    uint64_t start = MAX(c->offset, alloc->guest << s->cluster_bits);
     uint64_t ticket = 0;
     Error *err = NULL;
-    int ret = thinvm_alloc_complete(s, alloc,
-                                    thinvm_parts_touched(s, start, c->offset +
-                                                         c->bytes - start),
-                                    &ticket, &err);
+    int ret;
 
+    ret = thinvm_alloc_complete(s, alloc, touched_in(c, alloc->guest), &ticket,
+                                &err);
     *c->ticket = MAX(*c->ticket, ticket);
     return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
 }
@@ -577,13 +578,12 @@ static int coroutine_fn publish_new(WriteChunk *c)
 
 static int coroutine_fn publish_copy(WriteChunk *c)
 {
-    BDRVThinvmState *s = c->bs->opaque;
     uint16_t valid = c->old.valid;
     ThinvmOp op;
     int ret;
 
     if (c->count == 1) {
-        valid |= thinvm_parts_touched(s, c->offset, c->bytes);
+        valid |= touched_in(c, c->first);
     } else {
         assert(valid == THINVM_ALL_VALID);
     }

@@ -174,8 +174,10 @@ zero_clusters_registered(ZeroRequest *r, uint64_t first, uint64_t count)
             break;
         }
         if (can_invalidate(&m)) {
-            m.count = 1;
-            ret = invalidate(r, &m, THINVM_ALL_VALID);
+            if (m.valid) {
+                m.count = 1;
+                ret = invalidate(r, &m, THINVM_ALL_VALID);
+            }
         } else if (m.type != THINVM_MAPPING_ZERO) {
             ret = unmap(r, first, m.count, THINVM_SOURCE_ZERO);
         }

@@ -71,6 +71,13 @@ static inline bool thinvm_mapping_private(const ThinvmMapping *m)
     return m->type == THINVM_MAPPING_DATA && !m->shared;
 }
 
+/* Some parts are valid, and some are not */
+static inline bool thinvm_mapping_mixed(const ThinvmMapping *m)
+{
+    return m->type == THINVM_MAPPING_DATA && m->valid &&
+           m->valid != THINVM_ALL_VALID;
+}
+
 /* Where the invalid parts of any mapping read from */
 static inline ThinvmSource thinvm_mapping_source(const ThinvmMapping *m)
 {
@@ -99,6 +106,8 @@ thinvm_source_is_zero(BlockDriverState *bs, int tree, ThinvmSource source)
 }
 
 /*
+ * Clusters from @offset on that are mapped alike: all valid, none valid, or
+ * one that is mixed.
  * @st: what s->store was when the request began.  For writing it stays what
  * it was; a reader may be running while an activation replaces it.
  */
@@ -107,10 +116,16 @@ thinvm_lookup(BDRVThinvmState *s, ThinvmStore *st, int tree, uint64_t offset,
               uint64_t bytes, bool for_write, ThinvmMapping *m)
 {
     const ThinvmPointer *root = tree == THINVM_TREE_DISK ? s->view_root : NULL;
+    int ret;
 
-    return thinvm_store_lookup(st, tree, root, offset >> s->cluster_bits,
-                               thinvm_clusters_touched(s, offset, bytes),
-                               for_write, m);
+    ret = thinvm_store_lookup(st, tree, root, offset >> s->cluster_bits,
+                              thinvm_clusters_touched(s, offset, bytes),
+                              for_write, m);
+    if (ret == 0 && thinvm_mapping_mixed(m)) {
+        /* there may be more that look the same; they are taken one by one */
+        m->count = 1;
+    }
+    return ret;
 }
 
 /* Byte on the device of guest byte @offset, which @m covers */

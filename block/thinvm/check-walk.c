@@ -1,0 +1,291 @@
+/*
+ * thinvm check: walking the trees
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Durability layer.  Visits each page once, however many pointers name it,
+ * and counts each pointer.  Whatever is found is reported, and the walk goes
+ * on with what is beside it.  Pages are judged by the engine when they are
+ * read (invariant 3 of the design, section 4); here only what a page alone
+ * cannot tell is looked at.
+ */
+#include "qemu/osdep.h"
+#include "check.h"
+
+static uint64_t guest_span(int level)
+{
+    return (uint64_t)THINVM_ENTRIES_PER_LEAF << (8 * level);
+}
+
+/* "disk, guest offsets 0 to 0x1ffffff": what hangs on a pointer */
+static char *guest_range(ThinvmCheck *c, uint64_t guest, uint64_t count)
+{
+    unsigned bits = c->info.cluster_bits;
+
+    return g_strdup_printf("%s, guest offsets 0x%" PRIx64 " to 0x%" PRIx64,
+                           c->tree, guest << bits,
+                           ((guest + count) << bits) - 1);
+}
+
+/* Guest cluster @guest is at @physical; each leaf or run comes here once */
+static void coroutine_fn count_cluster(ThinvmCheck *c, uint64_t guest,
+                                       uint64_t physical)
+{
+    uint64_t offset = guest << c->info.cluster_bits;
+    uint16_t recorded = 0;
+    unsigned references;
+
+    if (c->first_walk && guest >= c->size_clusters) {
+        thinvm_check_corruption(c, "%s: guest offset 0x%" PRIx64 " lies beyond "
+                                "the end, but has cluster %" PRIu64, c->tree,
+                                offset, physical);
+    }
+    if (physical < c->window_start || physical >= c->window_end) {
+        return;
+    }
+    references = thinvm_check_count(c->clusters, physical) + 1;
+
+    /* What cannot be read is reported when the counts are compared */
+    if (thinvm_check_recorded(c, physical, &recorded) == 0 &&
+        recorded != THINVM_COUNT_METADATA && references > recorded) {
+        thinvm_check_corruption(c, "%s: guest offset 0x%" PRIx64 " uses "
+                                "cluster %" PRIu64 " as its %u. user, but its "
+                                "reference count is %u", c->tree, offset,
+                                physical, references, recorded);
+    }
+}
+
+static void count_fragment(ThinvmCheck *c, uint64_t physical, uint64_t n)
+{
+    if (!c->active_disk || !c->first_walk) {
+        return;
+    }
+    c->result->allocated_clusters += n;
+    if (c->previous && physical != c->previous + 1) {
+        c->result->fragmented_clusters++;
+    }
+    c->previous = physical + n - 1;
+}
+
+static void coroutine_fn walk_leaf(ThinvmCheck *c, uint64_t guest, const uint64_t *entries)
+{
+    for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
+        uint64_t physical = thinvm_entry_physical(le64_to_cpu(entries[i]));
+
+        if (physical) {
+            count_cluster(c, guest + i, physical);
+            count_fragment(c, physical, 1);
+        }
+    }
+}
+
+static void coroutine_fn walk_run(ThinvmCheck *c, uint64_t guest, uint64_t physical)
+{
+    uint64_t end = physical + THINVM_ENTRIES_PER_LEAF;
+
+    if (physical < c->info.first_cluster || end > c->info.device_clusters) {
+        thinvm_check_corruption(c, "%s: guest offset 0x%" PRIx64 " has a run "
+                                "at cluster %" PRIu64 ", out of bounds",
+                                c->tree, guest << c->info.cluster_bits,
+                                physical);
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
+        count_cluster(c, guest + i, physical + i);
+    }
+    count_fragment(c, physical, THINVM_ENTRIES_PER_LEAF);
+}
+
+/* What hangs on a pointer to a page (or leaf) of @level of a mapping tree */
+static void coroutine_fn walk_map(ThinvmCheck *c, const ThinvmPointer *ptr,
+                                 int level, uint64_t guest)
+{
+    g_autofree uint64_t *buf = NULL;
+    g_autofree char *what = NULL;
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = level ? THINVM_PAGE_MAP_INNER : THINVM_PAGE_MAP_LEAF,
+        .level = level,
+    };
+
+    if (ptr->type == THINVM_PTR_RUN || ptr->type == THINVM_PTR_UNWRITTEN_RUN) {
+        walk_run(c, guest, ptr->address);
+        return;
+    }
+    if (ptr->type != THINVM_PTR_PAGE) {
+        return;
+    }
+    what = guest_range(c, guest, guest_span(level));
+    if (!thinvm_check_enter_page(c, ptr, what)) {
+        return;
+    }
+    buf = g_malloc(THINVM_PAGE_SIZE);
+    if (thinvm_check_read_page(c, &ref, buf, what) < 0) {
+        return;
+    }
+    if (level == 0) {
+        walk_leaf(c, guest, buf);
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        ThinvmPointer child;
+
+        thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
+        walk_map(c, &child, level - 1, guest + i * guest_span(level - 1));
+    }
+}
+
+static void coroutine_fn walk_tree(ThinvmCheck *c, const ThinvmPointer *root,
+                                  const char *tree, uint64_t size)
+{
+    c->tree = tree;
+    c->size_clusters = DIV_ROUND_UP(size, 1ULL << c->info.cluster_bits);
+    walk_map(c, root, THINVM_INNER_LEVELS, 0);
+}
+
+/* ------------------------------------------------------------------ */
+/* Snapshots                                                           */
+
+static void coroutine_fn walk_snapshot(ThinvmCheck *c, uint32_t slot,
+                                      const ThinvmSnapshotLe *le)
+{
+    g_autofree char *disk = NULL;
+    g_autofree char *vmstate = NULL;
+    ThinvmSnapshot snap;
+    Error *err = NULL;
+
+    if (!le->id_le) {
+        return;
+    }
+    if (!thinvm_snapshot_decode(&snap, le, &err)) {
+        thinvm_check_corruption(c, "snapshot in slot %u: %s", slot,
+                                error_get_pretty(err));
+        error_free(err);
+        return;
+    }
+    disk = g_strdup_printf("snapshot %" PRIu64 " '%s'", snap.id, snap.name);
+    vmstate = g_strdup_printf("VM state of %s", disk);
+    walk_tree(c, &snap.root, disk, snap.virtual_size);
+    walk_tree(c, &snap.vmstate_root, vmstate, UINT64_MAX);
+}
+
+static void coroutine_fn walk_snapshots(ThinvmCheck *c,
+                                       const ThinvmPointer *ptr, int level,
+                                       uint32_t slot)
+{
+    g_autofree uint8_t *buf = NULL;
+    const uint32_t span = THINVM_SNAPSHOTS_PER_LEAF << (8 * MAX(level - 1, 0));
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = level ? THINVM_PAGE_SNAPSHOT_INNER : THINVM_PAGE_SNAPSHOT_LEAF,
+        .level = level,
+    };
+
+    if (ptr->type != THINVM_PTR_PAGE) {
+        return;
+    }
+    if (!thinvm_check_enter_page(c, ptr, "list of snapshots")) {
+        return;
+    }
+    buf = g_malloc(THINVM_PAGE_SIZE);
+    if (thinvm_check_read_page(c, &ref, buf, "list of snapshots") < 0) {
+        return;
+    }
+    if (level == 0) {
+        for (unsigned i = 0; i < THINVM_SNAPSHOTS_PER_LEAF; i++) {
+            walk_snapshot(c, slot + i, (ThinvmSnapshotLe *)buf + i);
+        }
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        ThinvmPointer child;
+
+        thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
+        walk_snapshots(c, &child, level - 1, slot + i * span);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* The space map of metadata pages, and the backing file's name        */
+
+static void take_extent(ThinvmCheck *c, const ThinvmSpaceBlockLe *block)
+{
+    unsigned bits = c->info.cluster_bits - THINVM_PAGE_BITS;
+    ThinvmFreedRange range = {
+        .first = le64_to_cpu(block->first_page_le) >> bits,
+        .nb_clusters = le32_to_cpu(block->nb_pages_le) >> bits,
+    };
+
+    if (c->first_walk) {
+        g_array_append_val(c->extents, range);
+    }
+}
+
+static void coroutine_fn walk_space(ThinvmCheck *c, const ThinvmPointer *ptr,
+                                   int level)
+{
+    g_autofree uint8_t *buf = NULL;
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = level ? THINVM_PAGE_SPACE_INNER : THINVM_PAGE_SPACE_BLOCK,
+        .level = level,
+    };
+
+    if (ptr->type != THINVM_PTR_PAGE) {
+        return;
+    }
+    if (!thinvm_check_enter_page(c, ptr, "space map of metadata")) {
+        return;
+    }
+    buf = g_malloc(THINVM_PAGE_SIZE);
+    if (thinvm_check_read_page(c, &ref, buf, "space map of metadata") < 0) {
+        return;
+    }
+    if (level == 0) {
+        take_extent(c, (ThinvmSpaceBlockLe *)buf);
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        ThinvmPointer child;
+
+        thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
+        walk_space(c, &child, level - 1);
+    }
+}
+
+static void coroutine_fn walk_backing(ThinvmCheck *c, const ThinvmPointer *ptr)
+{
+    g_autofree uint8_t *buf = NULL;
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = THINVM_PAGE_BACKING,
+    };
+
+    if (ptr->type == THINVM_PTR_PAGE &&
+        thinvm_check_enter_page(c, ptr, "backing file's name")) {
+        buf = g_malloc(THINVM_PAGE_SIZE);
+        thinvm_check_read_page(c, &ref, buf, "backing file's name");
+    }
+}
+
+void coroutine_fn thinvm_check_walk(ThinvmCheck *c)
+{
+    ThinvmPointer map, vmstate, count, snapshot, backing;
+
+    thinvm_state_lock(c->s);
+    thinvm_state_roots(c->s, &map, &vmstate, &count, &snapshot, &backing);
+    thinvm_state_unlock(c->s);
+
+    c->active_disk = true;
+    c->previous = 0;
+    walk_tree(c, &map, "disk", c->info.virtual_size);
+    c->active_disk = false;
+    walk_tree(c, &vmstate, "VM state", UINT64_MAX);
+    walk_snapshots(c, &snapshot, THINVM_SNAPSHOT_LEVELS, 0);
+    walk_space(c, &c->st->bases.newest.space_root, THINVM_SPACE_LEVELS);
+    walk_backing(c, &backing);
+}

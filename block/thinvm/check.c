@@ -1,0 +1,450 @@
+/*
+ * thinvm check: is what is recorded what is so?
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Durability layer.  Recounts the references to clusters and to metadata
+ * pages (check-walk.c) and compares them with the recorded ones:
+ *
+ *   recorded lower than counted    corruption: a cluster or page would be
+ *                                  given to a second owner
+ *   recorded higher than counted   leak: space that nobody uses
+ *
+ * and looks at the tree of reference counts itself: the numbers of free
+ * clusters in its pointers, and that clusters are marked as metadata exactly
+ * where metadata extents are.  (Invariant 4 of the design, section 4, says
+ * that whatever happened there is nothing to find.)
+ *
+ * The state must not change meanwhile.  Memory: two bytes for each cluster
+ * in use within a window of the device, and for each metadata page.
+ */
+#include "qemu/osdep.h"
+#include "check.h"
+
+static void G_GNUC_PRINTF(2, 0) report(ThinvmCheck *c, const char *fmt,
+                                       va_list ap)
+{
+    g_autofree char *message = NULL;
+
+    if (c->nb_reports++ < THINVM_CHECK_MAX_REPORTS) {
+        message = g_strdup_vprintf(fmt, ap);
+        c->report(c->opaque, message);
+    } else if (c->nb_reports == THINVM_CHECK_MAX_REPORTS + 1) {
+        c->report(c->opaque, "further findings are counted, but not shown");
+    }
+}
+
+void thinvm_check_corruption(ThinvmCheck *c, const char *fmt, ...)
+{
+    va_list ap;
+
+    c->result->corruptions++;
+    va_start(ap, fmt);
+    report(c, fmt, ap);
+    va_end(ap);
+}
+
+void thinvm_check_leak(ThinvmCheck *c, const char *fmt, ...)
+{
+    va_list ap;
+
+    c->result->leaks++;
+    va_start(ap, fmt);
+    report(c, fmt, ap);
+    va_end(ap);
+}
+
+/* ------------------------------------------------------------------ */
+/* Counting                                                            */
+
+static GHashTable *counts_new(void)
+{
+    return g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free, g_free);
+}
+
+uint16_t *thinvm_check_chunk(GHashTable *counts, uint64_t number)
+{
+    int64_t key = number / THINVM_CHECK_CHUNK;
+
+    return g_hash_table_lookup(counts, &key);
+}
+
+uint16_t thinvm_check_count(GHashTable *counts, uint64_t number)
+{
+    uint16_t *chunk = thinvm_check_chunk(counts, number);
+    uint16_t *count;
+
+    if (!chunk) {
+        int64_t *key = g_new(int64_t, 1);
+
+        *key = number / THINVM_CHECK_CHUNK;
+        chunk = g_new0(uint16_t, THINVM_CHECK_CHUNK);
+        g_hash_table_insert(counts, key, chunk);
+    }
+    count = &chunk[number % THINVM_CHECK_CHUNK];
+    /* stays where it is at the limit: far above what may be recorded */
+    return *count == UINT16_MAX ? *count : (*count)++;
+}
+
+static uint16_t counted(GHashTable *counts, uint64_t number)
+{
+    uint16_t *chunk = thinvm_check_chunk(counts, number);
+
+    return chunk ? chunk[number % THINVM_CHECK_CHUNK] : 0;
+}
+
+int coroutine_fn thinvm_check_recorded(ThinvmCheck *c, uint64_t cluster,
+                                       uint16_t *count)
+{
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    do {
+        thinvm_state_lock(c->s);
+        ret = thinvm_state_cluster_count(c->s, cluster, count, &needs);
+        thinvm_state_unlock(c->s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_store_read_wanted(c->st, c->s, &needs, NULL);
+    } while (ret == 0);
+
+    thinvm_state_lock(c->s);
+    thinvm_needs_destroy(c->s, &needs);
+    thinvm_state_unlock(c->s);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Pages                                                               */
+
+int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
+                                        const ThinvmPageRef *ref, void *buf,
+                                        const char *what)
+{
+    Error *err = NULL;
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    do {
+        thinvm_state_lock(c->s);
+        ret = thinvm_state_read_page(c->s, ref, buf, &needs);
+        thinvm_state_unlock(c->s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_store_read_wanted(c->st, c->s, &needs, &err);
+    } while (ret == 0);
+
+    thinvm_state_lock(c->s);
+    thinvm_needs_destroy(c->s, &needs);
+    thinvm_state_unlock(c->s);
+
+    if (ret < 0 && c->first_walk) {
+        const char *why = err ? error_get_pretty(err) :
+            ret == -EBADMSG ? "it is of another kind elsewhere" :
+            g_strerror(-ret);
+
+        if (ret == -EBADMSG) {
+            thinvm_check_corruption(c, "%s: metadata page %" PRIu64 ": %s",
+                                    what, ref->page, why);
+        } else {
+            c->result->check_errors++;
+            c->report(c->opaque, why);
+        }
+    }
+    error_free(err);
+    return ret;
+}
+
+static int recorded_page(ThinvmCheck *c, uint64_t page, uint16_t *count)
+{
+    int ret;
+
+    thinvm_state_lock(c->s);
+    ret = thinvm_state_page_count(c->s, page, count);
+    thinvm_state_unlock(c->s);
+    return ret;
+}
+
+bool thinvm_check_enter_page(ThinvmCheck *c, const ThinvmPointer *ptr,
+                             const char *what)
+{
+    uint16_t recorded;
+
+    if (recorded_page(c, ptr->address, &recorded) < 0) {
+        if (c->first_walk) {
+            thinvm_check_corruption(c, "%s: pointer to page %" PRIu64 ", which "
+                                    "is not in any metadata extent", what,
+                                    ptr->address);
+        }
+        return false;
+    }
+    return thinvm_check_count(c->pages, ptr->address) == 0;
+}
+
+/* The pages of a cluster that is marked as metadata */
+static void compare_pages(ThinvmCheck *c, uint64_t cluster)
+{
+    unsigned bits = c->info.cluster_bits - THINVM_PAGE_BITS;
+    uint64_t page;
+
+    for (page = cluster << bits; page < (cluster + 1) << bits; page++) {
+        uint16_t recorded, references = counted(c->pages, page);
+
+        if (recorded_page(c, page, &recorded) < 0) {
+            thinvm_check_corruption(c, "cluster %" PRIu64 " is marked as "
+                                    "metadata, but is in no metadata extent",
+                                    cluster);
+            return;
+        }
+        if (recorded < references) {
+            thinvm_check_corruption(c, "metadata page %" PRIu64 " has %u "
+                                    "users, but its reference count is %u",
+                                    page, references, recorded);
+        } else if (recorded > references) {
+            thinvm_check_leak(c, "metadata page %" PRIu64 " has reference "
+                              "count %u, but %u users", page, recorded,
+                              references);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Clusters                                                            */
+
+static void compare_cluster(ThinvmCheck *c, uint64_t cluster,
+                            uint16_t recorded)
+{
+    uint16_t references = counted(c->clusters, cluster);
+
+    if (recorded) {
+        c->result->image_end_offset = MAX(c->result->image_end_offset,
+                                          (cluster + 1) <<
+                                          c->info.cluster_bits);
+    }
+    if (cluster < c->info.first_cluster) {
+        if (recorded != THINVM_COUNT_METADATA) {
+            thinvm_check_corruption(c, "cluster %" PRIu64 " belongs to the "
+                                    "header, but its reference count is %u",
+                                    cluster, recorded);
+        }
+    } else if (recorded == THINVM_COUNT_METADATA) {
+        compare_pages(c, cluster);
+    } else if (recorded > references) {
+        thinvm_check_leak(c, "cluster %" PRIu64 " (device offset 0x%" PRIx64
+                          ") has reference count %u, but %u users", cluster,
+                          cluster << c->info.cluster_bits, recorded,
+                          references);
+    }
+    /* the opposite was reported where the cluster is used */
+}
+
+/* A range of clusters that all have this count */
+static void compare_uniform(ThinvmCheck *c, uint64_t first, uint64_t end,
+                            uint16_t recorded)
+{
+    first = MAX(first, c->window_start);
+    end = MIN(end, c->window_end);
+    if (!recorded) {
+        /* what is used all the same was reported there, but for this */
+        if (first < MIN(end, c->info.first_cluster)) {
+            compare_cluster(c, first, 0);
+        }
+        return;
+    }
+    for (; first < end; first++) {
+        compare_cluster(c, first, recorded);
+    }
+}
+
+static uint64_t count_span(int level)
+{
+    return (uint64_t)THINVM_COUNTS_PER_LEAF << (8 * level);
+}
+
+static uint64_t compare_leaf(ThinvmCheck *c, uint64_t first, uint64_t end,
+                             const uint16_t *counts)
+{
+    uint64_t nb_free = 0;
+
+    for (uint64_t i = 0; i < end - first; i++) {
+        uint16_t recorded = le16_to_cpu(counts[i]);
+
+        nb_free += recorded == 0;
+        if (first + i >= c->window_start && first + i < c->window_end) {
+            compare_cluster(c, first + i, recorded);
+        }
+    }
+    return nb_free;
+}
+
+/* Returns the number of free clusters below, or UINT64_MAX if not known */
+static uint64_t coroutine_fn compare_counts(ThinvmCheck *c,
+                                            const ThinvmPointer *ptr,
+                                            int level, uint64_t first)
+{
+    g_autofree uint8_t *buf = NULL;
+    uint64_t end = MIN(first + count_span(level), c->info.device_clusters);
+    uint64_t nb_free = 0;
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = level ? THINVM_PAGE_COUNT_INNER : THINVM_PAGE_COUNT_LEAF,
+        .level = level,
+    };
+
+    if (first >= end) {
+        return 0;
+    }
+    if (ptr->type != THINVM_PTR_PAGE) {
+        uint16_t recorded = ptr->type == THINVM_PTR_NONE ? 0 : ptr->address;
+
+        compare_uniform(c, first, end, recorded);
+        return recorded ? 0 : end - first;
+    }
+    buf = g_malloc(THINVM_PAGE_SIZE);
+    if (thinvm_check_read_page(c, &ref, buf, "reference counts") < 0) {
+        return UINT64_MAX;
+    }
+    if (level == 0) {
+        return compare_leaf(c, first, end, (uint16_t *)buf);
+    }
+
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        ThinvmPointer child;
+        uint64_t start = first + i * count_span(level - 1);
+        uint64_t below;
+
+        thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
+        below = compare_counts(c, &child, level - 1, start);
+        if (below == UINT64_MAX || nb_free == UINT64_MAX) {
+            nb_free = UINT64_MAX;
+            continue;
+        }
+        nb_free += below;
+        if (c->first_walk && child.type == THINVM_PTR_PAGE &&
+            child.extra != below) {
+            thinvm_check_corruption(c, "reference counts: the pointer to "
+                                    "those of clusters from %" PRIu64 " on "
+                                    "tells of %u free ones, but %" PRIu64
+                                    " are", start, child.extra, below);
+        }
+    }
+    return nb_free;
+}
+
+/* The pages of the tree of counts name each other, too */
+static void coroutine_fn count_count_pages(ThinvmCheck *c,
+                                           const ThinvmPointer *ptr, int level)
+{
+    g_autofree uint8_t *buf = NULL;
+    ThinvmPageRef ref = {
+        .page = ptr->address,
+        .crc = ptr->crc,
+        .kind = THINVM_PAGE_COUNT_INNER,
+        .level = level,
+    };
+
+    if (ptr->type != THINVM_PTR_PAGE ||
+        !thinvm_check_enter_page(c, ptr, "reference counts") || !level) {
+        return;
+    }
+    buf = g_malloc(THINVM_PAGE_SIZE);
+    if (thinvm_check_read_page(c, &ref, buf, "reference counts") < 0) {
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        ThinvmPointer child;
+
+        thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
+        count_count_pages(c, &child, level - 1);
+    }
+}
+
+/* Extents that are not marked as such would be given away as data */
+static void coroutine_fn compare_extents(ThinvmCheck *c)
+{
+    uint16_t recorded;
+
+    for (unsigned i = 0; i < c->extents->len; i++) {
+        ThinvmFreedRange *e = &g_array_index(c->extents, ThinvmFreedRange, i);
+
+        for (uint64_t n = e->first; n < e->first + e->nb_clusters; n++) {
+            if (thinvm_check_recorded(c, n, &recorded) == 0 &&
+                recorded != THINVM_COUNT_METADATA) {
+                thinvm_check_corruption(c, "cluster %" PRIu64 " is in metadata "
+                                        "extent %u, but has reference count "
+                                        "%u", n, i, recorded);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ */
+
+static void coroutine_fn check_window(ThinvmCheck *c)
+{
+    ThinvmPointer map, vmstate, count, snapshot, backing;
+
+    c->clusters = counts_new();
+    c->pages = counts_new();
+    thinvm_state_lock(c->s);
+    thinvm_state_roots(c->s, &map, &vmstate, &count, &snapshot, &backing);
+    thinvm_state_unlock(c->s);
+
+    thinvm_check_walk(c);
+    count_count_pages(c, &count, THINVM_INNER_LEVELS);
+    compare_counts(c, &count, THINVM_INNER_LEVELS, 0);
+    g_hash_table_unref(c->clusters);
+    g_hash_table_unref(c->pages);
+}
+
+int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
+                                    void (*report_fn)(void *opaque,
+                                                      const char *message),
+                                    void *opaque, ThinvmCheckResult *result,
+                                    Error **errp)
+{
+    ThinvmCheck c = {
+        .st = st,
+        .report = report_fn,
+        .opaque = opaque,
+        .result = result,
+    };
+    unsigned token;
+    int ret;
+
+    *result = (ThinvmCheckResult) { };
+    if (thinvm_store_writable(st)) {
+        /* what follows must find the same on the device and in memory */
+        ret = thinvm_store_checkpoint(st);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write a checkpoint");
+            return ret;
+        }
+    }
+
+    token = thinvm_store_request_begin(st);
+    c.s = thinvm_store_state(st);
+    thinvm_state_lock(c.s);
+    thinvm_state_info(c.s, &c.info);
+    thinvm_state_unlock(c.s);
+    c.extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    result->total_clusters = DIV_ROUND_UP(c.info.virtual_size,
+                                          1ULL << c.info.cluster_bits);
+    c.first_walk = true;
+    do {
+        c.window_end = MIN(c.window_start + THINVM_CHECK_WINDOW,
+                           c.info.device_clusters);
+        check_window(&c);
+        c.window_start = c.window_end;
+        c.first_walk = false;
+    } while (c.window_start < c.info.device_clusters);
+    compare_extents(&c);
+    g_array_unref(c.extents);
+    thinvm_store_request_end(st, token);
+    return 0;
+}
