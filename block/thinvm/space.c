@@ -246,19 +246,17 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
 
 /*
  * The bound on dirty pages follows what the image can need at all (leaves of
- * the whole disk) and what its device can spare (256 KiB of device for each
- * page: its reserve then takes less than a sixteenth).
+ * the whole disk, and as many count pages) and what its device can spare: a
+ * page for each MiB, with which the reserve takes little more than a
+ * hundredth of it.
  */
 void thinvm_space_update_bounds(ThinvmState *s)
 {
     uint64_t leaves = (s->virtual_size >> s->cluster_bits) /
                       THINVM_ENTRIES_PER_LEAF;
-    uint64_t device = s->device_clusters >> (18 - MIN(18, s->cluster_bits));
+    uint64_t spare = (s->device_clusters << s->cluster_bits) / MiB;
 
-    if (s->cluster_bits > 18) {
-        device = s->device_clusters << (s->cluster_bits - 18);
-    }
-    s->dirty_bound = MIN(MAX(MIN(2 * leaves, device), THINVM_MIN_DIRTY_BOUND),
+    s->dirty_bound = MIN(MAX(MIN(2 * leaves, spare), THINVM_MIN_DIRTY_BOUND),
                          THINVM_MAX_DIRTY_BOUND);
 }
 
