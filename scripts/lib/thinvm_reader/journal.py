@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The journal of a thinvm image: which records count, whether one is missing
+# that was once durable, and the operations in them, judged as far as each can
+# be alone.  The ring is read as it stands; nothing is applied here.
+
+import struct
+
+from .structures import (
+    ALL_VALID, COUNTER_MAX, JOURNAL_OFFSET, KIB, MAX_CLUSTERS,
+    MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_RECORD,
+    checksum_without, require)
+
+RECORD_MAX = 256 * KIB
+
+OPERATION = struct.Struct('<HHBBHQQQQ')
+RECORD = struct.Struct('<4sIQQQIIII16s')
+
+# name, fields used, bytes of payload
+OPERATIONS = {
+    1: ('MAP', 'tree source valid guest count physical', 0),
+    2: ('VALIDATE', 'tree valid guest physical', 0),
+    3: ('UNMAP', 'tree source guest count', 0),
+    4: ('INVALIDATE', 'tree valid guest physical', 0),
+    5: ('MAP_RUN', 'tree valid guest physical', 0),
+    6: ('RESIZE', 'value', 0),
+    7: ('GROW', 'value', 0),
+    8: ('META_EXTEND', 'count physical', 0),
+    9: ('SET_BACKING', '', 1152),
+    10: ('EPOCH', 'value', 0),
+    11: ('SNAPSHOT_CREATE', '', 512),
+    12: ('SNAPSHOT_DELETE_STEP', 'guest value', 0),
+    13: ('SNAPSHOT_GOTO', 'guest physical value', 0),
+    14: ('VMSTATE_SIZE', 'value', 0),
+}
+FIELDS = 'tree source valid guest count physical value'.split()
+
+
+class Operation:
+    """One operation; judged as far as it can be alone."""
+
+    def __init__(self, data, offset, where):
+        require(len(data) - offset >= 40, f'{where}: cut off')
+        code, self.length, *values = OPERATION.unpack_from(data, offset)
+        require(code in OPERATIONS,
+                f'{where}: type {code} is not known to this program')
+        self.name, uses, payload = OPERATIONS[code]
+        where = f'{where} ({self.name})'
+        require(self.length == 40 + payload and
+                offset + self.length <= len(data),
+                f'{where}: length {self.length}')
+        for name, value in zip(FIELDS, values):
+            setattr(self, name, value)
+            require(name in uses.split() or not value,
+                    f'{where}: {name} is set but not used')
+        self.payload = data[offset + 40:offset + self.length]
+        self._judge(where)
+
+    def _judge(self, where):
+        def check(ok):
+            require(ok, f'{where}: a field is out of bounds: {self}')
+
+        name, value = self.name, self.value
+        if name in ('MAP', 'UNMAP', 'VALIDATE', 'INVALIDATE', 'MAP_RUN'):
+            n = {'MAP': self.count, 'UNMAP': self.count,
+                 'MAP_RUN': 512}.get(name, 1)
+            check(self.tree < 2 and self.source < 2 and n >= 1)
+            check(self.guest + n <= MAX_GUEST_CLUSTERS)
+            if name != 'UNMAP':
+                check(self.physical and self.physical + n <= MAX_CLUSTERS)
+                check(self.guest // 512 == (self.guest + n - 1) // 512)
+            check(name != 'MAP_RUN' or self.valid in (0, ALL_VALID))
+            check(self.valid or name not in ('VALIDATE', 'INVALIDATE'))
+        elif name == 'RESIZE':
+            check(value <= MAX_SIZE and value % 512 == 0)
+        elif name == 'VMSTATE_SIZE':
+            check(value <= MAX_SIZE)
+        elif name == 'GROW':
+            check(0 < value <= MAX_CLUSTERS)
+        elif name == 'META_EXTEND':
+            check(0 < self.count <= 508 and self.physical and
+                  self.physical + self.count <= MAX_CLUSTERS)
+        elif name in ('EPOCH', 'SNAPSHOT_DELETE_STEP', 'SNAPSHOT_GOTO'):
+            check(0 < value <= COUNTER_MAX and self.guest < MAX_SLOTS)
+            check(name != 'SNAPSHOT_GOTO' or
+                  value < self.physical <= COUNTER_MAX)
+
+    def __str__(self):
+        uses = next(o[1] for o in OPERATIONS.values() if o[0] == self.name)
+        text = ' '.join(f'{f}={getattr(self, f):#x}' if f == 'valid' else
+                        f'{f}={getattr(self, f)}' for f in uses.split())
+        return f'{self.name} {text}'.rstrip()
+
+
+class Record:
+    """A record at a position of the ring, or ValueError if there is none."""
+
+    def __init__(self, journal, position):
+        head = journal.bytes_at(position, 64)
+        (magic, self.crc, self.epoch, self.sequence, self.flushed,
+         self.previous_crc, self.length, self.nb_operations, flags,
+         reserved) = RECORD.unpack(head)
+        if (magic != b'TVJR' or not 64 <= self.length <= RECORD_MAX or
+                self.length % 8 or not 0 < self.sequence <= COUNTER_MAX or
+                self.epoch > COUNTER_MAX or self.flushed >= self.sequence or
+                self.nb_operations > (self.length - 64) // 40):
+            raise ValueError('no record here')
+        self.position = position
+        self.padded = -(-self.length // PAGE) * PAGE
+        self.data = journal.bytes_at(position, self.length)
+        if self.crc != checksum_without(journal.uuid, SUM_RECORD,
+                                        self.sequence, self.data, 4):
+            raise ValueError('checksum is wrong')
+        self.strange = bool(flags or any(reserved))
+
+    def operations(self):
+        where = f'journal record {self.sequence}'
+        require(not self.strange, f'{where}: reserved fields of its header '
+                'are set: a later version wrote it')
+        offset = 64
+        for i in range(self.nb_operations):
+            op = Operation(self.data, offset, f'{where}, operation {i}')
+            offset += op.length
+            yield op
+        require(offset == self.length,
+                f'{where}: {self.length - offset} bytes behind the last '
+                'operation')
+
+
+class Journal:
+    """The records that follow a base, in order."""
+
+    def __init__(self, device, sb):
+        self.device, self.uuid, self.size = device, sb.uuid, sb.journal_size
+        self.sb = sb
+        self.damage = None
+        self.end = sb.journal_position      # where the next one would start
+        self.records = list(self._follow())
+        self.damage = self._find_damage()
+
+    def bytes_at(self, position, size):
+        position %= self.size
+        first = min(size, self.size - position)
+        data = self.device.read(JOURNAL_OFFSET + position, first, 'journal')
+        if first < size:
+            data += self.device.read(JOURNAL_OFFSET, size - first, 'journal')
+        return data
+
+    def _follow(self):
+        sb, used = self.sb, 0
+        self.sequence, self.epoch = sb.sequence, sb.epoch
+        crc = sb.record_crc
+        while True:
+            try:
+                r = Record(self, self.end)
+            except ValueError:
+                return
+            used += r.padded
+            if (r.sequence != self.sequence + 1 or r.previous_crc != crc or
+                    r.epoch < self.epoch or used > self.size):
+                return
+            self.end = (self.end + r.padded) % self.size
+            self.sequence, self.epoch, crc = r.sequence, r.epoch, r.crc
+            yield r
+
+    def _find_damage(self):
+        """Does a later record say that the missing one was durable?"""
+        missing = self.sequence + 1
+        for start in range(0, self.size, MIB):
+            chunk = self.bytes_at(start, min(MIB, self.size - start))
+            for offset in range(0, len(chunk), PAGE):
+                if chunk[offset:offset + 4] != b'TVJR':
+                    continue
+                try:
+                    r = Record(self, start + offset)
+                except ValueError:
+                    continue
+                if (r.sequence > missing and r.flushed >= missing and
+                        r.epoch >= self.epoch):
+                    return (f'journal record {missing} at byte {self.end} of '
+                            f'the ring is missing or damaged: record '
+                            f'{r.sequence} at byte {r.position} says that it '
+                            'was durable')
+        return None
