@@ -1,0 +1,289 @@
+/*
+ * Guest data on an image on a simulated device: helpers of unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * See thinvm-sim-image.h.
+ */
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/cutils.h"
+#include "thinvm-sim-image.h"
+#include "block/thinvm/store-int.h"
+
+void image_fill(uint8_t *buf, uint64_t first, unsigned sectors, uint64_t tag)
+{
+    for (unsigned i = 0; i < sectors; i++) {
+        for (unsigned j = 0; j < SIM_SECTOR; j += 16) {
+            stq_le_p(buf + i * SIM_SECTOR + j, tag);
+            stq_le_p(buf + i * SIM_SECTOR + j + 8,
+                     tag ? (first + i) ^ tag << 20 : 0);
+        }
+    }
+}
+
+uint64_t image_tag(const uint8_t *buf, uint64_t sector)
+{
+    uint8_t expected[SIM_SECTOR];
+    uint64_t tag = ldq_le_p(buf);
+
+    image_fill(expected, sector, 1, tag);
+    return memcmp(expected, buf, SIM_SECTOR) ? TAG_FOREIGN : tag;
+}
+
+void coroutine_fn image_create(ThinvmSim *sim, uint64_t virtual_size)
+{
+    ThinvmCreateParams params = {
+        .virtual_size = virtual_size,
+        .cluster_size = IMAGE_CLUSTER,
+        .journal_size = 1 * MiB,
+    };
+
+    thinvm_store_create(sim_device(sim), &params, &error_abort);
+}
+
+static uint64_t current_epoch(ThinvmStore *st)
+{
+    ThinvmInfoState info;
+
+    thinvm_state_lock(thinvm_store_state(st));
+    thinvm_state_info(thinvm_store_state(st), &info);
+    thinvm_state_unlock(thinvm_store_state(st));
+    return info.epoch;
+}
+
+ThinvmStore *coroutine_fn image_open(ThinvmSim *sim)
+{
+    ThinvmStore *st = thinvm_store_open(sim_device(sim), 0, &error_abort);
+
+    thinvm_store_begin_writing(st, current_epoch(st) + 1, &error_abort);
+    return st;
+}
+
+/* Data of a fresh cluster, or of parts that are not valid yet */
+static int coroutine_fn write_data(ThinvmSim *sim, uint64_t guest,
+                                   uint64_t physical, unsigned part,
+                                   unsigned nb, uint64_t tag)
+{
+    g_autofree uint8_t *buf = g_malloc(nb * IMAGE_PART);
+    uint64_t first = guest * IMAGE_SECTORS + part * (IMAGE_PART / SIM_SECTOR);
+
+    image_fill(buf, first, nb * IMAGE_PART / SIM_SECTOR, tag);
+    return sim_device(sim)->co_pwrite(sim_device(sim),
+                                      physical * IMAGE_CLUSTER +
+                                      part * IMAGE_PART,
+                                      nb * IMAGE_PART, buf);
+}
+
+static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
+                                  uint64_t guest, unsigned part, unsigned nb,
+                                  uint64_t tag, uint64_t *ticket)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_MAP,
+        .guest = guest,
+        .count = 1,
+        .valid = MAKE_64BIT_MASK(part, nb),
+        .source = THINVM_SOURCE_ZERO,
+    };
+    uint64_t got;
+    int ret;
+
+    if (op.valid == THINVM_ALL_VALID) {
+        op.source = THINVM_SOURCE_BACKING;
+    }
+    ret = thinvm_store_reserve(st, 0, 1, &op.physical, &got);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = write_data(sim, guest, op.physical, part, nb, tag);
+    if (ret == 0) {
+        ret = thinvm_store_execute(st, &op, ticket, NULL);
+    }
+    if (ret < 0) {
+        thinvm_store_unreserve(st, op.physical, 1);
+    }
+    return ret;
+}
+
+static int coroutine_fn write_mapped(ThinvmSim *sim, ThinvmStore *st,
+                                     const ThinvmMapping *m, unsigned part,
+                                     unsigned nb, uint64_t tag,
+                                     uint64_t *ticket)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_VALIDATE,
+        .guest = m->guest,
+        .physical = m->physical,
+        .valid = MAKE_64BIT_MASK(part, nb),
+    };
+    int ret = write_data(sim, m->guest, m->physical, part, nb, tag);
+
+    if (ret == 0 && (m->valid & op.valid) != op.valid) {
+        ret = thinvm_store_execute(st, &op, ticket, NULL);
+    }
+    return ret;
+}
+
+int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                             unsigned part, unsigned nb, uint64_t tag,
+                             uint64_t *ticket)
+{
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmMapping m;
+    uint64_t dummy;
+    int ret;
+
+    ticket = ticket ?: &dummy;
+    *ticket = 0;
+    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, true, &m);
+    if (ret == 0) {
+        if (m.type == THINVM_MAPPING_DATA && !m.shared) {
+            ret = write_mapped(sim, st, &m, part, nb, tag, ticket);
+        } else {
+            ret = write_new(sim, st, guest, part, nb, tag, ticket);
+        }
+    }
+    thinvm_store_request_end(st, token);
+    return ret;
+}
+
+int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
+                                      uint64_t guest, uint64_t count,
+                                      uint64_t tag, uint64_t *ticket)
+{
+    unsigned token = thinvm_store_request_begin(st);
+    uint64_t dummy;
+    int ret = 0;
+
+    while (count && ret == 0) {
+        ThinvmOp op = {
+            .type = THINVM_OP_MAP,
+            .guest = guest,
+            .valid = THINVM_ALL_VALID,
+        };
+
+        ret = thinvm_store_reserve(st, 0, count, &op.physical, &op.count);
+        if (ret < 0) {
+            break;
+        }
+        for (uint64_t i = 0; i < op.count && ret == 0; i++) {
+            ret = write_data(sim, guest + i, op.physical + i, 0, THINVM_PARTS,
+                             tag);
+        }
+        if (ret == 0) {
+            ret = thinvm_store_execute(st, &op, ticket ?: &dummy, NULL);
+        }
+        if (ret < 0) {
+            thinvm_store_unreserve(st, op.physical, op.count);
+        }
+        guest += op.count;
+        count -= op.count;
+    }
+    thinvm_store_request_end(st, token);
+    return ret;
+}
+
+int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                            uint8_t *buf)
+{
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmMapping m;
+    int ret;
+
+    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, false, &m);
+    memset(buf, 0, IMAGE_CLUSTER);
+    if (ret == 0 && m.type == THINVM_MAPPING_DATA) {
+        ret = sim_device(sim)->co_pread(sim_device(sim),
+                                        m.physical * IMAGE_CLUSTER,
+                                        IMAGE_CLUSTER, buf);
+        for (unsigned i = 0; i < THINVM_PARTS; i++) {
+            if (!(m.valid & 1 << i)) {
+                memset(buf + i * IMAGE_PART, 0, IMAGE_PART);
+            }
+        }
+    }
+    thinvm_store_request_end(st, token);
+    return ret;
+}
+
+uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
+                                     uint64_t guest)
+{
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+
+    g_assert_cmpint(image_read(sim, st, guest, buf), ==, 0);
+    return image_tag(buf, guest * IMAGE_SECTORS);
+}
+
+/* ------------------------------------------------------------------ */
+
+static void coroutine_fn count_mappings(ThinvmStore *st, uint64_t clusters,
+                                        uint8_t *found, uint64_t max)
+{
+    for (uint64_t guest = 0; guest < clusters;) {
+        ThinvmMapping m;
+
+        g_assert_cmpint(thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest,
+                                            clusters - guest, false, &m),
+                        ==, 0);
+        g_assert(m.count > 0 && m.guest == guest);
+        for (uint64_t i = 0; m.type == THINVM_MAPPING_DATA && i < m.count;
+             i++) {
+            g_assert_cmpuint(m.physical + i, <, max);
+            found[m.physical + i]++;
+        }
+        guest += m.count;
+    }
+}
+
+static uint16_t coroutine_fn cluster_count(ThinvmStore *st, uint64_t cluster)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmNeeds needs;
+    uint16_t count = 0;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        thinvm_state_lock(s);
+        ret = thinvm_state_cluster_count(s, cluster, &count, &needs);
+        thinvm_state_unlock(s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        thinvm_store_read_wanted(st, s, &needs, &error_abort);
+    }
+    thinvm_state_lock(s);
+    thinvm_needs_destroy(s, &needs);
+    thinvm_state_unlock(s);
+    g_assert_cmpint(ret, ==, 0);
+    return count;
+}
+
+void coroutine_fn image_recount(ThinvmSim *sim, ThinvmStore *st)
+{
+    g_autofree uint8_t *found = NULL;
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmInfoState info;
+    uint64_t allocated = 0;
+
+    thinvm_state_lock(s);
+    thinvm_state_info(s, &info);
+    thinvm_state_unlock(s);
+    found = g_malloc0(info.device_clusters);
+    count_mappings(st, DIV_ROUND_UP(info.virtual_size, IMAGE_CLUSTER), found,
+                   info.device_clusters);
+    for (uint64_t i = 0; i < info.device_clusters; i++) {
+        uint16_t count = cluster_count(st, i);
+
+        if (count == THINVM_COUNT_METADATA) {
+            g_assert_cmpuint(found[i], ==, 0);
+        } else {
+            g_assert_cmpuint(count, ==, found[i]);
+            g_assert_cmpuint(found[i], <=, 1);
+        }
+        allocated += found[i];
+    }
+    g_assert_cmpuint(allocated, ==, info.allocated_clusters);
+}

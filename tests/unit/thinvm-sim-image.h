@@ -1,0 +1,60 @@
+/*
+ * Guest data on an image on a simulated device: helpers of unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The smallest data path that keeps the driver's rules (io-write.c): data
+ * first, then the operation.  Each sector of guest data carries its own
+ * number and a tag, so that a reader can tell whose it is.
+ */
+#ifndef TESTS_UNIT_THINVM_SIM_IMAGE_H
+#define TESTS_UNIT_THINVM_SIM_IMAGE_H
+
+#include "thinvm-sim.h"
+
+#define IMAGE_CLUSTER_BITS  14
+#define IMAGE_CLUSTER       (1 << IMAGE_CLUSTER_BITS)
+#define IMAGE_PART          (IMAGE_CLUSTER / THINVM_PARTS)
+#define IMAGE_SECTORS       (IMAGE_CLUSTER / SIM_SECTOR)    /* per cluster */
+
+/* What a sector that nobody wrote reads as, and one that nobody may see */
+#define TAG_ZERO            0ULL
+#define TAG_FOREIGN         UINT64_MAX
+
+/* Fill @sectors sectors from guest sector @first with @tag */
+void image_fill(uint8_t *buf, uint64_t first, unsigned sectors, uint64_t tag);
+/* Whose is this sector? */
+uint64_t image_tag(const uint8_t *buf, uint64_t sector);
+
+/* Create an image with 16 KiB clusters and a journal of 1 MiB */
+void coroutine_fn image_create(ThinvmSim *sim, uint64_t virtual_size);
+/* Open and begin writing with an epoch above what the journal has */
+ThinvmStore *coroutine_fn image_open(ThinvmSim *sim);
+
+/*
+ * Write parts [@part, @part + @nb) of guest cluster @guest.  Callers see to
+ * it that nothing else changes the allocation of this cluster meanwhile.
+ * 0 or negative errno; *ticket as of thinvm_store_execute(), 0 if no
+ * operation was needed.
+ */
+int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                             unsigned part, unsigned nb, uint64_t tag,
+                             uint64_t *ticket);
+/* Map @count clusters with one operation, all of them written with @tag */
+int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
+                                      uint64_t guest, uint64_t count,
+                                      uint64_t tag, uint64_t *ticket);
+/* Read one guest cluster, as a guest would; @buf: IMAGE_CLUSTER bytes */
+int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                            uint8_t *buf);
+/* Tag of the first sector of the cluster */
+uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
+                                     uint64_t guest);
+/*
+ * Recount: every cluster that the disk's tree maps has count 1 and is mapped
+ * once, and every other has 0, or is metadata.  Aborts if not.  No request
+ * may be running; there are no snapshots.
+ */
+void coroutine_fn image_recount(ThinvmSim *sim, ThinvmStore *st);
+
+#endif

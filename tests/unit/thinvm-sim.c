@@ -1,0 +1,598 @@
+/*
+ * A simulated device with a volatile write cache, for thinvm's unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Two views of the device are arrays of 4 KiB blocks, which are shared and
+ * copied when written: "durable", and "visible", which has everything that
+ * completed.  A block that was never written is NULL: an earlier tenant's.
+ * What makes the difference between the views is also listed, write by write
+ * (sim->cache), since at a power cut any subset of it may have arrived.
+ */
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/queue.h"
+#include "qemu/main-loop.h"
+#include "block/aio.h"
+#include "thinvm-sim.h"
+
+typedef struct Block {
+    unsigned refs;
+    uint8_t data[SIM_BLOCK];
+} Block;
+
+typedef struct View {
+    Block **blocks;             /* of the whole possible length */
+    uint64_t length;            /* bytes */
+} View;
+
+/* A write that is not durable */
+typedef struct Cached {
+    QSIMPLEQ_ENTRY(Cached) next;
+    uint64_t sequence;          /* of its completion */
+    uint64_t offset, bytes;
+    uint8_t data[];
+} Cached;
+
+/* An I/O, or a turn, that waits for the scheduler */
+typedef struct Waiting {
+    Coroutine *co;
+    SimKind kind;               /* 0: just a turn */
+    uint64_t offset, bytes;
+    void *buf;
+    uint64_t sequence;          /* of the device when it was issued */
+    int ret;
+} Waiting;
+
+struct ThinvmSim {
+    ThinvmDevice device;
+    SimRandom random;
+    uint64_t seed;              /* of the earlier tenant's bytes */
+    uint64_t max_length;
+    View durable, visible;
+    QSIMPLEQ_HEAD(, Cached) cache;
+    uint64_t sequence;          /* counts completed writes */
+    GPtrArray *waiting;         /* Waiting, on the coroutines' stacks */
+    unsigned running;           /* coroutines that have not finished */
+    uint64_t count[32];         /* by kind */
+    uint64_t discarded;
+    void (*hook)(void *opaque);
+    void *hook_opaque;
+
+    unsigned fail_kinds, fail_nth;
+    uint64_t fail_start, fail_end;
+    int fail_error;
+    bool fail_once, failed;
+    uint64_t lossy_start, lossy_end;
+};
+
+/* ------------------------------------------------------------------ */
+/* Random numbers (splitmix64)                                         */
+
+uint64_t sim_random(SimRandom *r)
+{
+    uint64_t z = r->state += 0x9e3779b97f4a7c15ULL;
+
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ULL;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebULL;
+    return z ^ z >> 31;
+}
+
+uint64_t sim_random_below(SimRandom *r, uint64_t below)
+{
+    return sim_random(r) % below;
+}
+
+bool sim_random_chance(SimRandom *r, unsigned percent)
+{
+    return sim_random_below(r, 100) < percent;
+}
+
+SimRandom *sim_rng(ThinvmSim *sim)
+{
+    return &sim->random;
+}
+
+/* ------------------------------------------------------------------ */
+/* Views                                                               */
+
+static void tenant_fill(ThinvmSim *sim, uint64_t block, uint8_t *data)
+{
+    SimRandom r = { sim->seed ^ block * 0x2545f4914f6cdd1dULL };
+    uint64_t word = sim_random(&r) | 1;
+
+    for (unsigned i = 0; i < SIM_BLOCK; i += 8) {
+        stq_le_p(data + i, word);
+        word = word * 6364136223846793005ULL + 1442695040888963407ULL;
+    }
+}
+
+static void block_unref(Block *b)
+{
+    if (b && --b->refs == 0) {
+        g_free(b);
+    }
+}
+
+static Block *block_writable(ThinvmSim *sim, View *v, uint64_t nr)
+{
+    Block *b = v->blocks[nr];
+
+    if (!b || b->refs > 1) {
+        Block *copy = g_new(Block, 1);
+
+        copy->refs = 1;
+        if (b) {
+            memcpy(copy->data, b->data, SIM_BLOCK);
+            b->refs--;
+        } else {
+            tenant_fill(sim, nr, copy->data);
+        }
+        v->blocks[nr] = b = copy;
+    }
+    return b;
+}
+
+static void view_init(View *v, uint64_t length, uint64_t max_length)
+{
+    v->blocks = g_new0(Block *, max_length / SIM_BLOCK);
+    v->length = length;
+}
+
+static void view_copy(View *dst, const View *src, uint64_t max_length)
+{
+    view_init(dst, src->length, max_length);
+    for (uint64_t i = 0; i < max_length / SIM_BLOCK; i++) {
+        dst->blocks[i] = src->blocks[i];
+        if (dst->blocks[i]) {
+            dst->blocks[i]->refs++;
+        }
+    }
+}
+
+static void view_destroy(View *v, uint64_t max_length)
+{
+    for (uint64_t i = 0; i < max_length / SIM_BLOCK; i++) {
+        block_unref(v->blocks[i]);
+    }
+    g_free(v->blocks);
+}
+
+static void view_write(ThinvmSim *sim, View *v, uint64_t offset,
+                       uint64_t bytes, const uint8_t *buf)
+{
+    while (bytes) {
+        uint64_t in = offset % SIM_BLOCK;
+        uint64_t n = MIN(bytes, SIM_BLOCK - in);
+
+        memcpy(block_writable(sim, v, offset / SIM_BLOCK)->data + in, buf, n);
+        offset += n;
+        buf += n;
+        bytes -= n;
+    }
+}
+
+static void view_read(ThinvmSim *sim, const View *v, uint64_t offset,
+                      uint64_t bytes, uint8_t *buf)
+{
+    uint8_t tenant[SIM_BLOCK];
+
+    while (bytes) {
+        uint64_t in = offset % SIM_BLOCK;
+        uint64_t n = MIN(bytes, SIM_BLOCK - in);
+        Block *b = v->blocks[offset / SIM_BLOCK];
+
+        if (!b) {
+            tenant_fill(sim, offset / SIM_BLOCK, tenant);
+        }
+        memcpy(buf, (b ? b->data : tenant) + in, n);
+        offset += n;
+        buf += n;
+        bytes -= n;
+    }
+}
+
+void sim_peek(ThinvmSim *sim, uint64_t offset, uint64_t bytes, void *buf)
+{
+    view_read(sim, &sim->visible, offset, bytes, buf);
+}
+
+void sim_poke(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
+              const void *buf)
+{
+    view_write(sim, &sim->visible, offset, bytes, buf);
+    view_write(sim, &sim->durable, offset, bytes, buf);
+}
+
+void sim_truncate(ThinvmSim *sim, uint64_t length)
+{
+    sim->visible.length = sim->durable.length = length;
+}
+
+/* ------------------------------------------------------------------ */
+/* Effects                                                             */
+
+static void do_write(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
+                     const void *buf)
+{
+    Cached *c = g_malloc(sizeof(*c) + bytes);
+
+    c->sequence = ++sim->sequence;
+    c->offset = offset;
+    c->bytes = bytes;
+    memcpy(c->data, buf, bytes);
+    QSIMPLEQ_INSERT_TAIL(&sim->cache, c, next);
+    view_write(sim, &sim->visible, offset, bytes, buf);
+}
+
+static void do_discard(ThinvmSim *sim, uint64_t offset, uint64_t bytes)
+{
+    g_autofree uint8_t *buf = g_malloc(SIM_SECTOR);
+
+    sim->discarded += bytes;
+    for (uint64_t end = offset + bytes; offset < end; offset += SIM_SECTOR) {
+        switch (sim_random_below(&sim->random, 3)) {
+        case 0:
+            memset(buf, 0, SIM_SECTOR);
+            break;
+        case 1:
+            memset(buf, 0xd5, SIM_SECTOR);
+            break;
+        default:
+            continue;
+        }
+        do_write(sim, offset, SIM_SECTOR, buf);
+    }
+}
+
+/* What completed before the flush was issued becomes durable */
+static void do_flush(ThinvmSim *sim, uint64_t sequence)
+{
+    Cached *c;
+
+    while ((c = QSIMPLEQ_FIRST(&sim->cache)) && c->sequence <= sequence) {
+        view_write(sim, &sim->durable, c->offset, c->bytes, c->data);
+        QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
+        g_free(c);
+    }
+    sim->durable.length = sim->visible.length;
+}
+
+/* A flush failed: the lossy range loses some of what was in the cache */
+static void lose_some(ThinvmSim *sim)
+{
+    Cached *c, *next;
+
+    QSIMPLEQ_FOREACH_SAFE(c, &sim->cache, next, next) {
+        if (c->offset >= sim->lossy_start && c->offset < sim->lossy_end &&
+            sim_random_chance(&sim->random, 50)) {
+            g_autofree uint8_t *old = g_malloc(c->bytes);
+
+            view_read(sim, &sim->durable, c->offset, c->bytes, old);
+            view_write(sim, &sim->visible, c->offset, c->bytes, old);
+            QSIMPLEQ_REMOVE(&sim->cache, c, Cached, next);
+            g_free(c);
+        }
+    }
+}
+
+static bool must_fail(ThinvmSim *sim, const Waiting *w)
+{
+    bool everywhere = w->kind == SIM_FLUSH || w->kind == SIM_GROW;
+
+    if (!(w->kind & sim->fail_kinds) ||
+        (!everywhere && (w->offset + w->bytes <= sim->fail_start ||
+                         w->offset >= sim->fail_end))) {
+        return false;
+    }
+    if (sim->fail_nth) {
+        sim->fail_nth--;
+        return false;
+    }
+    sim->failed = true;
+    if (sim->fail_once) {
+        sim->fail_kinds = 0;
+    }
+    return true;
+}
+
+static void take_effect(ThinvmSim *sim, Waiting *w)
+{
+    if (must_fail(sim, w)) {
+        w->ret = -sim->fail_error;
+        if (w->kind == SIM_FLUSH) {
+            lose_some(sim);
+        } else if (w->kind == SIM_WRITE &&
+                   sim_random_chance(&sim->random, 50)) {
+            /* part of a failed write may have arrived */
+            do_write(sim, w->offset, SIM_SECTOR, w->buf);
+        }
+        return;
+    }
+    switch (w->kind) {
+    case SIM_READ:
+        view_read(sim, &sim->visible, w->offset, w->bytes, w->buf);
+        break;
+    case SIM_WRITE:
+        do_write(sim, w->offset, w->bytes, w->buf);
+        break;
+    case SIM_FLUSH:
+        do_flush(sim, w->sequence);
+        break;
+    case SIM_DISCARD:
+        do_discard(sim, w->offset, w->bytes);
+        break;
+    case SIM_GROW:
+        if (w->bytes > sim->max_length) {
+            w->ret = -ENOSPC;
+        } else {
+            sim->visible.length = MAX(sim->visible.length, w->bytes);
+        }
+        break;
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Scheduler                                                           */
+
+static int coroutine_fn wait_turn(ThinvmSim *sim, SimKind kind,
+                                  uint64_t offset, uint64_t bytes, void *buf)
+{
+    Waiting w = {
+        .co = qemu_coroutine_self(),
+        .kind = kind,
+        .offset = offset,
+        .bytes = bytes,
+        .buf = buf,
+        .sequence = sim->sequence,
+    };
+
+    if (kind & (SIM_READ | SIM_WRITE | SIM_DISCARD)) {
+        g_assert(offset % SIM_SECTOR == 0 && bytes % SIM_SECTOR == 0);
+        g_assert(bytes > 0);
+        if (offset + bytes > sim->visible.length) {
+            return -EIO;
+        }
+    }
+    g_ptr_array_add(sim->waiting, &w);
+    qemu_coroutine_yield();
+    return w.ret;
+}
+
+void coroutine_fn sim_yield(ThinvmSim *sim)
+{
+    wait_turn(sim, 0, 0, 0, NULL);
+}
+
+static void run_one(ThinvmSim *sim)
+{
+    guint i = sim_random_below(&sim->random, sim->waiting->len);
+    Waiting *w = g_ptr_array_index(sim->waiting, i);
+
+    if (w->kind && sim->hook) {
+        sim->hook(sim->hook_opaque);
+    }
+    g_ptr_array_remove_index_fast(sim->waiting, i);
+    if (w->kind) {
+        sim->count[ctz32(w->kind)]++;
+        take_effect(sim, w);
+    }
+    qemu_coroutine_enter(w->co);
+}
+
+bool sim_run_some(ThinvmSim *sim, uint64_t ios)
+{
+    uint64_t end = sim_count(sim, ~0) + ios;
+
+    while (sim->running) {
+        if (sim_count(sim, ~0) >= end) {
+            return false;
+        }
+        if (sim->waiting->len) {
+            run_one(sim);
+        } else {
+            aio_poll(qemu_get_current_aio_context(), true);
+        }
+    }
+    return true;
+}
+
+void sim_run(ThinvmSim *sim)
+{
+    sim_run_some(sim, INT64_MAX);
+}
+
+void sim_start(ThinvmSim *sim, CoroutineEntry *entry, void *opaque)
+{
+    sim->running++;
+    qemu_coroutine_enter(qemu_coroutine_create(entry, opaque));
+}
+
+void sim_finish(ThinvmSim *sim)
+{
+    g_assert(sim->running);
+    sim->running--;
+}
+
+/* ------------------------------------------------------------------ */
+/* The device as the store sees it                                     */
+
+static ThinvmSim *sim_of(ThinvmDevice *dev)
+{
+    return container_of(dev, ThinvmSim, device);
+}
+
+static int coroutine_fn sim_co_pread(ThinvmDevice *dev, uint64_t offset,
+                                     uint64_t bytes, void *buf)
+{
+    return wait_turn(sim_of(dev), SIM_READ, offset, bytes, buf);
+}
+
+static int coroutine_fn sim_co_pwrite(ThinvmDevice *dev, uint64_t offset,
+                                      uint64_t bytes, const void *buf)
+{
+    return wait_turn(sim_of(dev), SIM_WRITE, offset, bytes, (void *)buf);
+}
+
+static int coroutine_fn sim_co_flush(ThinvmDevice *dev)
+{
+    return wait_turn(sim_of(dev), SIM_FLUSH, 0, 0, NULL);
+}
+
+static int coroutine_fn sim_co_pdiscard(ThinvmDevice *dev, uint64_t offset,
+                                        uint64_t bytes)
+{
+    return wait_turn(sim_of(dev), SIM_DISCARD, offset, bytes, NULL);
+}
+
+static int64_t coroutine_fn sim_co_length(ThinvmDevice *dev)
+{
+    return sim_of(dev)->visible.length;
+}
+
+static int coroutine_fn sim_co_grow(ThinvmDevice *dev, uint64_t bytes)
+{
+    return wait_turn(sim_of(dev), SIM_GROW, 0, ROUND_UP(bytes, SIM_BLOCK),
+                     NULL);
+}
+
+ThinvmDevice *sim_device(ThinvmSim *sim)
+{
+    return &sim->device;
+}
+
+/* ------------------------------------------------------------------ */
+/* Life                                                                */
+
+static ThinvmSim *sim_alloc(uint64_t seed, uint64_t max_length)
+{
+    ThinvmSim *sim = g_new0(ThinvmSim, 1);
+
+    sim->device = (ThinvmDevice) {
+        .co_pread = sim_co_pread,
+        .co_pwrite = sim_co_pwrite,
+        .co_flush = sim_co_flush,
+        .co_pdiscard = sim_co_pdiscard,
+        .co_length = sim_co_length,
+        .co_grow = sim_co_grow,
+    };
+    sim->random.state = seed;
+    sim->max_length = max_length;
+    sim->waiting = g_ptr_array_new();
+    QSIMPLEQ_INIT(&sim->cache);
+    return sim;
+}
+
+ThinvmSim *sim_new(uint64_t seed, uint64_t length, uint64_t max_length)
+{
+    ThinvmSim *sim = sim_alloc(seed, max_length);
+
+    g_assert(length % SIM_BLOCK == 0 && max_length % SIM_BLOCK == 0);
+    sim->seed = sim_random(&sim->random);
+    view_init(&sim->durable, length, max_length);
+    view_init(&sim->visible, length, max_length);
+    return sim;
+}
+
+void sim_free(ThinvmSim *sim)
+{
+    Cached *c;
+
+    if (!sim) {
+        return;
+    }
+    g_assert(!sim->running && !sim->waiting->len);
+    while ((c = QSIMPLEQ_FIRST(&sim->cache))) {
+        QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
+        g_free(c);
+    }
+    view_destroy(&sim->durable, sim->max_length);
+    view_destroy(&sim->visible, sim->max_length);
+    g_ptr_array_free(sim->waiting, true);
+    g_free(sim);
+}
+
+/* Let a write arrive whole, not at all, or in some of its sectors */
+static void arrive(ThinvmSim *cut, unsigned percent, uint64_t offset,
+                   uint64_t bytes, const uint8_t *data)
+{
+    bool torn = percent < 100 && sim_random_chance(&cut->random, 40);
+    bool whole = sim_random_chance(&cut->random, percent);
+
+    for (uint64_t i = 0; i < bytes; i += SIM_SECTOR) {
+        if (torn ? sim_random_chance(&cut->random, 50) : whole) {
+            view_write(cut, &cut->durable, offset + i, SIM_SECTOR, data + i);
+        }
+    }
+}
+
+ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, bool keep_all)
+{
+    static const unsigned chances[] = { 0, 20, 50, 80, 99, 50 };
+    ThinvmSim *cut = sim_alloc(seed, sim->max_length);
+    unsigned percent = chances[sim_random_below(&cut->random,
+                                                ARRAY_SIZE(chances))];
+    Cached *c;
+
+    cut->seed = sim->seed;
+    view_copy(&cut->durable, &sim->durable, sim->max_length);
+    QSIMPLEQ_FOREACH(c, &sim->cache, next) {
+        arrive(cut, keep_all ? 100 : percent, c->offset, c->bytes, c->data);
+    }
+    for (guint i = 0; i < sim->waiting->len; i++) {
+        Waiting *w = g_ptr_array_index(sim->waiting, i);
+
+        if (w->kind == SIM_WRITE) {
+            arrive(cut, percent, w->offset, w->bytes, w->buf);
+        }
+    }
+    if (keep_all || sim_random_chance(&cut->random, 50)) {
+        cut->durable.length = sim->visible.length;
+    }
+    view_copy(&cut->visible, &cut->durable, cut->max_length);
+    return cut;
+}
+
+void sim_fail(ThinvmSim *sim, unsigned kinds, uint64_t start, uint64_t end,
+              unsigned nth, int error, bool once)
+{
+    sim->fail_kinds = kinds;
+    sim->fail_start = start;
+    sim->fail_end = end;
+    sim->fail_nth = nth;
+    sim->fail_error = error;
+    sim->fail_once = once;
+    sim->failed = false;
+}
+
+bool sim_has_failed(ThinvmSim *sim)
+{
+    return sim->failed;
+}
+
+void sim_set_lossy(ThinvmSim *sim, uint64_t start, uint64_t end)
+{
+    sim->lossy_start = start;
+    sim->lossy_end = end;
+}
+
+void sim_set_hook(ThinvmSim *sim, void (*hook)(void *opaque), void *opaque)
+{
+    sim->hook = hook;
+    sim->hook_opaque = opaque;
+}
+
+uint64_t sim_count(ThinvmSim *sim, unsigned kinds)
+{
+    uint64_t sum = 0;
+
+    for (unsigned i = 0; i < 32; i++) {
+        sum += kinds & 1u << i ? sim->count[i] : 0;
+    }
+    return sum;
+}
+
+uint64_t sim_discarded(ThinvmSim *sim)
+{
+    return sim->discarded;
+}

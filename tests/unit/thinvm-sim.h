@@ -1,0 +1,107 @@
+/*
+ * A simulated device with a volatile write cache, for thinvm's unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What it models:
+ *  - Sectors of 512 bytes are written whole or not at all; anything larger
+ *    may be torn.
+ *  - A completed write is visible at once, but durable only when a flush that
+ *    was issued after its completion has succeeded.
+ *  - At a power cut every write that is not durable, in flight or completed,
+ *    is kept, dropped or torn, independently and in any order.
+ *  - The device is not blank: each sector starts as the bytes of an earlier
+ *    tenant, which no guest must ever see.
+ *  - A discarded sector reads as zeroes, as before, or as garbage.
+ *  - Each I/O waits until the scheduler picks it, so that concurrent
+ *    coroutines interleave in an order that the seed decides.
+ *
+ * Everything is deterministic: the same seed gives the same run (as long as
+ * nobody sleeps by the clock).
+ */
+#ifndef TESTS_UNIT_THINVM_SIM_H
+#define TESTS_UNIT_THINVM_SIM_H
+
+#include "qemu/coroutine.h"
+#include "block/thinvm/store.h"
+
+#define SIM_SECTOR  512
+#define SIM_BLOCK   4096
+
+typedef struct ThinvmSim ThinvmSim;
+
+typedef enum SimKind {
+    SIM_READ = 1,
+    SIM_WRITE = 2,
+    SIM_FLUSH = 4,
+    SIM_DISCARD = 8,
+    SIM_GROW = 16,
+} SimKind;
+
+/* Random numbers that depend on nothing but the seed */
+typedef struct SimRandom {
+    uint64_t state;
+} SimRandom;
+
+uint64_t sim_random(SimRandom *r);
+/* 0 to @below - 1 */
+uint64_t sim_random_below(SimRandom *r, uint64_t below);
+/* true in @percent of 100 cases */
+bool sim_random_chance(SimRandom *r, unsigned percent);
+
+/*
+ * A device of @length bytes that can be grown to @max_length (both multiples
+ * of 4 KiB).
+ */
+ThinvmSim *sim_new(uint64_t seed, uint64_t length, uint64_t max_length);
+void sim_free(ThinvmSim *sim);
+ThinvmDevice *sim_device(ThinvmSim *sim);
+SimRandom *sim_rng(ThinvmSim *sim);
+
+/*
+ * What the device may look like after a power cut now.  With @keep_all only
+ * the process dies: completed writes stay, those in flight may be torn.
+ */
+ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, bool keep_all);
+
+/*
+ * Fail the @nth I/O from now (0: the next) of the kinds in @kinds that
+ * touches [@start, @end), with -@error; all that follow too unless @once.
+ * One rule at a time; @kinds 0 removes it.
+ */
+void sim_fail(ThinvmSim *sim, unsigned kinds, uint64_t start, uint64_t end,
+              unsigned nth, int error, bool once);
+/* Has the rule failed anything? */
+bool sim_has_failed(ThinvmSim *sim);
+/*
+ * When a flush fails, writes to [@start, @end) that were not durable may be
+ * lost from the cache.
+ */
+void sim_set_lossy(ThinvmSim *sim, uint64_t start, uint64_t end);
+
+/* Called before each I/O takes effect, outside coroutines */
+void sim_set_hook(ThinvmSim *sim, void (*hook)(void *opaque), void *opaque);
+/* I/Os of these kinds that have taken effect */
+uint64_t sim_count(ThinvmSim *sim, unsigned kinds);
+/* Discards that touched anything so far, in bytes */
+uint64_t sim_discarded(ThinvmSim *sim);
+
+/* Start @entry as a coroutine of this device's scheduler */
+void sim_start(ThinvmSim *sim, CoroutineEntry *entry, void *opaque);
+/* A coroutine that sim_start() began ends: call it last */
+void sim_finish(ThinvmSim *sim);
+/* Wait for one turn */
+void coroutine_fn sim_yield(ThinvmSim *sim);
+/* Until all coroutines have ended */
+void sim_run(ThinvmSim *sim);
+/* Until all have ended or @ios more I/Os took effect; false: not ended */
+bool sim_run_some(ThinvmSim *sim, uint64_t ios);
+
+/* What an administrator may do: make the device shorter */
+void sim_truncate(ThinvmSim *sim, uint64_t length);
+/* Access around the scheduler and the cache: durable at once */
+void sim_peek(ThinvmSim *sim, uint64_t offset, uint64_t bytes, void *buf);
+void sim_poke(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
+              const void *buf);
+
+#endif
