@@ -1,15 +1,30 @@
 /*
- * thinvm driver layer: what thinvm.c, io.c, mode.c, owner.c, worker.c and
- * thinvm-qmp.c share
+ * thinvm driver layer: what its files share
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The driver layer knows QEMU: nodes, options, modes, migration.  The layers
- * below (store.h, state.h, format.h) do not.
+ * below (store.h, state.h, format.h) do not.  Its files:
+ *
+ *   thinvm.c            BlockDriver: open, close, reopen, permissions, limits
+ *   options.c           run-time options
+ *   device.c            what the store reads and writes: a child or a backend
+ *   create.c            creating images, and what size they will have
+ *   change.c            resize, backing file, amend, making empty
+ *   info.c              information, statistics, check
+ *   driver-snapshot.c   internal snapshots
+ *   io.c                the data path
+ *   mode.c              the mapping-cache modes and the hand-over
+ *   owner.c             claims of ownership
+ *   worker.c            background commits and checkpoints
+ *   thinvm-qmp.c        QMP commands
+ *   migration/thinvm.c  migration and reset; in qemu-system only
  */
 #ifndef BLOCK_THINVM_THINVM_H
 #define BLOCK_THINVM_THINVM_H
 
+#include "block/block-global-state.h"
+#include "block/block-io.h"
 #include "block/block_int.h"
 #include "qapi/qapi-types-thinvm.h"
 #include "store.h"
@@ -22,46 +37,71 @@ typedef struct BDRVThinvmState BDRVThinvmState;
  * valid parts take none.
  */
 typedef struct ThinvmInflight ThinvmInflight;
+typedef struct ThinvmWorker ThinvmWorker;
+
+/* options.c: what the user may set when opening and reopening */
+typedef struct ThinvmOptions {
+    ThinvmCacheMode mode;
+    uint64_t cache_size;            /* bytes, 0: default of the image */
+    uint32_t flush_interval;        /* milliseconds */
+    bool force_takeover;
+    ThinvmReservation reservation;
+} ThinvmOptions;
 
 struct BDRVThinvmState {
     BlockDriverState *bs;
-    ThinvmDevice device;            /* over bs->file; thinvm.c */
+    ThinvmDevice device;            /* over bs->file; device.c */
     /*
-     * NULL only while an open or an activation has not succeeded.  Replaced
-     * only while the node is drained.
+     * NULL only while an open has not succeeded.  Activation replaces it,
+     * at a time when no writer can be active; a request reads it once
+     * (qatomic_read()) and stays with what it got.
      */
     ThinvmStore *store;
+    /* Replaced stores, which requests may still use; freed when drained */
+    GSList *retired;
+    QemuUUID uuid;
     unsigned cluster_bits;
     uint64_t cluster_size;          /* bytes */
+    uint64_t journal_size;          /* bytes */
+    uint64_t compatible, readonly_compatible, incompatible; /* features */
+    /*
+     * Set by opening a snapshot temporarily: look-ups of the disk use its
+     * tree instead of the active one, and it has its own size.  The node is
+     * read-only then.
+     */
+    const ThinvmPointer *view_root;
+    ThinvmSnapshot *view;
 
     /* io.c */
     CoMutex inflight_lock;
     QLIST_HEAD(, ThinvmInflight) inflight;
 
-    /* mode.c: written in the main loop or under mode_lock */
+    /*
+     * mode.c: changed in the main loop or under mode_lock, read with
+     * qatomic_read() anywhere
+     */
     CoMutex mode_lock;
-    ThinvmCacheMode mode;           /* in force; read with qatomic_read() */
-    ThinvmCacheMode configured_mode;/* goes back to it after a hand-over */
-    bool in_migration;              /* outgoing: mode is forced */
+    ThinvmCacheMode mode;           /* in force */
+    bool in_migration;              /* outgoing: write-through is forced */
+    bool owner;                     /* we hold the claim claim.epoch */
     bool lost;                      /* ownership lost: every write fails */
+    bool follow;                    /* catch up before a look-up for reading */
+    bool take_failed;               /* reported already; until one succeeds */
 
-    /* options */
-    uint64_t cache_size;            /* bytes, 0: default of the image */
-    uint32_t flush_interval;        /* milliseconds */
-    bool force_takeover;
-    ThinvmReservation reservation;
+    ThinvmOptions options;
 
-    /* owner.c */
-    bool owner;                     /* we hold the claim of claim.epoch */
+    /* owner.c: our newest claim, valid after the first one was made */
     ThinvmClaim claim;
+    QLIST_ENTRY(BDRVThinvmState) owner_link;
 
-    /* worker.c */
-    struct ThinvmWorker *worker;
+    ThinvmWorker *worker;           /* worker.c */
 
-    QTAILQ_ENTRY(BDRVThinvmState) link;     /* all nodes; thinvm-qmp.c */
+    QTAILQ_ENTRY(BDRVThinvmState) link;     /* in thinvm_nodes */
 };
 
+/* ------------------------------------------------------------------ */
 /* io.c: the data path.  The BlockDriver callbacks of the same meaning. */
+
 void thinvm_io_init(BDRVThinvmState *s);
 void thinvm_io_destroy(BDRVThinvmState *s);
 int coroutine_fn GRAPH_RDLOCK
@@ -105,7 +145,42 @@ int coroutine_fn GRAPH_RDLOCK
 thinvm_io_preallocate(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
                       PreallocMode prealloc, Error **errp);
 
-/* mode.c: the machine of the three mapping-cache modes */
+/* ------------------------------------------------------------------ */
+/* device.c                                                            */
+
+/* Over bs->file; the graph lock is the caller's */
+void thinvm_device_init_node(BDRVThinvmState *s);
+
+/* Over a backend, which takes the graph lock itself; for creating */
+typedef struct ThinvmBlkDevice {
+    ThinvmDevice device;
+    BlockBackend *blk;
+} ThinvmBlkDevice;
+void thinvm_device_init_blk(ThinvmBlkDevice *d, BlockBackend *blk);
+
+/*
+ * Can reads of the image see what another host has just written, that is, is
+ * there no page cache of this host in between?
+ */
+bool GRAPH_RDLOCK thinvm_device_coherent(BlockDriverState *bs);
+
+/* ------------------------------------------------------------------ */
+/* options.c                                                           */
+
+#define THINVM_OPT_MODE             "mapping-cache-mode"
+#define THINVM_OPT_CACHE_SIZE       "mapping-cache-size"
+#define THINVM_OPT_FLUSH_INTERVAL   "mapping-flush-interval"
+#define THINVM_OPT_FORCE_TAKEOVER   "force-takeover"
+#define THINVM_OPT_RESERVATION      "reservation"
+
+/* All of them; for reopening */
+extern const char *const thinvm_mutable_options[];
+/* Takes the options that are ours out of @options */
+bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp);
+
+/* ------------------------------------------------------------------ */
+/* mode.c: the machine of the three mapping-cache modes                */
+
 /*
  * Before a look-up for reading: in migration mode catches up with the owner.
  */
@@ -116,41 +191,189 @@ int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_read(BlockDriverState *bs);
  */
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_end_read(BlockDriverState *bs,
                                                    bool *repeat);
-/* Before anything that changes the image: ends migration mode (by taking
- * ownership), refuses when lost or read-only. */
+/*
+ * Before anything that changes the image: ends migration mode (by taking
+ * ownership), refuses when ownership is lost.
+ */
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_write(BlockDriverState *bs);
-/* After an operation was executed, before the request is acknowledged: in
- * write-through mode waits for its record. */
+/*
+ * After an operation was executed, before the request is acknowledged: in
+ * write-through mode waits for its record, in write-back mode sees to it that
+ * it will be committed in time.
+ */
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_commit(BlockDriverState *bs,
                                                  uint64_t ticket);
 int coroutine_fn GRAPH_RDLOCK thinvm_co_flush_to_os(BlockDriverState *bs);
-/* Emits the event when the mode really changes.  @reason: for the event */
-int coroutine_fn GRAPH_RDLOCK
-thinvm_mode_set(BlockDriverState *bs, ThinvmCacheMode mode,
-                const char *reason, Error **errp);
+/*
+ * Something could not be written: is the image still ours?  If not, ownership
+ * is lost from now on.
+ */
+void coroutine_fn GRAPH_RDLOCK thinvm_mode_write_failed(BlockDriverState *bs);
 
-/* owner.c: claims */
-/* Read all claims; refuse (message: host, process, what to do) if somebody
- * else's is active and cannot be shown to be gone. */
+/*
+ * The user's wish.  When this returns 0, the promise of @mode holds for
+ * everything written before.  To migration mode: releases the image, which
+ * needs the node to be drained.
+ */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_owner_check(BlockDriverState *bs, const QemuUUID *uuid, bool force,
-                   uint64_t *next_epoch, Error **errp);
+thinvm_mode_configure(BlockDriverState *bs, ThinvmCacheMode mode,
+                      const char *reason, Error **errp);
+/* An outgoing migration begins (write-through is forced) or has ended */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_owner_claim(BlockDriverState *bs, const QemuUUID *uuid, uint64_t epoch,
+thinvm_mode_set_migrating(BlockDriverState *bs, bool migrating,
+                          const char *reason, Error **errp);
+/*
+ * Become the owner: claim, read what is on the device unless it is known to
+ * be unchanged, begin to write.  @fresh: no request may be running that
+ * writes; the store is opened again, not caught up.
+ */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_take(BlockDriverState *bs, bool fresh, Error **errp);
+/*
+ * Cease to be the owner; drained.  @state: RELEASED for a hand-over (fast),
+ * CLOSED otherwise (writes a checkpoint).  On error the node goes on as owner.
+ */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_give_up(BlockDriverState *bs, ThinvmClaimState state,
+                    const char *reason, Error **errp);
+/* Ownership is lost, or could not be had where refusing is impossible */
+void thinvm_mode_lose(BDRVThinvmState *s, const char *reason);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_activate(BlockDriverState *bs, Error **errp);
+/* Decide at open whether a node that may not write follows an owner */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_open_reader(BlockDriverState *bs, Error **errp);
+/* Free stores that were replaced; drained */
+void thinvm_mode_free_retired(BDRVThinvmState *s);
+/* The size of the disk that the node shows, in bytes */
+uint64_t thinvm_virtual_size(BDRVThinvmState *s);
+
+/*
+ * Asked when an activation fails: must it succeed all the same, because the
+ * guest will be started regardless?  NULL (tools): never.
+ */
+extern bool (*thinvm_activation_must_succeed)(void);
+
+/* ------------------------------------------------------------------ */
+/* owner.c: claims                                                     */
+
+typedef enum ThinvmOwnerKind {
+    THINVM_OWNER_NONE,      /* never claimed, released or closed */
+    THINVM_OWNER_GONE,      /* its process or its boot of this host ended */
+    THINVM_OWNER_OURS,      /* the claim of @self, or one it has given up */
+    THINVM_OWNER_NODE,      /* another node of this process */
+    THINVM_OWNER_OTHER,     /* another process or host, maybe alive */
+    THINVM_OWNER_UNKNOWN,   /* the newest claim cannot be judged */
+} ThinvmOwnerKind;
+
+typedef struct ThinvmOwnerView {
+    ThinvmOwnerKind kind;
+    ThinvmClaim newest;     /* if there was one that could be read */
+    uint64_t newest_epoch;  /* 0: none */
+    bool unchanged;         /* newest is @self's: nobody owned it since */
+} ThinvmOwnerView;
+
+/* Read all claims and judge the newest.  @self may be NULL */
+int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
+                                   BDRVThinvmState *self,
+                                   ThinvmOwnerView *view, Error **errp);
+/*
+ * May the image be owned, going by @view?  If not, says who holds it and what
+ * can be done.  @force: the user has ordered a take-over.
+ */
+bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
+                           Error **errp);
+/* Write a claim of @epoch, durably, and see that it is there */
+int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
+                                    Error **errp);
+int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
+                                      ThinvmClaimState state, Error **errp);
+/* Forget the claim without writing */
+void thinvm_owner_drop(BDRVThinvmState *s);
+/* Is the newest claim on the device ours? -EPERM if not */
+int coroutine_fn thinvm_owner_verify(BDRVThinvmState *s, Error **errp);
+
+/* ------------------------------------------------------------------ */
+/* worker.c: the background coroutine of an image: commits each        */
+/* flush_interval, checkpoints, reclaims; does nothing while drained   */
+
+void thinvm_worker_init(BDRVThinvmState *s);
+void thinvm_worker_destroy(BDRVThinvmState *s);     /* drained */
+void thinvm_worker_attach(BDRVThinvmState *s, AioContext *ctx);
+void thinvm_worker_detach(BDRVThinvmState *s);      /* drained */
+void thinvm_worker_drain_end(BDRVThinvmState *s);
+/* There are operations that a commit within flush_interval must cover */
+void thinvm_worker_arm(BDRVThinvmState *s);         /* any thread */
+void thinvm_worker_kick(void *opaque);              /* any thread */
+
+/* ------------------------------------------------------------------ */
+/* The other callbacks, by file                                        */
+
+/* create.c */
+extern QemuOptsList thinvm_create_opts;
+int coroutine_fn GRAPH_UNLOCKED
+thinvm_co_create(BlockdevCreateOptions *opts, Error **errp);
+int coroutine_fn GRAPH_UNLOCKED
+thinvm_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                      Error **errp);
+BlockMeasureInfo *thinvm_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                                 Error **errp);
+
+/* change.c */
+extern QemuOptsList thinvm_amend_opts;
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                   PreallocMode prealloc, BdrvRequestFlags flags,
                    Error **errp);
 int coroutine_fn GRAPH_RDLOCK
-thinvm_owner_release(BlockDriverState *bs, ThinvmClaimState state,
-                     Error **errp);
-/* Is the claim on the device still ours?  After a write error */
-int coroutine_fn GRAPH_RDLOCK thinvm_owner_verify(BlockDriverState *bs,
-                                                  Error **errp);
+thinvm_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
+                              const char *backing_fmt);
+int GRAPH_RDLOCK thinvm_make_empty(BlockDriverState *bs);
+int GRAPH_RDLOCK
+thinvm_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                     bool force, Error **errp);
 
-/* worker.c: the background coroutine of a writable image: commits each
- * flush_interval, checkpoints, reclaims; respects drain */
-void thinvm_worker_start(BDRVThinvmState *s);
-void thinvm_worker_stop(BDRVThinvmState *s);     /* waits; main loop */
-void thinvm_worker_kick(void *opaque);           /* any thread */
-void thinvm_worker_drain_begin(BDRVThinvmState *s);
-void thinvm_worker_drain_end(BDRVThinvmState *s);
+/* info.c */
+int coroutine_fn GRAPH_RDLOCK thinvm_co_get_info(BlockDriverState *bs,
+                                                 BlockDriverInfo *bdi);
+ImageInfoSpecific * GRAPH_RDLOCK
+thinvm_get_specific_info(BlockDriverState *bs, Error **errp);
+BlockStatsSpecific *thinvm_get_specific_stats(BlockDriverState *bs);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_check(BlockDriverState *bs, BdrvCheckResult *result,
+                BdrvCheckMode fix);
+/* All but the node's name; the caller frees it */
+ThinvmInfo *thinvm_info(BDRVThinvmState *s);
+
+/* driver-snapshot.c */
+int GRAPH_RDLOCK thinvm_snapshot_create(BlockDriverState *bs,
+                                        QEMUSnapshotInfo *sn_info);
+int GRAPH_UNLOCKED thinvm_snapshot_goto(BlockDriverState *bs,
+                                        const char *snapshot_id);
+int GRAPH_RDLOCK thinvm_snapshot_delete(BlockDriverState *bs,
+                                        const char *snapshot_id,
+                                        const char *name, Error **errp);
+int GRAPH_RDLOCK thinvm_snapshot_list(BlockDriverState *bs,
+                                      QEMUSnapshotInfo **psn_tab);
+/* Go on with deletions that a crash interrupted */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_snapshot_collect(BlockDriverState *bs, Error **errp);
+int GRAPH_RDLOCK thinvm_snapshot_load_tmp(BlockDriverState *bs,
+                                          const char *snapshot_id,
+                                          const char *name, Error **errp);
+
+/* thinvm.c: the list of all open nodes; main loop only */
+typedef QTAILQ_HEAD(ThinvmNodeList, BDRVThinvmState) ThinvmNodeList;
+extern ThinvmNodeList thinvm_nodes;
+
+/*
+ * Run @fn in a coroutine of the node's AioContext, with the graph lock, and
+ * wait for it; directly if in a coroutine already.  thinvm.c
+ */
+typedef int coroutine_fn (*ThinvmCoFn)(BlockDriverState *bs, void *opaque,
+                                       Error **errp);
+int coroutine_mixed_fn thinvm_run(BlockDriverState *bs, ThinvmCoFn fn,
+                                  void *opaque, Error **errp);
 
 #endif

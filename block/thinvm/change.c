@@ -1,0 +1,338 @@
+/*
+ * thinvm driver layer: changes of the image as a whole
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Resize, backing file, amend, making empty.  All of them are operations of
+ * the engine; each is committed durably before it is reported as done, since
+ * users take them for settled (and write-back's interval is for guests).
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/util.h"
+#include "qemu/cutils.h"
+#include "qemu/option.h"
+#include "system/block-backend.h"
+#include "thinvm.h"
+#include "trace.h"
+
+QemuOptsList thinvm_amend_opts = {
+    .name = "thinvm-amend-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(thinvm_amend_opts.head),
+    .desc = {
+        {
+            .name = BLOCK_OPT_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Size of the virtual disk",
+        }, {
+            .name = BLOCK_OPT_BACKING_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "Image that unallocated parts of the disk read from",
+        }, {
+            .name = BLOCK_OPT_BACKING_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Format of the backing file",
+        },
+        { /* end of list */ }
+    },
+};
+
+static int coroutine_fn GRAPH_RDLOCK thinvm_settle(BlockDriverState *bs,
+                                                   Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot commit the change");
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Resize                                                              */
+
+static uint64_t thinvm_clusters(BDRVThinvmState *s, uint64_t bytes)
+{
+    return DIV_ROUND_UP(bytes, s->cluster_size);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_resize(BlockDriverState *bs, uint64_t size, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmOp op = {
+        .type = THINVM_OP_RESIZE,
+        .value = size,
+    };
+
+    return thinvm_store_execute(s->store, &op, NULL, errp);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_shrink(BlockDriverState *bs, uint64_t old, uint64_t size, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t first = thinvm_clusters(s, size);
+    int ret;
+
+    ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, first,
+                             thinvm_clusters(s, old) - first,
+                             THINVM_SOURCE_BACKING, NULL, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return thinvm_resize(bs, size, errp);
+}
+
+/*
+ * What becomes visible must read as zeroes.  In the last cluster, that is
+ * what an earlier and larger disk may have left; after it, the backing file
+ * if it is longer than this disk was (@zero), and it must be hidden before
+ * the new size can become durable.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_enlarge(BlockDriverState *bs, uint64_t old, uint64_t size, bool zero,
+               Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t first = thinvm_clusters(s, old);
+    int ret;
+
+    ret = thinvm_io_zero_tail(bs, old);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot clear the rest of the last "
+                         "cluster, from offset %" PRIu64, old);
+        return ret;
+    }
+    if (zero) {
+        ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, first,
+                                 thinvm_clusters(s, size) - first,
+                                 THINVM_SOURCE_ZERO, NULL, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return thinvm_resize(bs, size, errp);
+}
+
+static bool thinvm_size_check(BDRVThinvmState *s, int64_t size, Error **errp)
+{
+    uint64_t max = MIN(THINVM_MAX_VIRTUAL_SIZE,
+                       THINVM_MAX_GUEST_CLUSTERS << s->cluster_bits);
+
+    if (!QEMU_IS_ALIGNED(size, BDRV_SECTOR_SIZE)) {
+        error_setg(errp, "The new size, %" PRId64 " bytes, is not a multiple "
+                   "of %llu", size, BDRV_SECTOR_SIZE);
+        return false;
+    }
+    if (size > max) {
+        error_setg(errp, "The new size, %" PRId64 " bytes, exceeds %" PRIu64
+                   ", the most that clusters of %" PRIu64 " bytes allow",
+                   size, max, s->cluster_size);
+        return false;
+    }
+    return true;
+}
+
+/* @exact makes no difference: any multiple of 512 is possible */
+int coroutine_fn thinvm_co_truncate(BlockDriverState *bs, int64_t offset,
+                                    bool exact, PreallocMode prealloc,
+                                    BdrvRequestFlags flags, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t old;
+    int ret;
+
+    if (!thinvm_size_check(s, offset, errp)) {
+        return -EINVAL;
+    }
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the image");
+        return ret;
+    }
+    old = thinvm_virtual_size(s);
+    if (offset < old && prealloc != PREALLOC_MODE_OFF) {
+        error_setg(errp, "Preallocation '%s' is not possible when a disk "
+                   "shrinks", PreallocMode_str(prealloc));
+        return -EINVAL;
+    }
+    if (offset > old && prealloc != PREALLOC_MODE_OFF && bs->backing_file[0]) {
+        error_setg(errp, "Preallocation '%s' is not possible with a backing "
+                   "file", PreallocMode_str(prealloc));
+        return -ENOTSUP;
+    }
+    trace_thinvm_truncate(bs, old, offset, prealloc);
+    if (offset < old) {
+        ret = thinvm_shrink(bs, old, offset, errp);
+    } else if (offset > old) {
+        ret = thinvm_enlarge(bs, old, offset, flags & BDRV_REQ_ZERO_WRITE,
+                             errp);
+        if (ret >= 0 && prealloc != PREALLOC_MODE_OFF) {
+            ret = thinvm_io_preallocate(bs, old, offset - old, prealloc,
+                                        errp);
+            if (ret < 0) {
+                /* All or nothing; what was preallocated goes again */
+                thinvm_shrink(bs, offset, old, NULL);
+            }
+        }
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    return thinvm_settle(bs, errp);
+}
+
+/* ------------------------------------------------------------------ */
+/* Backing file                                                        */
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_set_backing(BlockDriverState *bs, const char *file, const char *format,
+                   Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmBacking backing = { };
+    ThinvmOp op = {
+        .type = THINVM_OP_SET_BACKING,
+        .backing = &backing,
+    };
+    int ret;
+
+    if (strlen(file) > THINVM_MAX_BACKING_NAME) {
+        error_setg(errp, "The backing file's name has %zu bytes; at most %d "
+                   "are possible", strlen(file), THINVM_MAX_BACKING_NAME);
+        return -EINVAL;
+    }
+    if (strlen(format) >= sizeof(bs->backing_format)) {
+        error_setg(errp, "'%s' is no format of a backing file", format);
+        return -EINVAL;
+    }
+    if (*format && !*file) {
+        error_setg(errp, "Backing format '%s' was given without a backing "
+                   "file", format);
+        return -EINVAL;
+    }
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the image");
+        return ret;
+    }
+    pstrcpy(backing.name, sizeof(backing.name), file);
+    pstrcpy(backing.format, sizeof(backing.format), format);
+    ret = thinvm_store_execute(s->store, &op, NULL, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return thinvm_settle(bs, errp);
+}
+
+int coroutine_fn thinvm_co_change_backing_file(BlockDriverState *bs,
+                                               const char *backing_file,
+                                               const char *backing_fmt)
+{
+    Error *local_err = NULL;
+    int ret;
+
+    ret = thinvm_set_backing(bs, backing_file ?: "", backing_fmt ?: "",
+                             &local_err);
+    if (ret < 0) {
+        error_free(local_err);      /* the callback has no room for it */
+        return ret;
+    }
+    pstrcpy(bs->auto_backing_file, sizeof(bs->auto_backing_file),
+            backing_file ?: "");
+    pstrcpy(bs->backing_format, sizeof(bs->backing_format),
+            backing_fmt ?: "");
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_make_empty(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret;
+
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, 0,
+                             thinvm_clusters(s, thinvm_virtual_size(s)),
+                             THINVM_SOURCE_BACKING, NULL, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return thinvm_settle(bs, errp);
+}
+
+int thinvm_make_empty(BlockDriverState *bs)
+{
+    return thinvm_run(bs, thinvm_co_make_empty, NULL, NULL);
+}
+
+/* ------------------------------------------------------------------ */
+/* Amend                                                               */
+
+typedef struct ThinvmAmend {
+    const char *backing_file, *backing_fmt;
+} ThinvmAmend;
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_amend_backing(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    ThinvmAmend *a = opaque;
+    int ret;
+
+    ret = thinvm_set_backing(bs, a->backing_file, a->backing_fmt, errp);
+    if (ret >= 0) {
+        pstrcpy(bs->auto_backing_file, sizeof(bs->auto_backing_file),
+                a->backing_file);
+        pstrcpy(bs->backing_file, sizeof(bs->backing_file), a->backing_file);
+        pstrcpy(bs->backing_format, sizeof(bs->backing_format),
+                a->backing_fmt);
+    }
+    return ret;
+}
+
+static int GRAPH_RDLOCK thinvm_amend_size(BlockDriverState *bs, uint64_t size,
+                                          Error **errp)
+{
+    BlockBackend *blk;
+    int ret;
+
+    blk = blk_new_with_bs(bs, BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
+    if (!blk) {
+        return -EPERM;
+    }
+    /* Through the block layer, which knows about the backing file's length */
+    ret = blk_truncate(blk, size, false, PREALLOC_MODE_OFF, 0, errp);
+    blk_unref(blk);
+    return ret;
+}
+
+int thinvm_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                         BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                         bool force, Error **errp)
+{
+    ThinvmAmend a = {
+        .backing_file = qemu_opt_get(opts, BLOCK_OPT_BACKING_FILE),
+        .backing_fmt = qemu_opt_get(opts, BLOCK_OPT_BACKING_FMT),
+    };
+    uint64_t size = qemu_opt_get_size(opts, BLOCK_OPT_SIZE, 0);
+    int ret = 0;
+
+    if (size) {
+        ret = thinvm_amend_size(bs, size, errp);
+    }
+    if (ret >= 0 && (a.backing_file || a.backing_fmt)) {
+        a.backing_file = a.backing_file ?: bs->backing_file;
+        a.backing_fmt = a.backing_fmt ?: bs->backing_format;
+        ret = thinvm_run(bs, thinvm_co_amend_backing, &a, errp);
+    }
+    if (ret >= 0 && status_cb) {
+        status_cb(bs, 1, 1, cb_opaque);
+    }
+    return ret;
+}

@@ -1,0 +1,435 @@
+/*
+ * thinvm driver layer: creating images
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Works on any node that can be written, of fixed size or not.  Before the
+ * first byte is overwritten the claims of an image that is there already are
+ * looked at: one that somebody else owns is not destroyed (invariant 6).
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/qapi-visit-block-core.h"
+#include "qapi/qobject-input-visitor.h"
+#include "qemu/cutils.h"
+#include "qemu/option.h"
+#include "qobject/qdict.h"
+#include "block/qdict.h"
+#include "system/block-backend.h"
+#include "thinvm.h"
+
+#define THINVM_OPT_JOURNAL_SIZE "journal_size"
+
+QemuOptsList thinvm_create_opts = {
+    .name = "thinvm-create-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(thinvm_create_opts.head),
+    .desc = {
+        {
+            .name = BLOCK_OPT_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Size of the virtual disk",
+        }, {
+            .name = BLOCK_OPT_BACKING_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "Image that unallocated parts of the disk read from",
+        }, {
+            .name = BLOCK_OPT_BACKING_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Format of the backing file",
+        }, {
+            .name = BLOCK_OPT_CLUSTER_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Bytes allocated at a time, a power of two from 16K to 2M "
+                    "(default: 64K)",
+        }, {
+            .name = THINVM_OPT_JOURNAL_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Size of the metadata journal (default: 16M)",
+        }, {
+            .name = BLOCK_OPT_PREALLOC,
+            .type = QEMU_OPT_STRING,
+            .help = "Space taken in advance (allowed values: off, metadata, "
+                    "falloc, full)",
+        },
+        { /* end of list */ }
+    },
+};
+
+/* ------------------------------------------------------------------ */
+/* The image that was there before                                     */
+
+static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
+                                                  Error **errp)
+{
+    ERRP_GUARD();
+    ThinvmBlkDevice d;
+    ThinvmSuperblock sb, older;
+    ThinvmOwnerView view;
+    bool has_older;
+    int ret;
+
+    thinvm_device_init_blk(&d, blk);
+    ret = thinvm_store_probe(&d.device, &sb, &older, &has_older, NULL);
+    if (ret < 0) {
+        return 0;       /* no image, or one that nobody can be using */
+    }
+    ret = thinvm_owner_look(&d.device, &sb.uuid, NULL, &view, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!thinvm_owner_may_take(&view, false, errp)) {
+        error_prepend(errp, "Refusing to overwrite a thinvm image: ");
+        return -EBUSY;
+    }
+    return 0;
+}
+
+/*
+ * The same before the protocol's own creation, which may truncate or clear
+ * what is there.  If the name cannot be opened there is nothing to protect.
+ */
+static int coroutine_fn thinvm_create_check_file(const char *filename,
+                                                 Error **errp)
+{
+    BlockDriverState *bs;
+    BlockBackend *blk;
+    int ret = 0;
+
+    bs = bdrv_co_open(filename, NULL, NULL, BDRV_O_PROTOCOL, NULL);
+    if (!bs) {
+        return 0;
+    }
+    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL, NULL);
+    if (blk) {
+        ret = thinvm_create_check_owner(blk, errp);
+        blk_co_unref(blk);
+    }
+    bdrv_co_unref(bs);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+
+static bool thinvm_create_params(const BlockdevCreateOptionsThinvm *opts,
+                                 ThinvmCreateParams *params, Error **errp)
+{
+    const char *name = opts->backing_file ?: "";
+    const char *format = opts->has_backing_fmt
+                         ? BlockdevDriver_str(opts->backing_fmt) : "";
+
+    *params = (ThinvmCreateParams) {
+        .virtual_size = opts->size,
+        .cluster_size = opts->has_cluster_size
+                        ? opts->cluster_size : THINVM_DEFAULT_CLUSTER_SIZE,
+        .journal_size = opts->has_journal_size
+                        ? opts->journal_size : THINVM_DEFAULT_JOURNAL_SIZE,
+    };
+    if (*format && !*name) {
+        error_setg(errp, "Backing format '%s' was given without a backing "
+                   "file", format);
+        return false;
+    }
+    if (strlen(name) >= sizeof(params->backing.name)) {
+        error_setg(errp, "The backing file's name has %zu bytes; at most %d "
+                   "are possible", strlen(name), THINVM_MAX_BACKING_NAME);
+        return false;
+    }
+    pstrcpy(params->backing.name, sizeof(params->backing.name), name);
+    pstrcpy(params->backing.format, sizeof(params->backing.format), format);
+    if (*name && opts->has_preallocation &&
+        opts->preallocation != PREALLOC_MODE_OFF) {
+        error_setg(errp, "Preallocation '%s' would hide the backing file; "
+                   "use preallocation=off with a backing file",
+                   PreallocMode_str(opts->preallocation));
+        return false;
+    }
+    return thinvm_create_params_check(params, errp);
+}
+
+static int coroutine_fn thinvm_create_preallocate(BlockDriverState *file,
+                                                  uint64_t size,
+                                                  PreallocMode prealloc,
+                                                  Error **errp)
+{
+    QDict *options = qdict_new();
+    BlockBackend *blk;
+    int ret;
+
+    qdict_put_str(options, "driver", "thinvm");
+    qdict_put_str(options, "file", bdrv_get_node_name(file));
+    blk = blk_co_new_open(NULL, NULL, options,
+                          BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_BACKING,
+                          errp);
+    if (!blk) {
+        return -EIO;
+    }
+    bdrv_graph_co_rdlock();
+    ret = thinvm_mode_begin_write(blk_bs(blk));
+    if (ret >= 0) {
+        ret = thinvm_io_preallocate(blk_bs(blk), 0, size, prealloc, errp);
+    }
+    bdrv_graph_co_rdunlock();
+    blk_co_unref(blk);
+    return ret;
+}
+
+int coroutine_fn thinvm_co_create(BlockdevCreateOptions *options, Error **errp)
+{
+    BlockdevCreateOptionsThinvm *opts = &options->u.thinvm;
+    PreallocMode prealloc = opts->has_preallocation ? opts->preallocation
+                                                    : PREALLOC_MODE_OFF;
+    ThinvmCreateParams params;
+    ThinvmBlkDevice d;
+    BlockDriverState *bs;
+    BlockBackend *blk;
+    int ret;
+
+    assert(options->driver == BLOCKDEV_DRIVER_THINVM);
+    if (!thinvm_create_params(opts, &params, errp)) {
+        return -EINVAL;
+    }
+    bs = bdrv_co_open_blockdev_ref(opts->file, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
+                             BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
+    if (!blk) {
+        bdrv_co_unref(bs);
+        return -EPERM;
+    }
+    blk_set_allow_write_beyond_eof(blk, true);
+
+    ret = thinvm_create_check_owner(blk, errp);
+    if (ret >= 0) {
+        thinvm_device_init_blk(&d, blk);
+        ret = thinvm_store_create(&d.device, &params, errp);
+    }
+    blk_co_unref(blk);
+    if (ret >= 0 && prealloc != PREALLOC_MODE_OFF && params.virtual_size) {
+        ret = thinvm_create_preallocate(bs, params.virtual_size, prealloc,
+                                        errp);
+    }
+    bdrv_co_unref(bs);
+    return ret < 0 ? ret : 0;
+}
+
+/* Options as qemu-img knows them, to the type that QMP uses */
+static BlockdevCreateOptions *thinvm_create_options(QDict *qdict, Error **errp)
+{
+    static const QDictRenames renames[] = {
+        { BLOCK_OPT_BACKING_FILE,   "backing-file" },
+        { BLOCK_OPT_BACKING_FMT,    "backing-fmt" },
+        { BLOCK_OPT_CLUSTER_SIZE,   "cluster-size" },
+        { THINVM_OPT_JOURNAL_SIZE,  "journal-size" },
+        { NULL, NULL },
+    };
+    BlockdevCreateOptions *options = NULL;
+    Visitor *v;
+
+    if (!qdict_rename_keys(qdict, renames, errp)) {
+        return NULL;
+    }
+    v = qobject_input_visitor_new_flat_confused(qdict, errp);
+    if (!v) {
+        return NULL;
+    }
+    visit_type_BlockdevCreateOptions(v, NULL, &options, errp);
+    visit_free(v);
+    return options;
+}
+
+static int coroutine_fn
+thinvm_create_on(BlockDriverState *bs, QDict *qdict, Error **errp)
+{
+    BlockdevCreateOptions *options;
+    int ret;
+
+    qdict_put_str(qdict, "driver", "thinvm");
+    qdict_put_str(qdict, "file", bdrv_get_node_name(bs));
+    options = thinvm_create_options(qdict, errp);
+    if (!options) {
+        return -EINVAL;
+    }
+    /* Tools take any size and mean at least that */
+    options->u.thinvm.size = ROUND_UP(options->u.thinvm.size,
+                                      BDRV_SECTOR_SIZE);
+    ret = thinvm_co_create(options, errp);
+    qapi_free_BlockdevCreateOptions(options);
+    return ret;
+}
+
+int coroutine_fn thinvm_co_create_opts(BlockDriver *drv, const char *filename,
+                                       QemuOpts *opts, Error **errp)
+{
+    /* What is left in opts is for the protocol */
+    g_autoptr(QDict) qdict =
+        qemu_opts_to_qdict_filtered(opts, NULL, &thinvm_create_opts, true);
+    BlockDriverState *bs;
+    int ret;
+
+    ret = thinvm_create_check_file(filename, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bdrv_co_create_file(filename, opts, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    bs = bdrv_co_open(filename, NULL, NULL,
+                      BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    ret = thinvm_create_on(bs, qdict, errp);
+    if (ret < 0) {
+        bdrv_graph_co_rdlock();
+        bdrv_co_delete_file_noerr(bs);
+        bdrv_graph_co_rdunlock();
+    }
+    bdrv_co_unref(bs);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* measure                                                             */
+
+/* Clusters of @in_bs that a conversion would write */
+static int64_t thinvm_measure_clusters(BlockDriverState *in_bs,
+                                       uint64_t cluster_size, int64_t size,
+                                       Error **errp)
+{
+    int64_t offset, pnum, clusters = 0;
+    int64_t counted = 0;            /* first cluster not counted yet */
+    int ret;
+
+    for (offset = 0; offset < size; offset += pnum) {
+        ret = bdrv_block_status_above(in_bs, NULL, offset, size - offset,
+                                      &pnum, NULL, NULL);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Cannot get the allocation status at "
+                             "offset %" PRId64, offset);
+            return ret;
+        }
+        if ((ret & BDRV_BLOCK_DATA) && !(ret & BDRV_BLOCK_ZERO)) {
+            int64_t first = MAX(offset / cluster_size, counted);
+            int64_t end = DIV_ROUND_UP(offset + pnum, cluster_size);
+
+            clusters += MAX(end - first, 0);
+            counted = MAX(end, counted);
+        }
+    }
+    return clusters;
+}
+
+/*
+ * Metadata for @clusters of data in the worst case: every page of the mapping
+ * and count trees, twice, since a checkpoint writes new ones before the old
+ * are free; rounded up to whole extents.
+ */
+static uint64_t thinvm_measure_metadata(uint64_t clusters,
+                                        uint64_t cluster_size)
+{
+    uint64_t pages = 0, level;
+
+    level = DIV_ROUND_UP(clusters, THINVM_ENTRIES_PER_LEAF);
+    for (; level > 1; level = DIV_ROUND_UP(level, THINVM_POINTERS_PER_PAGE)) {
+        pages += level;
+    }
+    level = DIV_ROUND_UP(clusters, THINVM_COUNTS_PER_LEAF);
+    for (; level > 1; level = DIV_ROUND_UP(level, THINVM_POINTERS_PER_PAGE)) {
+        pages += level;
+    }
+    return ROUND_UP(2 * pages * THINVM_PAGE_SIZE,
+                    MAX(cluster_size, THINVM_EXTENT_MAX_PAGES *
+                                      THINVM_PAGE_SIZE));
+}
+
+static bool thinvm_measure_options(QemuOpts *opts, ThinvmSuperblock *sb,
+                                   uint64_t *size, PreallocMode *prealloc,
+                                   bool *backing, Error **errp)
+{
+    g_autofree char *mode = qemu_opt_get_del(opts, BLOCK_OPT_PREALLOC);
+    g_autofree char *file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
+    ThinvmCreateParams params = {
+        .virtual_size = qemu_opt_get_size_del(opts, BLOCK_OPT_SIZE, 0),
+        .cluster_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE,
+                                              THINVM_DEFAULT_CLUSTER_SIZE),
+        .journal_size = qemu_opt_get_size_del(opts, THINVM_OPT_JOURNAL_SIZE,
+                                              THINVM_DEFAULT_JOURNAL_SIZE),
+    };
+    int m = qapi_enum_parse(&PreallocMode_lookup, mode, PREALLOC_MODE_OFF,
+                            NULL);
+
+    if (mode && qapi_enum_parse(&PreallocMode_lookup, mode, -1, NULL) < 0) {
+        error_setg(errp, "Option '" BLOCK_OPT_PREALLOC "' is '%s'; it must be "
+                   "off, metadata, falloc or full", mode);
+        return false;
+    }
+    params.virtual_size = ROUND_UP(params.virtual_size, BDRV_SECTOR_SIZE);
+    if (!thinvm_create_params_check(&params, errp)) {
+        return false;
+    }
+    *sb = (ThinvmSuperblock) {
+        .cluster_bits = ctz64(params.cluster_size),
+        .journal_offset = THINVM_JOURNAL_OFFSET,
+        .journal_size = params.journal_size,
+        .virtual_size = params.virtual_size,
+    };
+    *size = params.virtual_size;
+    *prealloc = m;
+    *backing = file && *file;
+    return true;
+}
+
+BlockMeasureInfo *thinvm_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                                 Error **errp)
+{
+    ThinvmSuperblock sb;
+    BlockMeasureInfo *info;
+    PreallocMode prealloc;
+    uint64_t cluster_size, clusters, fixed;
+    int64_t needed = 0;
+    uint64_t size;
+    bool backing;
+
+    if (!thinvm_measure_options(opts, &sb, &size, &prealloc, &backing,
+                                errp)) {
+        return NULL;
+    }
+    cluster_size = 1ULL << sb.cluster_bits;
+    if (in_bs) {
+        int64_t in_size = bdrv_getlength(in_bs);
+
+        if (in_size < 0) {
+            error_setg_errno(errp, -in_size, "Cannot get the size of the "
+                             "source");
+            return NULL;
+        }
+        size = sb.virtual_size = in_size;
+    }
+    clusters = DIV_ROUND_UP(size, cluster_size);
+    if (clusters > THINVM_MAX_GUEST_CLUSTERS || size > THINVM_MAX_VIRTUAL_SIZE) {
+        error_setg(errp, "A disk of %" PRIu64 " bytes is too large for "
+                   "clusters of %" PRIu64 " bytes", size, cluster_size);
+        return NULL;
+    }
+    if (prealloc == PREALLOC_MODE_FALLOC || prealloc == PREALLOC_MODE_FULL ||
+        prealloc == PREALLOC_MODE_METADATA || (in_bs && backing)) {
+        /* What the backing file has in common with the source is unknown */
+        needed = clusters;
+    } else if (in_bs) {
+        needed = thinvm_measure_clusters(in_bs, cluster_size, size, errp);
+        if (needed < 0) {
+            return NULL;
+        }
+    }
+    fixed = thinvm_state_minimum_device(&sb);
+    info = g_new0(BlockMeasureInfo, 1);
+    info->required = fixed + needed * cluster_size +
+                     thinvm_measure_metadata(needed, cluster_size);
+    info->fully_allocated = fixed + clusters * cluster_size +
+                            thinvm_measure_metadata(clusters, cluster_size);
+    return info;
+}

@@ -1,0 +1,531 @@
+/*
+ * thinvm driver layer: internal snapshots
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The callbacks behind qemu-img snapshot, savevm, loadvm and the transaction
+ * commands.  A snapshot is one operation of the engine (snapshot.c there);
+ * deleting one, or the disk that a "goto" leaves behind, takes as many bounded
+ * steps as its tree needs.  Records that are being deleted are hidden; if a
+ * crash interrupts that, the next owner goes on (thinvm_snapshot_collect).
+ *
+ * Callbacks run in the main loop, so there is one snapshot operation at a
+ * time.  Each is durable before it is reported as done.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "block/snapshot.h"
+#include "system/block-backend.h"
+#include "thinvm.h"
+#include "trace.h"
+
+#define THINVM_SNAPSHOT_HIDDEN (THINVM_SNAPSHOT_DELETED | \
+                                THINVM_SNAPSHOT_TRASH)
+
+/* ------------------------------------------------------------------ */
+/* Reading records                                                     */
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_read_pages(BDRVThinvmState *s, ThinvmState *state, ThinvmNeeds *needs,
+                  Error **errp)
+{
+    g_autofree uint8_t *buf = g_malloc(THINVM_PAGE_SIZE);
+    unsigned i;
+    int ret;
+
+    for (i = 0; i < needs->nb_want; i++) {
+        ThinvmPageRef ref = needs->want[i];
+
+        ret = s->device.co_pread(&s->device, ref.page * THINVM_PAGE_SIZE,
+                                 THINVM_PAGE_SIZE, buf);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Cannot read metadata page %" PRIu64,
+                             ref.page);
+            return ret;
+        }
+        thinvm_state_lock(state);
+        ret = thinvm_state_insert_page(state, &ref, buf, needs, errp);
+        thinvm_state_unlock(state);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+/* -ENOENT, without @errp: the slot is free */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_read_snapshot(BDRVThinvmState *s, uint32_t slot, ThinvmSnapshot *snap,
+                     Error **errp)
+{
+    ThinvmState *state = thinvm_store_state(s->store);
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    do {
+        thinvm_state_lock(state);
+        ret = thinvm_snapshot_read(state, slot, snap, &needs, errp);
+        thinvm_state_unlock(state);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_read_pages(s, state, &needs, errp);
+    } while (ret == 0);
+
+    thinvm_state_lock(state);
+    thinvm_needs_destroy(state, &needs);
+    thinvm_state_unlock(state);
+    return ret;
+}
+
+static uint32_t thinvm_nb_slots(BDRVThinvmState *s)
+{
+    ThinvmState *state = thinvm_store_state(s->store);
+    uint32_t nb;
+
+    thinvm_state_lock(state);
+    nb = thinvm_snapshot_nb_slots(state);
+    thinvm_state_unlock(state);
+    return nb;
+}
+
+static uint64_t thinvm_next_id(BDRVThinvmState *s)
+{
+    ThinvmState *state = thinvm_store_state(s->store);
+    uint64_t id;
+
+    thinvm_state_lock(state);
+    id = thinvm_snapshot_next_id(state);
+    thinvm_state_unlock(state);
+    return id;
+}
+
+static void thinvm_id_str(const ThinvmSnapshot *snap, char *buf, size_t size)
+{
+    snprintf(buf, size, "%" PRIu64, snap->id);
+}
+
+/*
+ * The first listed snapshot that has this id (if given) and this name (if
+ * given).  -ENOENT, without @errp, if there is none.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
+                     ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
+{
+    uint32_t nb = thinvm_nb_slots(s);
+    char id_str[32];
+    int ret;
+
+    for (*slot = 0; *slot < nb; (*slot)++) {
+        ret = thinvm_read_snapshot(s, *slot, snap, errp);
+        if (ret == -ENOENT) {
+            continue;
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        thinvm_id_str(snap, id_str, sizeof(id_str));
+        if (!(snap->flags & THINVM_SNAPSHOT_HIDDEN) &&
+            (!id || !strcmp(id, id_str)) &&
+            (!name || !strcmp(name, snap->name))) {
+            return 0;
+        }
+    }
+    return -ENOENT;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_find_by_either(BDRVThinvmState *s, const char *id_or_name,
+                      ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
+{
+    int ret = thinvm_find_snapshot(s, id_or_name, NULL, snap, slot, errp);
+
+    if (ret == -ENOENT) {
+        ret = thinvm_find_snapshot(s, NULL, id_or_name, snap, slot, errp);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_snapshot_settle(BDRVThinvmState *s, Error **errp)
+{
+    int ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot commit the change");
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Deleting                                                            */
+
+static bool thinvm_snapshot_has_tree(const ThinvmSnapshot *snap)
+{
+    return snap->root.type == THINVM_PTR_PAGE ||
+           snap->vmstate_root.type == THINVM_PTR_PAGE;
+}
+
+/*
+ * Go on with the deletion of one record until it is gone, or until it is
+ * hidden and can only wait for its children.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_delete_steps(BDRVThinvmState *s, uint32_t slot, uint64_t id,
+                    bool *gone, Error **errp)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_DELETE_STEP,
+        .guest = slot,
+        .value = id,
+    };
+    ThinvmSnapshot snap;
+    bool waits = false;
+    int ret;
+
+    for (;;) {
+        ret = thinvm_read_snapshot(s, slot, &snap, errp);
+        *gone = ret == -ENOENT || (ret == 0 && snap.id != id);
+        if (*gone) {
+            return 0;
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        if ((snap.flags & THINVM_SNAPSHOT_HIDDEN) == THINVM_SNAPSHOT_DELETED &&
+            !thinvm_snapshot_has_tree(&snap)) {
+            if (waits) {
+                return 0;       /* a step made no difference */
+            }
+            waits = true;
+        }
+        ret = thinvm_store_execute(s->store, &op, NULL, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+}
+
+/* One record that is gone may set its parent free, so until nothing changes */
+int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshot snap;
+    bool again, gone;
+    uint32_t slot;
+    int ret;
+
+    do {
+        again = false;
+        for (slot = 0; slot < thinvm_nb_slots(s); slot++) {
+            ret = thinvm_read_snapshot(s, slot, &snap, errp);
+            if (ret == -ENOENT) {
+                continue;
+            }
+            if (ret < 0) {
+                return ret;
+            }
+            if (snap.flags & THINVM_SNAPSHOT_HIDDEN) {
+                ret = thinvm_delete_steps(s, slot, snap.id, &gone, errp);
+                if (ret < 0) {
+                    return ret;
+                }
+                again |= gone;
+                trace_thinvm_snapshot_collect(bs, snap.id, gone);
+            }
+        }
+    } while (again);
+    return 0;
+}
+
+typedef struct ThinvmSnapshotCo {
+    QEMUSnapshotInfo *info;
+    QEMUSnapshotInfo *list;
+    int nb;
+    const char *id, *name;
+    ThinvmSnapshot snap;
+} ThinvmSnapshotCo;
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_delete(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshotCo *c = opaque;
+    uint32_t slot;
+    bool gone;
+    int ret;
+
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the image");
+        return ret;
+    }
+    ret = thinvm_find_snapshot(s, c->id, c->name, &c->snap, &slot, errp);
+    if (ret == -ENOENT) {
+        error_setg(errp, "There is no snapshot with %s '%s'",
+                   c->id ? "id" : "name", c->id ?: c->name);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_delete_steps(s, slot, c->snap.id, &gone, errp);
+    if (ret >= 0) {
+        ret = thinvm_snapshot_collect(bs, errp);
+    }
+    if (ret >= 0) {
+        ret = thinvm_snapshot_settle(s, errp);
+    }
+    trace_thinvm_snapshot_delete(bs, c->snap.id, gone, ret);
+    return ret;
+}
+
+int thinvm_snapshot_delete(BlockDriverState *bs, const char *snapshot_id,
+                           const char *name, Error **errp)
+{
+    ThinvmSnapshotCo c = {
+        .id = snapshot_id,
+        .name = name,
+    };
+
+    return thinvm_run(bs, thinvm_co_snapshot_delete, &c, errp);
+}
+
+/* ------------------------------------------------------------------ */
+/* Creating                                                            */
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshotCo *c = opaque;
+    ThinvmSnapshot snap = {
+        .vmstate_size = c->info->vm_state_size,
+        .date_sec = c->info->date_sec,
+        .date_nsec = c->info->date_nsec,
+        .vm_clock_nsec = c->info->vm_clock_nsec,
+        .icount = c->info->icount,
+    };
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_CREATE,
+        .snapshot = &snap,
+    };
+    int ret;
+
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the image");
+        return ret;
+    }
+    snap.id = thinvm_next_id(s);
+    pstrcpy(snap.name, sizeof(snap.name), c->info->name);
+    ret = thinvm_store_execute(s->store, &op, NULL, errp);
+    if (ret >= 0) {
+        ret = thinvm_snapshot_settle(s, errp);
+    }
+    trace_thinvm_snapshot_create(bs, snap.id, ret);
+    if (ret >= 0) {
+        thinvm_id_str(&snap, c->info->id_str, sizeof(c->info->id_str));
+    }
+    return ret;
+}
+
+int thinvm_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn_info)
+{
+    ThinvmSnapshotCo c = {
+        .info = sn_info,
+    };
+    Error *local_err = NULL;
+    int ret = thinvm_run(bs, thinvm_co_snapshot_create, &c, &local_err);
+
+    if (ret < 0) {
+        /* The callback only has room for a number */
+        error_reportf_err(local_err, "Snapshot '%s': ", sn_info->name);
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Going back                                                          */
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_find(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    ThinvmSnapshotCo *c = opaque;
+    uint32_t slot;
+
+    return thinvm_find_by_either(bs->opaque, c->id, &c->snap, &slot, errp);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshotCo *c = opaque;
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_GOTO,
+    };
+    uint32_t slot;
+    int ret;
+
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_find_by_either(s, c->id, &c->snap, &slot, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    op.guest = slot;
+    op.value = c->snap.id;
+    op.physical = thinvm_next_id(s);
+    ret = thinvm_store_execute(s->store, &op, NULL, errp);
+    if (ret >= 0) {
+        ret = thinvm_snapshot_settle(s, errp);
+    }
+    trace_thinvm_snapshot_goto(bs, c->snap.id, ret);
+    if (ret < 0) {
+        return ret;
+    }
+    /* The disk that was left; if this fails, the next owner repeats it */
+    if (thinvm_snapshot_collect(bs, NULL) >= 0) {
+        thinvm_snapshot_settle(s, NULL);
+    }
+    return 0;
+}
+
+/*
+ * The disk may get another size.  The block layer and the node's users learn
+ * that by a truncation, which finds nothing left to do.  The permission is
+ * asked for first: later would be too late to refuse.
+ */
+int GRAPH_UNLOCKED thinvm_snapshot_goto(BlockDriverState *bs,
+                                        const char *snapshot_id)
+{
+    ThinvmSnapshotCo c = {
+        .id = snapshot_id,
+    };
+    BlockBackend *blk = NULL;
+    Error *local_err = NULL;
+    int ret;
+
+    bdrv_drained_begin(bs);
+    ret = thinvm_run(bs, thinvm_co_snapshot_find, &c, &local_err);
+    if (ret < 0) {
+        goto out;
+    }
+    if (c.snap.virtual_size != bs->total_sectors * BDRV_SECTOR_SIZE) {
+        blk = blk_new_with_bs(bs, BLK_PERM_RESIZE, BLK_PERM_ALL, &local_err);
+        if (!blk) {
+            ret = -EPERM;
+            goto out;
+        }
+    }
+    ret = thinvm_run(bs, thinvm_co_snapshot_goto, &c, &local_err);
+    if (ret >= 0 && blk) {
+        ret = blk_truncate(blk, c.snap.virtual_size, true, PREALLOC_MODE_OFF,
+                           0, &local_err);
+    }
+out:
+    blk_unref(blk);
+    bdrv_drained_end(bs);
+    if (local_err) {
+        error_reportf_err(local_err, "Snapshot '%s': ", snapshot_id);
+    }
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Listing, looking                                                    */
+
+static void thinvm_snapshot_fill(QEMUSnapshotInfo *info,
+                                 const ThinvmSnapshot *snap)
+{
+    *info = (QEMUSnapshotInfo) {
+        .vm_state_size = snap->vmstate_size,
+        .date_sec = snap->date_sec,
+        .date_nsec = snap->date_nsec,
+        .vm_clock_nsec = snap->vm_clock_nsec,
+        .icount = snap->icount,
+    };
+    thinvm_id_str(snap, info->id_str, sizeof(info->id_str));
+    pstrcpy(info->name, sizeof(info->name), snap->name);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_list(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshotCo *c = opaque;
+    ThinvmSnapshot snap;
+    uint32_t slot;
+    int ret;
+
+    for (slot = 0; slot < thinvm_nb_slots(s); slot++) {
+        ret = thinvm_read_snapshot(s, slot, &snap, errp);
+        if (ret == -ENOENT) {
+            continue;
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        if (!(snap.flags & THINVM_SNAPSHOT_HIDDEN)) {
+            c->list = g_renew(QEMUSnapshotInfo, c->list, c->nb + 1);
+            thinvm_snapshot_fill(&c->list[c->nb++], &snap);
+        }
+    }
+    return 0;
+}
+
+int thinvm_snapshot_list(BlockDriverState *bs, QEMUSnapshotInfo **psn_tab)
+{
+    ThinvmSnapshotCo c = { };
+    Error *local_err = NULL;
+    int ret = thinvm_run(bs, thinvm_co_snapshot_list, &c, &local_err);
+
+    if (ret < 0) {
+        error_report_err(local_err);
+        g_free(c.list);
+        return ret;
+    }
+    *psn_tab = c.list;
+    return c.nb;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_snapshot_load(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmSnapshotCo *c = opaque;
+    uint32_t slot;
+    int ret;
+
+    ret = thinvm_find_snapshot(s, c->id, c->name, &c->snap, &slot, errp);
+    if (ret == -ENOENT) {
+        error_setg(errp, "There is no snapshot with %s '%s'",
+                   c->id ? "id" : "name", c->id ?: c->name);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    g_free(s->view);
+    s->view = g_memdup2(&c->snap, sizeof(c->snap));
+    s->view_root = &s->view->root;
+    bs->total_sectors = s->view->virtual_size / BDRV_SECTOR_SIZE;
+    return 0;
+}
+
+int thinvm_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id,
+                             const char *name, Error **errp)
+{
+    ThinvmSnapshotCo c = {
+        .id = snapshot_id,
+        .name = name,
+    };
+
+    return thinvm_run(bs, thinvm_co_snapshot_load, &c, errp);
+}

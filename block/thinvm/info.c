@@ -1,0 +1,190 @@
+/*
+ * thinvm driver layer: what a node tells about itself; check
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Reads scalars and counters of the layers below under their lock; changes
+ * nothing, but for a check that was told to repair.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/error-report.h"
+#include "thinvm.h"
+#include "trace.h"
+
+static void thinvm_get_state(ThinvmStore *st, ThinvmInfoState *info)
+{
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmState *state = thinvm_store_state(st);
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, info);
+    thinvm_state_unlock(state);
+    thinvm_store_request_end(st, token);
+}
+
+/* The generation of the newest base; the engine counts the next one */
+static uint64_t thinvm_generation(const ThinvmInfoState *info)
+{
+    return info->generation ? info->generation - 1 : 0;
+}
+
+int coroutine_fn thinvm_co_get_info(BlockDriverState *bs, BlockDriverInfo *bdi)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    bdi->cluster_size = s->cluster_size;
+    bdi->subcluster_size = s->cluster_size / THINVM_PARTS;
+    /* VM state has a tree of its own; this is where tools expect it */
+    bdi->vm_state_offset = ROUND_UP(thinvm_virtual_size(s), s->cluster_size);
+    bdi->is_dirty = false;      /* a crash costs a replay, not a check */
+    return 0;
+}
+
+static ThinvmCacheMode thinvm_shown_mode(BDRVThinvmState *s)
+{
+    return qatomic_read(&s->mode);
+}
+
+ImageInfoSpecific *thinvm_get_specific_info(BlockDriverState *bs, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ImageInfoSpecificThinvm *data = g_new0(ImageInfoSpecificThinvm, 1);
+    ImageInfoSpecific *spec = g_new0(ImageInfoSpecific, 1);
+    ThinvmInfoState info;
+
+    thinvm_get_state(s->store, &info);
+    *data = (ImageInfoSpecificThinvm) {
+        .version = THINVM_VERSION_MAJOR,
+        .cluster_size = s->cluster_size,
+        .journal_size = s->journal_size,
+        .uuid = qemu_uuid_unparse_strdup(&s->uuid),
+        .generation = thinvm_generation(&info),
+        .epoch = info.epoch,
+        .mapping_cache_mode = thinvm_shown_mode(s),
+        .allocated_clusters = info.allocated_clusters,
+        .free_clusters = info.free_clusters,
+        .metadata_pages = info.metadata_pages,
+        .snapshots = info.nb_snapshots,
+        .compatible_features = s->compatible,
+        .readonly_compatible_features = s->readonly_compatible,
+        .incompatible_features = s->incompatible,
+    };
+    spec->type = IMAGE_INFO_SPECIFIC_KIND_THINVM;
+    spec->u.thinvm.data = data;
+    return spec;
+}
+
+static void thinvm_statistics(BDRVThinvmState *s, ThinvmStatistics *dst,
+                              ThinvmInfoState *info)
+{
+    ThinvmStoreStats stats;
+
+    thinvm_store_stats(s->store, &stats);
+    *dst = (ThinvmStatistics) {
+        .commits = stats.commits,
+        .journal_records = stats.records,
+        .journal_operations = stats.operations,
+        .checkpoints = stats.checkpoints,
+        .cache_hits = info->cache_hits,
+        .cache_misses = info->cache_misses,
+        .metadata_bytes_read = stats.metadata_bytes_read,
+        .metadata_bytes_written = stats.metadata_bytes_written,
+        .longest_commit_ns = stats.longest_commit_ns,
+        .pending_operations = stats.pending_operations,
+        .allocated_clusters = info->allocated_clusters,
+        .free_clusters = info->free_clusters,
+    };
+}
+
+BlockStatsSpecific *thinvm_get_specific_stats(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+    BlockStatsSpecific *stats = g_new0(BlockStatsSpecific, 1);
+    ThinvmInfoState info;
+
+    thinvm_get_state(s->store, &info);
+    stats->driver = BLOCKDEV_DRIVER_THINVM;
+    thinvm_statistics(s, &stats->u.thinvm, &info);
+    return stats;
+}
+
+ThinvmInfo *thinvm_info(BDRVThinvmState *s)
+{
+    ThinvmInfo *dst = g_new0(ThinvmInfo, 1);
+    ThinvmStatistics *statistics = g_new0(ThinvmStatistics, 1);
+    ThinvmInfoState info;
+    ThinvmStoreStats stats;
+
+    thinvm_get_state(s->store, &info);
+    thinvm_store_stats(s->store, &stats);
+    thinvm_statistics(s, statistics, &info);
+    *dst = (ThinvmInfo) {
+        .mapping_cache_mode = thinvm_shown_mode(s),
+        .configured_mode =
+            s->options.mode == THINVM_CACHE_MODE_MIGRATION
+            ? THINVM_CACHE_MODE_WRITEBACK : s->options.mode,
+        .owner = qatomic_read(&s->owner),
+        .ownership_lost = qatomic_read(&s->lost),
+        .mapping_cache_size = info.cache_limit * THINVM_PAGE_SIZE,
+        .mapping_cache_used = info.cached_pages * THINVM_PAGE_SIZE,
+        .mapping_flush_interval = s->options.flush_interval,
+        .uuid = qemu_uuid_unparse_strdup(&s->uuid),
+        .generation = thinvm_generation(&info),
+        .epoch = info.epoch,
+        .journal_size = s->journal_size,
+        .journal_used = stats.journal_used,
+        .statistics = statistics,
+    };
+    return dst;
+}
+
+/* ------------------------------------------------------------------ */
+/* Check                                                               */
+
+static void thinvm_check_report(void *opaque, const char *message)
+{
+    error_printf("%s\n", message);
+}
+
+int coroutine_fn thinvm_co_check(BlockDriverState *bs, BdrvCheckResult *result,
+                                 BdrvCheckMode fix)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmCheckResult res = { };
+    Error *local_err = NULL;
+    int store_fix = 0;
+    int ret;
+
+    if (fix & BDRV_FIX_LEAKS) {
+        store_fix |= THINVM_FIX_LEAKS;
+    }
+    if (fix & BDRV_FIX_ERRORS) {
+        store_fix |= THINVM_FIX_ERRORS;
+    }
+    if (store_fix) {
+        ret = thinvm_mode_begin_write(bs);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    ret = thinvm_store_check(s->store, store_fix, thinvm_check_report, NULL,
+                             &res, &local_err);
+    if (ret < 0) {
+        if (local_err) {
+            error_report_err(local_err);
+        }
+        return ret;
+    }
+    result->corruptions = res.corruptions;
+    result->leaks = res.leaks;
+    result->check_errors = res.check_errors;
+    result->corruptions_fixed = res.corruptions_fixed;
+    result->leaks_fixed = res.leaks_fixed;
+    result->image_end_offset = res.image_end_offset;
+    result->bfi.allocated_clusters = res.allocated_clusters;
+    result->bfi.total_clusters = res.total_clusters;
+    result->bfi.fragmented_clusters = res.fragmented_clusters;
+    return 0;
+}

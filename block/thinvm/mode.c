@@ -1,0 +1,575 @@
+/*
+ * thinvm driver layer: the mapping-cache modes, the hand-over
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A node is in one of these states; "owner" and "lost" are fields of
+ * BDRVThinvmState, the mode is what users see.
+ *
+ *   reader      not the owner.  The mode is migration if another process may
+ *               be writing the image, else the configured one.  What is
+ *               cached was true when it was read; where "follow" is set, the
+ *               device is asked again before and after each read.
+ *   owner/WB    owner, mode writeback.  The cache is the truth; operations
+ *               are on the device at most flush_interval later.
+ *   owner/WT    owner, mode writethrough.  The cache is the truth; operations
+ *               of acknowledged requests are on the device.
+ *   lost        was the owner, and somebody else is now (or may be).  Every
+ *               change fails.  Only closing the node ends this.
+ *
+ *   open           --> reader               thinvm_mode_open_reader
+ *   reader         --> owner/WB, owner/WT   thinvm_mode_take: opening for
+ *                                           writing, activation, the first
+ *                                           write in migration mode
+ *   owner/WB       <-> owner/WT             thinvm_mode_configure (user),
+ *                                           thinvm_mode_set_migrating
+ *   owner          --> reader               thinvm_mode_give_up: inactivation,
+ *                                           reopening read-only, closing
+ *   owner          --> lost                 thinvm_mode_write_failed
+ *   reader         --> lost                 thinvm_mode_activate, where it may
+ *                                           not fail
+ *
+ * Invariants (design section 4):
+ *  5. thinvm_co_flush_to_os() and the commits of owner/WT.
+ *  6. The store is writable only between thinvm_mode_take() and
+ *     thinvm_mode_give_up() or thinvm_mode_lose().
+ *  7. After a failed commit the node stays what it was, unless it turns out
+ *     that the image was taken away.
+ *
+ * Locking: mode_lock covers every arrow but the one to "lost", which may come
+ * out of any request at any time and therefore is one atomic exchange.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/qapi-events-thinvm.h"
+#include "qemu/error-report.h"
+#include "thinvm.h"
+#include "trace.h"
+
+bool (*thinvm_activation_must_succeed)(void);
+
+/* The mode that an owner works in */
+static ThinvmCacheMode thinvm_owner_mode(BDRVThinvmState *s)
+{
+    if (s->in_migration) {
+        return THINVM_CACHE_MODE_WRITETHROUGH;
+    }
+    return s->options.mode == THINVM_CACHE_MODE_MIGRATION
+           ? THINVM_CACHE_MODE_WRITEBACK : s->options.mode;
+}
+
+static void thinvm_mode_change(BDRVThinvmState *s, ThinvmCacheMode mode,
+                               const char *reason)
+{
+    ThinvmCacheMode old = qatomic_xchg(&s->mode, mode);
+
+    if (old != mode) {
+        trace_thinvm_mode_change(s->bs, ThinvmCacheMode_str(old),
+                                 ThinvmCacheMode_str(mode), reason);
+        qapi_event_send_thinvm_cache_mode_changed(
+            bdrv_get_node_name(s->bs), old, mode, reason);
+    }
+}
+
+/* Can a node that stops owning, or never did, see what the owner writes? */
+static void GRAPH_RDLOCK thinvm_mode_become_follower(BDRVThinvmState *s,
+                                                     const char *reason)
+{
+    qatomic_set(&s->follow, thinvm_device_coherent(s->bs));
+    thinvm_mode_change(s, THINVM_CACHE_MODE_MIGRATION, reason);
+}
+
+/* ------------------------------------------------------------------ */
+/* reader -> owner                                                     */
+
+void thinvm_mode_free_retired(BDRVThinvmState *s)
+{
+    g_slist_free_full(g_steal_pointer(&s->retired),
+                      (GDestroyNotify)thinvm_store_free);
+}
+
+static void thinvm_replace_store(BDRVThinvmState *s, ThinvmStore *st)
+{
+    ThinvmStore *old = qatomic_xchg(&s->store, st);
+
+    thinvm_store_set_discard(st, s->bs->open_flags & BDRV_O_UNMAP);
+    thinvm_store_set_kick(st, thinvm_worker_kick, s);
+    if (old && old != st) {
+        s->retired = g_slist_prepend(s->retired, old);
+    }
+}
+
+static void thinvm_store_info(ThinvmStore *st, ThinvmInfoState *info)
+{
+    /* Joining keeps the state alive if a catch-up replaces it meanwhile */
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmState *state = thinvm_store_state(st);
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, info);
+    thinvm_state_unlock(state);
+    thinvm_store_request_end(st, token);
+}
+
+/*
+ * A store that shows what is on the device now.  Nobody else changes it any
+ * more: our claim is durable.
+ */
+static ThinvmStore *coroutine_fn GRAPH_RDLOCK
+thinvm_take_store(BDRVThinvmState *s, bool unchanged, bool fresh,
+                  ThinvmInfoState *info, Error **errp)
+{
+    ThinvmStore *st = s->store;
+    bool changed;
+
+    if (st && unchanged) {
+        trace_thinvm_take_store(s->bs, "kept");
+    } else if (st && !fresh) {
+        trace_thinvm_take_store(s->bs, "caught up");
+        if (thinvm_store_catch_up(st, &changed, errp) < 0) {
+            return NULL;
+        }
+    } else {
+        trace_thinvm_take_store(s->bs, "opened");
+        st = thinvm_store_open(&s->device, s->options.cache_size, errp);
+        if (!st) {
+            return NULL;
+        }
+    }
+    thinvm_store_info(st, info);
+    if (!qemu_uuid_is_equal(&info->uuid, &s->uuid)) {
+        error_setg(errp, "The image on the device was replaced by another");
+        if (st != s->store) {
+            thinvm_store_free(st);
+        }
+        return NULL;
+    }
+    return st;
+}
+
+/*
+ * Epochs in claims and in the journal rise together; only if claims were
+ * wiped can the journal be ahead.  Then claim once more, above it.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
+                    Error **errp)
+{
+    ThinvmInfoState info;
+    ThinvmStore *st;
+    int ret = 0;
+
+    st = thinvm_take_store(s, unchanged, fresh, &info, errp);
+    if (!st) {
+        return -EIO;
+    }
+    if (info.epoch >= s->claim.epoch) {
+        if (info.epoch == UINT64_MAX) {
+            error_setg(errp, "The journal's epoch of ownership cannot be "
+                       "raised any more");
+            ret = -EOVERFLOW;
+        } else {
+            ret = thinvm_owner_claim(s, info.epoch + 1, errp);
+        }
+    }
+    if (ret >= 0) {
+        ret = thinvm_store_begin_writing(st, s->claim.epoch, errp);
+    }
+    if (ret < 0) {
+        if (st != s->store) {
+            thinvm_store_free(st);
+        }
+        return ret;
+    }
+    thinvm_replace_store(s, st);
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
+{
+    ThinvmOwnerView view;
+    int ret;
+
+    if (s->lost) {
+        error_setg(errp, "Ownership of the image was lost; close it and open "
+                   "it again");
+        return -EIO;
+    }
+    ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!thinvm_owner_may_take(&view, s->options.force_takeover, errp)) {
+        return -EBUSY;
+    }
+    ret = thinvm_owner_claim(s, view.newest_epoch + 1, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_take_claimed(s, view.unchanged, fresh, errp);
+    if (ret < 0) {
+        /* Best effort: if it fails, others will find the process gone */
+        thinvm_owner_release(s, THINVM_CLAIM_CLOSED, NULL);
+        thinvm_owner_drop(s);
+        return ret;
+    }
+    qatomic_set(&s->follow, false);
+    qatomic_set(&s->owner, true);
+    return 0;
+}
+
+int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
+                                  Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret = 0;
+
+    qemu_co_mutex_lock(&s->mode_lock);
+    if (!s->owner) {
+        ret = thinvm_take_locked(s, fresh, errp);
+        if (ret >= 0) {
+            s->take_failed = false;
+            thinvm_mode_change(s, thinvm_owner_mode(s), "image taken over");
+        }
+    }
+    qemu_co_mutex_unlock(&s->mode_lock);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* owner -> reader, lost                                               */
+
+/* A checkpoint saves the next opener a replay; a few records are no replay */
+static bool thinvm_close_wants_checkpoint(ThinvmStore *st)
+{
+    ThinvmStoreStats stats;
+
+    thinvm_store_stats(st, &stats);
+    return stats.journal_used > 64 * KiB;
+}
+
+int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
+                                     ThinvmClaimState state,
+                                     const char *reason, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    bool checkpoint;
+    int ret = 0;
+
+    qemu_co_mutex_lock(&s->mode_lock);
+    if (s->lost) {
+        error_setg(errp, "Ownership of the image was lost");
+        ret = -EIO;
+        goto out;
+    }
+    if (!s->owner) {
+        goto out;
+    }
+    checkpoint = state == THINVM_CLAIM_CLOSED &&
+                 thinvm_close_wants_checkpoint(s->store);
+    ret = thinvm_store_end_writing(s->store, checkpoint, errp);
+    if (ret < 0) {
+        goto out;
+    }
+    /*
+     * From here on a write must claim the image anew, also if the release
+     * fails: the block on the device may say either.
+     */
+    qatomic_set(&s->owner, false);
+    ret = thinvm_owner_release(s, state, errp);
+    if (ret < 0) {
+        thinvm_owner_drop(s);
+        goto out;
+    }
+    thinvm_mode_free_retired(s);
+    if (state == THINVM_CLAIM_RELEASED) {
+        thinvm_mode_become_follower(s, reason);
+    }
+out:
+    qemu_co_mutex_unlock(&s->mode_lock);
+    return ret;
+}
+
+void thinvm_mode_lose(BDRVThinvmState *s, const char *reason)
+{
+    if (qatomic_xchg(&s->lost, true)) {
+        return;
+    }
+    qatomic_set(&s->owner, false);
+    thinvm_store_poison(s->store);
+    thinvm_owner_drop(s);
+    trace_thinvm_mode_lose(s->bs, reason);
+    error_report("thinvm node '%s': ownership lost: %s",
+                 bdrv_get_node_name(s->bs), reason);
+    qapi_event_send_thinvm_ownership_lost(bdrv_get_node_name(s->bs), reason);
+}
+
+void coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+    g_autoptr(Error) local_err = NULL;
+
+    if (qatomic_read(&s->owner) &&
+        thinvm_owner_verify(s, &local_err) == -EPERM) {
+        thinvm_mode_lose(s, error_get_pretty(local_err));
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Opening and activation                                              */
+
+int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVThinvmState *s = bs->opaque;
+    bool active = !(bs->open_flags & BDRV_O_INACTIVE);
+    bool wished = s->options.mode == THINVM_CACHE_MODE_MIGRATION;
+    ThinvmOwnerView view;
+    int ret;
+
+    s->mode = s->options.mode;
+    s->follow = false;
+    if (!active) {
+        s->mode = THINVM_CACHE_MODE_MIGRATION;
+        s->follow = thinvm_device_coherent(bs);
+        return 0;
+    }
+    ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!wished && view.kind != THINVM_OWNER_OTHER &&
+        view.kind != THINVM_OWNER_NODE) {
+        return 0;
+    }
+    s->mode = THINVM_CACHE_MODE_MIGRATION;
+    s->follow = thinvm_device_coherent(bs);
+    if (s->follow || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
+        return 0;
+    }
+    if (wished) {
+        error_setg(errp, "Option '%s' is 'migration', which needs reads past "
+                   "the host's page cache", THINVM_OPT_MODE);
+    } else {
+        thinvm_owner_may_take(&view, false, errp);
+        error_prepend(errp, "Reading while another may write needs reads "
+                      "past the host's page cache: ");
+    }
+    error_append_hint(errp, "Open the file or device with "
+                      "cache.direct=on.\n");
+    return -EBUSY;
+}
+
+/* A read-only node just reads the image again */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_reader_refresh(BlockDriverState *bs, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmStore *st;
+    int ret;
+
+    st = thinvm_store_open(&s->device, s->options.cache_size, errp);
+    if (!st) {
+        return -EIO;
+    }
+    qemu_co_mutex_lock(&s->mode_lock);
+    thinvm_replace_store(s, st);
+    ret = thinvm_mode_open_reader(bs, errp);
+    qemu_co_mutex_unlock(&s->mode_lock);
+    return ret;
+}
+
+int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    Error *local_err = NULL;
+    int ret;
+
+    if (s->view) {
+        return 0;               /* a snapshot never changes */
+    }
+    if (bdrv_is_read_only(bs)) {
+        return thinvm_reader_refresh(bs, errp);
+    }
+    ret = thinvm_mode_take(bs, true, &local_err);
+    if (ret < 0 && thinvm_activation_must_succeed &&
+        thinvm_activation_must_succeed()) {
+        thinvm_mode_lose(s, error_get_pretty(local_err));
+        error_free(local_err);
+        return 0;
+    }
+    error_propagate(errp, local_err);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* What requests call                                                  */
+
+int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+    bool changed;
+
+    if (likely(!qatomic_read(&s->follow))) {
+        return 0;
+    }
+    return thinvm_store_catch_up(qatomic_read(&s->store), &changed, NULL);
+}
+
+int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs, bool *repeat)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    *repeat = false;
+    if (likely(!qatomic_read(&s->follow))) {
+        return 0;
+    }
+    return thinvm_store_catch_up(qatomic_read(&s->store), repeat, NULL);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_first_write(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+    Error *local_err = NULL;
+    int ret;
+
+    if (qatomic_read(&s->lost)) {
+        return -EIO;
+    }
+    ret = thinvm_mode_take(bs, false, &local_err);
+    if (ret < 0) {
+        if (!qatomic_xchg(&s->take_failed, true)) {
+            error_reportf_err(local_err, "thinvm node '%s' cannot write: ",
+                              bdrv_get_node_name(bs));
+        } else {
+            error_free(local_err);
+        }
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_mode_begin_write(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    if (likely(qatomic_read(&s->owner))) {
+        return 0;
+    }
+    return thinvm_first_write(bs);
+}
+
+int coroutine_fn thinvm_mode_commit(BlockDriverState *bs, uint64_t ticket)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret;
+
+    if (qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITEBACK) {
+        thinvm_worker_arm(s);
+        return 0;
+    }
+    ret = thinvm_store_commit_ticket(qatomic_read(&s->store), ticket);
+    /* What stays to be confirmed durable, or repeated after an error */
+    thinvm_worker_arm(s);
+    return ret;
+}
+
+/*
+ * The block layer flushes bs->file after this.  If there was something to
+ * commit, that flush is spared: nothing has been written since ours.
+ */
+int coroutine_fn thinvm_co_flush_to_os(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    if (!qatomic_read(&s->owner)) {
+        return qatomic_read(&s->lost) ? -EIO : 0;
+    }
+    return thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+}
+
+/* ------------------------------------------------------------------ */
+/* owner/WB <-> owner/WT, and by the user's order into migration mode  */
+
+/* With mode_lock held */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_owner_change_mode(BDRVThinvmState *s, const char *reason, Error **errp)
+{
+    int ret;
+
+    if (!s->owner) {
+        return 0;               /* takes effect with ownership */
+    }
+    thinvm_mode_change(s, thinvm_owner_mode(s), reason);
+    /* The mode first: what is written from now on keeps the promise itself */
+    ret = thinvm_store_commit(s->store, THINVM_COMMIT_RECORD, true);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot commit the mapping of node '%s'",
+                         bdrv_get_node_name(s->bs));
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_mode_configure(BlockDriverState *bs,
+                                       ThinvmCacheMode mode,
+                                       const char *reason, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmCacheMode old = s->options.mode;
+    int ret;
+
+    if (mode == THINVM_CACHE_MODE_MIGRATION) {
+        if (s->in_migration) {
+            error_setg(errp, "Node '%s' is part of an outgoing migration",
+                       bdrv_get_node_name(bs));
+            return -EBUSY;
+        }
+        if (!thinvm_device_coherent(bs)) {
+            error_setg(errp, "Node '%s' reads through the host's page cache; "
+                       "migration mode needs cache.direct=on",
+                       bdrv_get_node_name(bs));
+            return -EINVAL;
+        }
+        return thinvm_mode_give_up(bs, THINVM_CLAIM_RELEASED, reason, errp);
+    }
+    qemu_co_mutex_lock(&s->mode_lock);
+    s->options.mode = mode;
+    ret = thinvm_owner_change_mode(s, reason, errp);
+    if (ret < 0) {
+        s->options.mode = old;
+        thinvm_mode_change(s, thinvm_owner_mode(s), "commit failed");
+    }
+    qemu_co_mutex_unlock(&s->mode_lock);
+    return ret;
+}
+
+int coroutine_fn thinvm_mode_set_migrating(BlockDriverState *bs,
+                                           bool migrating,
+                                           const char *reason, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret;
+
+    qemu_co_mutex_lock(&s->mode_lock);
+    s->in_migration = migrating;
+    ret = thinvm_owner_change_mode(s, reason, errp);
+    if (ret < 0 && migrating) {
+        s->in_migration = false;
+        thinvm_mode_change(s, thinvm_owner_mode(s), "commit failed");
+    }
+    qemu_co_mutex_unlock(&s->mode_lock);
+    return ret;
+}
+
+uint64_t thinvm_virtual_size(BDRVThinvmState *s)
+{
+    ThinvmInfoState info;
+
+    if (s->view) {
+        return s->view->virtual_size;
+    }
+    thinvm_store_info(qatomic_read(&s->store), &info);
+    return info.virtual_size;
+}

@@ -1,0 +1,462 @@
+/*
+ * thinvm driver layer: claims of ownership
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Reads, judges and writes the claim blocks (format.h).  Whoever wants to
+ * write an image first makes a claim here: its epoch is one more than that of
+ * the newest claim, its slot is the epoch's, so that a late write of an
+ * earlier owner can only hit its own slot.
+ *
+ * Life of a claim, by the functions that change it:
+ *
+ *     (none) --thinvm_owner_claim--> ACTIVE
+ *     ACTIVE --thinvm_owner_release--> RELEASED   hand-over
+ *     ACTIVE --thinvm_owner_release--> CLOSED     the node was closed
+ *
+ * An ACTIVE claim whose process ended without releasing stays as it is; the
+ * next one to look recognises it as GONE if it is of this host and its boot or
+ * its process is no more.  The claim of another host can only be released by
+ * that host, or overridden by the operator (force-takeover), who knows what
+ * we cannot: that the host was fenced.
+ *
+ * Invariant 6: only the owner writes.  A claim is durable, and was read back,
+ * before thinvm_owner_claim() returns.
+ *
+ * Everything about this host comes from files below /etc and /proc and from
+ * kill(pid, 0), so it works for any user and inside QEMU's sandbox.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/lockable.h"
+#include "thinvm.h"
+#include "trace.h"
+
+#define THINVM_CLAIM_AREA   (THINVM_NB_CLAIMS * THINVM_PAGE_SIZE)
+
+/* Claims that nodes of this process hold */
+static QemuMutex thinvm_owner_lock;
+static QLIST_HEAD(, BDRVThinvmState) thinvm_owner_nodes =
+    QLIST_HEAD_INITIALIZER(thinvm_owner_nodes);
+
+static void __attribute__((constructor)) thinvm_owner_module_init(void)
+{
+    qemu_mutex_init(&thinvm_owner_lock);
+}
+
+/* ------------------------------------------------------------------ */
+/* Who are we                                                          */
+
+static void thinvm_hash_to_uuid(const char *text, QemuUUID *uuid)
+{
+    g_autoptr(GChecksum) sum = g_checksum_new(G_CHECKSUM_SHA256);
+    uint8_t digest[32];
+    gsize size = sizeof(digest);
+
+    g_checksum_update(sum, (const guchar *)text, strlen(text));
+    g_checksum_get_digest(sum, digest, &size);
+    memcpy(uuid->data, digest, sizeof(uuid->data));
+}
+
+static char *thinvm_read_line(const char *path)
+{
+    g_autofree char *text = NULL;
+
+    if (!g_file_get_contents(path, &text, NULL, NULL)) {
+        return NULL;
+    }
+    g_strstrip(text);
+    return *text ? g_steal_pointer(&text) : NULL;
+}
+
+static void thinvm_boot_id(QemuUUID *id)
+{
+    g_autofree char *text =
+        thinvm_read_line("/proc/sys/kernel/random/boot_id");
+
+    if (!text || qemu_uuid_parse(text, id) < 0) {
+        memset(id, 0, sizeof(*id));
+    }
+}
+
+/*
+ * Two claims with the same host id are believed to see each other's
+ * processes.  So besides the machine id (which careless cloning duplicates)
+ * the host's name goes in, and the PID namespace unless it is the host's own:
+ * from another container a process that runs looks as if it were gone.
+ * Wherever in doubt, different ids: that only costs the operator a
+ * force-takeover after a crash.
+ */
+static void thinvm_host_id(QemuUUID *id)
+{
+    g_autofree char *machine = thinvm_read_line("/etc/machine-id");
+    g_autofree char *dmi = NULL;
+    g_autofree char *boot = NULL;
+    g_autofree char *ns = g_file_read_link("/proc/self/ns/pid", NULL);
+    g_autofree char *text = NULL;
+
+    if (!machine) {
+        dmi = thinvm_read_line("/sys/class/dmi/id/product_uuid");
+    }
+    if (!machine && !dmi) {
+        boot = thinvm_read_line("/proc/sys/kernel/random/boot_id");
+    }
+    if (!machine && !dmi && !boot) {
+        qemu_uuid_generate(id);
+        return;
+    }
+    /* The inode number of the initial namespace is fixed in the kernel */
+    if (ns && !strcmp(ns, "pid:[4026531836]")) {
+        *ns = '\0';
+    }
+    text = g_strdup_printf("thinvm host %s %s %s",
+                           machine ?: dmi ?: boot, g_get_host_name(),
+                           ns ?: "");
+    thinvm_hash_to_uuid(text, id);
+}
+
+typedef struct ThinvmProcess {
+    uint64_t start;         /* clock ticks since boot; 0: unknown */
+    bool zombie;            /* all of its threads have ended */
+} ThinvmProcess;
+
+/* False: /proc does not tell (it may be mounted so that it hides others) */
+static bool thinvm_process_look(uint32_t pid, ThinvmProcess *p)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%" PRIu32 "/stat", pid);
+    g_autofree char *text = NULL;
+    const char *after_name;
+    char state;
+    int threads;
+
+    if (!g_file_get_contents(path, &text, NULL, NULL)) {
+        return false;
+    }
+    /* The name, in brackets, may itself hold brackets and blanks */
+    after_name = strrchr(text, ')');
+    if (!after_name ||
+        sscanf(after_name + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u "
+               "%*u %*u %*d %*d %*d %*d %d %*d %" SCNu64,
+               &state, &threads, &p->start) != 3) {
+        return false;
+    }
+    p->zombie = (state == 'Z' || state == 'X') && threads <= 1;
+    return true;
+}
+
+static void thinvm_identity(ThinvmClaim *claim)
+{
+    static ThinvmClaim self;
+    static gsize once;
+    ThinvmProcess p;
+
+    if (g_once_init_enter(&once)) {
+        thinvm_host_id(&self.host_id);
+        thinvm_boot_id(&self.boot_id);
+        pstrcpy(self.host_name, sizeof(self.host_name), g_get_host_name());
+        g_once_init_leave(&once, 1);
+    }
+    claim->host_id = self.host_id;
+    claim->boot_id = self.boot_id;
+    memcpy(claim->host_name, self.host_name, sizeof(claim->host_name));
+    /* Not kept: the process may have forked since */
+    claim->process = getpid();
+    claim->process_start = 0;
+    if (thinvm_process_look(claim->process, &p)) {
+        claim->process_start = p.start;
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Judging a claim                                                     */
+
+static bool thinvm_owner_registered(const QemuUUID *nonce)
+{
+    BDRVThinvmState *s;
+
+    QEMU_LOCK_GUARD(&thinvm_owner_lock);
+    QLIST_FOREACH(s, &thinvm_owner_nodes, owner_link) {
+        if (qemu_uuid_is_equal(&s->claim.nonce, nonce)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Of this host and this boot: has the process of @claim ended? */
+static bool thinvm_process_gone(const ThinvmClaim *claim)
+{
+    ThinvmProcess p;
+
+    if (claim->process == 0 || claim->process > INT_MAX) {
+        return false;           /* no process id; nothing can be said */
+    }
+    if (kill(claim->process, 0) < 0 && errno == ESRCH) {
+        return true;
+    }
+    if (!thinvm_process_look(claim->process, &p)) {
+        return false;
+    }
+    return p.zombie || (claim->process_start && p.start &&
+                        p.start != claim->process_start);
+}
+
+static ThinvmOwnerKind thinvm_owner_judge(const ThinvmClaim *claim,
+                                          BDRVThinvmState *self)
+{
+    ThinvmClaim me;
+
+    if (claim->state != THINVM_CLAIM_ACTIVE) {
+        return THINVM_OWNER_NONE;
+    }
+    if (self && qemu_uuid_is_equal(&claim->nonce, &self->claim.nonce)) {
+        return THINVM_OWNER_OURS;
+    }
+    thinvm_identity(&me);
+    if (!qemu_uuid_is_equal(&claim->host_id, &me.host_id)) {
+        return THINVM_OWNER_OTHER;
+    }
+    if (qemu_uuid_is_null(&claim->boot_id) ||
+        qemu_uuid_is_null(&me.boot_id)) {
+        return THINVM_OWNER_OTHER;
+    }
+    if (!qemu_uuid_is_equal(&claim->boot_id, &me.boot_id)) {
+        return THINVM_OWNER_GONE;
+    }
+    if (claim->process == me.process &&
+        claim->process_start == me.process_start) {
+        return thinvm_owner_registered(&claim->nonce) ? THINVM_OWNER_NODE
+                                                      : THINVM_OWNER_GONE;
+    }
+    return thinvm_process_gone(claim) ? THINVM_OWNER_GONE
+                                      : THINVM_OWNER_OTHER;
+}
+
+/*
+ * Find the newest of the claims in @area.  Returns false if a block that may
+ * be newer still cannot be read: epochs are consecutive, so that can only be
+ * the slot after the newest one, or any while none is valid.
+ */
+static bool thinvm_claims_newest(const QemuUUID *uuid, const uint8_t *area,
+                                 ThinvmClaim *newest)
+{
+    bool doubtful[THINVM_NB_CLAIMS] = { false };
+    bool any_doubtful = false, later_version = false;
+    ThinvmClaim claim;
+    int i, ret;
+
+    newest->epoch = 0;
+    for (i = 0; i < THINVM_NB_CLAIMS; i++) {
+        const void *block = area + i * THINVM_PAGE_SIZE;
+
+        ret = thinvm_claim_decode(uuid, &claim, block);
+        if (ret == 0 && claim.epoch % THINVM_NB_CLAIMS != i) {
+            ret = -EBADMSG;     /* a copy out of another slot */
+        }
+        if (ret == 0) {
+            if (claim.epoch > newest->epoch) {
+                *newest = claim;
+            }
+        } else if (ret != -ENOENT) {
+            doubtful[i] = any_doubtful = true;
+            later_version |= ret == -ENOTSUP;
+        }
+    }
+    if (later_version) {
+        return false;
+    }
+    return newest->epoch ? !doubtful[(newest->epoch + 1) % THINVM_NB_CLAIMS]
+                         : !any_doubtful;
+}
+
+int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
+                                   BDRVThinvmState *self,
+                                   ThinvmOwnerView *view, Error **errp)
+{
+    g_autofree uint8_t *area = g_malloc(THINVM_CLAIM_AREA);
+    bool certain;
+    int ret;
+
+    memset(view, 0, sizeof(*view));
+    ret = dev->co_pread(dev, THINVM_CLAIM_OFFSET, THINVM_CLAIM_AREA, area);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot read the claims of ownership "
+                         "(%d bytes at offset %d)", THINVM_CLAIM_AREA,
+                         (int)THINVM_CLAIM_OFFSET);
+        return ret;
+    }
+    certain = thinvm_claims_newest(uuid, area, &view->newest);
+    view->newest_epoch = view->newest.epoch;
+    if (!certain) {
+        view->kind = THINVM_OWNER_UNKNOWN;
+    } else if (view->newest_epoch) {
+        view->kind = thinvm_owner_judge(&view->newest, self);
+        view->unchanged = self && self->claim.epoch &&
+            qemu_uuid_is_equal(&view->newest.nonce, &self->claim.nonce);
+    }
+    trace_thinvm_owner_look(self ? self->bs : NULL, view->newest_epoch,
+                            view->kind);
+    return 0;
+}
+
+/* The name comes from the device: nothing in it may upset a terminal */
+static char *thinvm_claim_host(const ThinvmClaim *claim)
+{
+    char *name = g_strndup(claim->host_name, sizeof(claim->host_name));
+    char *p;
+
+    for (p = name; *p; p++) {
+        if (*p < ' ' || *p > '~' || *p == '\'') {
+            *p = '?';
+        }
+    }
+    return name;
+}
+
+bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
+                           Error **errp)
+{
+    ERRP_GUARD();
+    g_autofree char *host = thinvm_claim_host(&view->newest);
+
+    if (view->newest_epoch == UINT64_MAX) {
+        error_setg(errp, "The image's epoch of ownership, %" PRIu64 ", "
+                   "cannot be raised any more; the claim is damaged",
+                   view->newest_epoch);
+        return false;
+    }
+    switch (view->kind) {
+    case THINVM_OWNER_NONE:
+    case THINVM_OWNER_GONE:
+    case THINVM_OWNER_OURS:
+        return true;
+    case THINVM_OWNER_NODE:
+        /* No fencing could ever make this right: both are us */
+        error_setg(errp, "Another node of this process has the image open "
+                   "for writing (epoch %" PRIu64 ")", view->newest_epoch);
+        return false;
+    case THINVM_OWNER_OTHER:
+        if (force) {
+            return true;
+        }
+        error_setg(errp, "The image is owned by process %" PRIu32 " on host "
+                   "'%s' (epoch %" PRIu64 ")",
+                   view->newest.process, host, view->newest_epoch);
+        error_append_hint(errp, "Stop that process, or migrate from it.  "
+                          "Only if its host was fenced and its storage "
+                          "sessions have ended, open the image with "
+                          "force-takeover=on.\n");
+        return false;
+    case THINVM_OWNER_UNKNOWN:
+        if (force) {
+            return true;
+        }
+        error_setg(errp, "A claim of ownership after epoch %" PRIu64 " is "
+                   "damaged or by a later version, so the image may be in "
+                   "use", view->newest_epoch);
+        error_append_hint(errp, "If nobody uses it, open it with "
+                          "force-takeover=on.\n");
+        return false;
+    }
+    g_assert_not_reached();
+}
+
+/* ------------------------------------------------------------------ */
+/* Writing claims                                                      */
+
+static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
+                                           const ThinvmClaim *claim)
+{
+    g_autofree uint8_t *block = g_malloc0(THINVM_PAGE_SIZE);
+    uint64_t offset = THINVM_CLAIM_OFFSET +
+                      claim->epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
+    ThinvmDevice *dev = &s->device;
+    int ret;
+
+    thinvm_claim_encode(&s->uuid, (ThinvmClaimLe *)block, claim);
+    ret = dev->co_pwrite(dev, offset, THINVM_PAGE_SIZE, block);
+    if (ret < 0) {
+        return ret;
+    }
+    return dev->co_flush(dev);
+}
+
+void thinvm_owner_drop(BDRVThinvmState *s)
+{
+    QEMU_LOCK_GUARD(&thinvm_owner_lock);
+    QLIST_SAFE_REMOVE(s, owner_link);
+}
+
+int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
+                                    Error **errp)
+{
+    ThinvmClaim claim = {
+        .epoch = epoch,
+        .state = THINVM_CLAIM_ACTIVE,
+    };
+    int ret;
+
+    thinvm_identity(&claim);
+    qemu_uuid_generate(&claim.nonce);
+
+    /* Registered first: nobody of this process may take it for a leftover */
+    qemu_mutex_lock(&thinvm_owner_lock);
+    s->claim = claim;
+    QLIST_SAFE_REMOVE(s, owner_link);
+    QLIST_INSERT_HEAD(&thinvm_owner_nodes, s, owner_link);
+    qemu_mutex_unlock(&thinvm_owner_lock);
+
+    ret = thinvm_claim_write(s, &claim);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the claim of ownership "
+                         "for epoch %" PRIu64, epoch);
+    } else {
+        ret = thinvm_owner_verify(s, errp);
+    }
+    trace_thinvm_owner_claim(s->bs, epoch, ret);
+    if (ret < 0) {
+        thinvm_owner_drop(s);
+    }
+    return ret;
+}
+
+int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
+                                      ThinvmClaimState state, Error **errp)
+{
+    ThinvmClaim claim = s->claim;
+    int ret;
+
+    claim.state = state;
+    ret = thinvm_claim_write(s, &claim);
+    trace_thinvm_owner_release(s->bs, claim.epoch, state, ret);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot release the claim of ownership "
+                         "of epoch %" PRIu64, claim.epoch);
+        return ret;
+    }
+    s->claim = claim;
+    thinvm_owner_drop(s);
+    return 0;
+}
+
+int coroutine_fn thinvm_owner_verify(BDRVThinvmState *s, Error **errp)
+{
+    ThinvmOwnerView view;
+    int ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (view.kind != THINVM_OWNER_OURS) {
+        g_autofree char *host = thinvm_claim_host(&view.newest);
+
+        error_setg(errp, "The image has been claimed by process %" PRIu32
+                   " on host '%s' (epoch %" PRIu64 ", ours was %" PRIu64 ")",
+                   view.newest.process, host, view.newest_epoch,
+                   s->claim.epoch);
+        return -EPERM;
+    }
+    return 0;
+}

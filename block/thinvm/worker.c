@@ -1,0 +1,236 @@
+/*
+ * thinvm driver layer: background work of an open image
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * One coroutine for each node, in the node's AioContext, that exists only
+ * while there is something to do.  It is woken
+ *  - by a timer that the first operation after a commit starts, so that no
+ *    operation waits longer than the flush interval (invariant 5) and an
+ *    idle node costs nothing;
+ *  - by the store, when a checkpoint or a reclaim is due or a record is full.
+ *
+ * Drain: the coroutine counts as a request in flight, works in bounded steps,
+ * looks between them whether the node is to be quiet, and then ends.  What was
+ * left undone is remembered and taken up when the drained section ends.
+ *
+ * Threads: "timer", "bh" and "running" belong to the node's AioContext; the
+ * flags are atomic.
+ */
+
+#include "qemu/osdep.h"
+#include "block/aio.h"
+#include "qemu/timer.h"
+#include "thinvm.h"
+#include "trace.h"
+
+struct ThinvmWorker {
+    BDRVThinvmState *s;
+    QEMUTimer *timer;
+    QEMUBH *bh;
+    bool running;
+    /* atomic */
+    bool confirm;   /* records may have been written that no flush covers */
+    bool armed;     /* the timer runs */
+    bool tick;      /* the timer has fired */
+    bool kicked;    /* the store wants something */
+};
+
+/*
+ * The store may go on asking for what cannot be done yet (a reclaim, say,
+ * while an old request is still reading).  Then wait for the timer.
+ */
+#define THINVM_WORKER_ROUNDS 16
+
+static bool thinvm_worker_may_run(ThinvmWorker *w)
+{
+    return qatomic_read(&w->s->bs->quiesce_counter) == 0 &&
+           qatomic_read(&w->s->owner);
+}
+
+void thinvm_worker_arm(BDRVThinvmState *s)
+{
+    ThinvmWorker *w = s->worker;
+
+    if (!qatomic_read(&w->armed) && !qatomic_xchg(&w->armed, true)) {
+        qatomic_set(&w->confirm, true);
+        timer_mod(w->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                            qatomic_read(&s->options.flush_interval));
+    }
+}
+
+/*
+ * The first tick after an operation writes its record, a later and idle one
+ * makes the record durable, so that what it freed can be used again.
+ */
+static void coroutine_fn GRAPH_RDLOCK thinvm_worker_commit(ThinvmWorker *w)
+{
+    ThinvmStore *st = w->s->store;
+    bool confirm = qatomic_xchg(&w->confirm, false);
+    ThinvmStoreStats stats;
+    int ret = 0;
+
+    thinvm_store_stats(st, &stats);
+    if (stats.pending_operations) {
+        ret = thinvm_store_commit(st, THINVM_COMMIT_RECORD, true);
+    } else if (confirm) {
+        ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+    }
+    trace_thinvm_worker_commit(w->s->bs, stats.pending_operations, ret);
+    if (stats.pending_operations || ret < 0) {
+        thinvm_worker_arm(w->s);
+    }
+}
+
+/*
+ * A kick says that much has gathered: operations, freed clusters or dirty
+ * pages.  A durable commit is the way out of all three.
+ */
+static void coroutine_fn GRAPH_RDLOCK thinvm_worker_store(ThinvmWorker *w,
+                                                          bool kicked)
+{
+    ThinvmStore *st = w->s->store;
+    int ret = 0;
+
+    if (kicked) {
+        ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+    }
+    if (ret >= 0 && thinvm_store_wants_checkpoint(st)) {
+        ret = thinvm_store_checkpoint(st);
+    }
+    if (ret >= 0) {
+        ret = thinvm_store_reclaim(st, w->s->bs->open_flags & BDRV_O_UNMAP);
+    }
+    if (ret < 0) {
+        /* Try again with the next tick rather than at once */
+        trace_thinvm_worker_error(w->s->bs, ret);
+        thinvm_worker_arm(w->s);
+    }
+}
+
+static void coroutine_fn thinvm_worker_entry(void *opaque)
+{
+    ThinvmWorker *w = opaque;
+    BlockDriverState *bs = w->s->bs;
+    int rounds = 0;
+
+    while (thinvm_worker_may_run(w)) {
+        bool tick = qatomic_xchg(&w->tick, false);
+        bool kicked = qatomic_xchg(&w->kicked, false);
+
+        if (!tick && !kicked) {
+            break;
+        }
+        if (++rounds > THINVM_WORKER_ROUNDS) {
+            thinvm_worker_arm(w->s);
+            break;
+        }
+        bdrv_graph_co_rdlock();
+        if (tick) {
+            thinvm_worker_commit(w);
+        }
+        bdrv_graph_co_rdunlock();
+
+        if (!thinvm_worker_may_run(w)) {
+            qatomic_set(&w->kicked, true);
+            break;
+        }
+        bdrv_graph_co_rdlock();
+        thinvm_worker_store(w, kicked);
+        bdrv_graph_co_rdunlock();
+    }
+    w->running = false;
+    bdrv_dec_in_flight(bs);
+}
+
+static void thinvm_worker_run(ThinvmWorker *w)
+{
+    BlockDriverState *bs = w->s->bs;
+
+    if (w->running) {
+        return;                 /* it looks at the flags before it ends */
+    }
+    /* In flight first: a drain that begins now waits, or we see it */
+    bdrv_inc_in_flight(bs);
+    if (!thinvm_worker_may_run(w)) {
+        bdrv_dec_in_flight(bs);
+        return;
+    }
+    w->running = true;
+    qemu_coroutine_enter(qemu_coroutine_create(thinvm_worker_entry, w));
+}
+
+static void thinvm_worker_timer_cb(void *opaque)
+{
+    ThinvmWorker *w = opaque;
+
+    qatomic_set(&w->armed, false);
+    qatomic_set(&w->tick, true);
+    thinvm_worker_run(w);
+}
+
+static void thinvm_worker_bh(void *opaque)
+{
+    thinvm_worker_run(opaque);
+}
+
+void thinvm_worker_kick(void *opaque)
+{
+    BDRVThinvmState *s = opaque;
+    ThinvmWorker *w = s->worker;
+
+    if (!w || !w->bh) {
+        return;                 /* closing */
+    }
+    qatomic_set(&w->kicked, true);
+    qemu_bh_schedule(w->bh);
+}
+
+void thinvm_worker_drain_end(BDRVThinvmState *s)
+{
+    ThinvmWorker *w = s->worker;
+
+    if (w && w->bh && (qatomic_read(&w->tick) || qatomic_read(&w->kicked))) {
+        qemu_bh_schedule(w->bh);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+
+void thinvm_worker_attach(BDRVThinvmState *s, AioContext *ctx)
+{
+    ThinvmWorker *w = s->worker;
+
+    w->timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_MS,
+                             thinvm_worker_timer_cb, w);
+    w->bh = aio_bh_new(ctx, thinvm_worker_bh, w);
+    /* Whatever was under way in the old context is due in the new one */
+    if (qatomic_xchg(&w->armed, false)) {
+        qatomic_set(&w->tick, true);
+    }
+    if (w->tick || w->kicked) {
+        qemu_bh_schedule(w->bh);
+    }
+}
+
+void thinvm_worker_detach(BDRVThinvmState *s)
+{
+    ThinvmWorker *w = s->worker;
+
+    assert(!w->running);
+    timer_free(g_steal_pointer(&w->timer));
+    qemu_bh_delete(g_steal_pointer(&w->bh));
+}
+
+void thinvm_worker_init(BDRVThinvmState *s)
+{
+    s->worker = g_new0(ThinvmWorker, 1);
+    s->worker->s = s;
+    thinvm_worker_attach(s, bdrv_get_aio_context(s->bs));
+}
+
+void thinvm_worker_destroy(BDRVThinvmState *s)
+{
+    thinvm_worker_detach(s);
+    g_free(g_steal_pointer(&s->worker));
+}
