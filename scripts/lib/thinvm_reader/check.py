@@ -249,13 +249,9 @@ def last_mapped(image, pointer, level, guest):
 
 
 def check_ends(image, findings):
-    trees = [('the disk', image.roots[0], image.virtual_size),
-             ('the VM state', image.roots[1], image.vmstate_size)]
-    for s in image.snapshots.values():
-        if not s.flags & TRASH:
-            trees += [(f'snapshot {s.id}', s.root, s.virtual_size),
-                      (f'the VM state of snapshot {s.id}', s.vmstate_root,
-                       s.vmstate_size)]
+    trees = [('the disk', image.roots[0], image.virtual_size)]
+    trees += [(f'snapshot {s.id}', s.root, s.virtual_size)
+              for s in image.snapshots.values() if not s.flags & TRASH]
     for what, root, size in trees:
         last = last_mapped(image, root, 3, 0)
         if last >= -(-size >> image.cluster_bits):
