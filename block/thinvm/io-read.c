@@ -153,13 +153,16 @@ static unsigned span_of_parts(uint16_t valid, unsigned first,
     return end;
 }
 
-/* Fill in what serves the start of @p; p->bytes is shortened to it */
-static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m)
+/*
+ * Fill in what serves the start of @p; p->bytes is shortened to it.
+ * @over_holes: invalid parts may be read along and zeroed afterwards.
+ */
+static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m,
+                                      bool over_holes)
 {
     BDRVThinvmState *s = p->bs->opaque;
     unsigned part_bits = thinvm_part_bits(s);
-    unsigned first, end, hole_parts;
-    bool zero;
+    unsigned first, end, hole_parts = 0;
 
     p->holes = 0;
     p->source = thinvm_mapping_source(m);
@@ -173,8 +176,9 @@ static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m)
         return;
     }
 
-    zero = thinvm_source_is_zero(p->bs, p->tree, m->source);
-    hole_parts = zero ? MAX_HOLE >> part_bits : 0;
+    if (over_holes && thinvm_source_is_zero(p->bs, p->tree, m->source)) {
+        hole_parts = MAX_HOLE >> part_bits;
+    }
     first = thinvm_into_cluster(s, p->offset) >> part_bits;
     end = span_of_parts(m->valid, first, hole_parts, &p->holes);
     p->from_file = m->valid >> first & 1;
@@ -211,7 +215,7 @@ read_pieces(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
             g_free(p);
             break;
         }
-        choose_piece(p, &m);
+        choose_piece(p, &m, true);
         offset += p->bytes;
         qiov_offset += p->bytes;
         bytes -= p->bytes;
@@ -247,7 +251,7 @@ read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
     if (ret < 0) {
         return ret;
     }
-    choose_piece(&p, &m);
+    choose_piece(&p, &m, true);
     if (p.bytes == bytes) {
         return read_piece(&p);
     }
@@ -295,4 +299,73 @@ thinvm_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     return thinvm_io_read(bs, THINVM_TREE_DISK, offset, bytes, qiov,
                           qiov_offset, flags);
+}
+
+/* Copy one piece to @dst without it passing through memory */
+static int coroutine_fn GRAPH_RDLOCK
+copy_piece(ReadPiece *p, BdrvChild *dst, uint64_t dst_offset,
+           BdrvRequestFlags write_flags)
+{
+    BlockDriverState *bs = p->bs;
+    int64_t backing_size;
+
+    if (p->from_file) {
+        return bdrv_co_copy_range_from(bs->file, p->device_offset, dst,
+                                       dst_offset, p->bytes, p->flags,
+                                       write_flags);
+    }
+    if (!thinvm_source_is_zero(bs, p->tree, p->source)) {
+        backing_size = bdrv_co_getlength(bs->backing->bs);
+        if (backing_size < 0) {
+            return backing_size;
+        }
+        if (p->offset < backing_size) {
+            p->bytes = MIN(p->bytes, backing_size - p->offset);
+            return bdrv_co_copy_range_from(bs->backing, p->offset, dst,
+                                           dst_offset, p->bytes, p->flags,
+                                           write_flags);
+        }
+    }
+    return bdrv_co_copy_range_from(bs->file, 0, dst, dst_offset, p->bytes,
+                                   p->flags,
+                                   write_flags | BDRV_REQ_ZERO_WRITE);
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_copy_range_from(BlockDriverState *bs, BdrvChild *src,
+                          int64_t src_offset, BdrvChild *dst,
+                          int64_t dst_offset, int64_t bytes,
+                          BdrvRequestFlags read_flags,
+                          BdrvRequestFlags write_flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmStore *st = qatomic_read(&s->store);
+    uint64_t end = src_offset + bytes;
+    ThinvmMapping m;
+    unsigned token;
+    int ret = 0;
+    ReadPiece p = {
+        .bs = bs,
+        .tree = THINVM_TREE_DISK,
+        .offset = src_offset,
+        .flags = read_flags,
+    };
+
+    if (qatomic_read(&s->follow)) {
+        /* what is copied could not be called back when it proves stale */
+        return -ENOTSUP;
+    }
+    token = thinvm_store_request_begin(st);
+    while (p.offset < end && ret == 0) {
+        p.bytes = end - p.offset;
+        ret = thinvm_lookup(s, st, p.tree, p.offset, p.bytes, false, &m);
+        if (ret == 0) {
+            choose_piece(&p, &m, false);
+            ret = copy_piece(&p, dst, dst_offset + (p.offset - src_offset),
+                             write_flags);
+            p.offset += p.bytes;
+        }
+    }
+    thinvm_store_request_end(st, token);
+    return ret;
 }

@@ -39,21 +39,36 @@ typedef enum WriteKind {
     WRITE_COPY,
 } WriteKind;
 
+typedef struct WriteRequest {
+    BlockDriverState *bs;
+    int tree;
+    uint64_t offset, bytes;         /* of the guest */
+    QEMUIOVector *qiov;             /* the data, unless @src */
+    size_t qiov_offset;
+    BdrvChild *src;                 /* copied from there, if not NULL */
+    uint64_t src_offset;
+    BdrvRequestFlags read_flags;    /* for @src */
+    BdrvRequestFlags flags;
+    uint64_t ticket;                /* of the last operation; 0: none */
+} WriteRequest;
+
 typedef struct WriteChunk {
     AioTask task;
+    WriteRequest *r;
     BlockDriverState *bs;
     int tree;
     WriteKind kind;
     uint64_t offset, bytes;         /* of the guest */
-    QEMUIOVector *qiov;
-    size_t qiov_offset;
-    BdrvRequestFlags flags;
     ThinvmMapping old;              /* from the first cluster on */
     uint64_t first, count;          /* guest clusters */
     uint64_t physical;              /* of the first cluster */
     ThinvmInflight inflight;        /* unless WRITE_IN_PLACE */
-    uint64_t *ticket;               /* of the request */
 } WriteChunk;
+
+static size_t qiov_offset(const WriteChunk *c)
+{
+    return c->r->qiov_offset + (c->offset - c->r->offset);
+}
 
 /* ------------------------------------------------------------------ */
 /* 1, 2: what kind of write is it, and where to                        */
@@ -424,7 +439,7 @@ write_separately(WriteChunk *c, uint64_t device_offset, uint8_t *before,
     }
     if (ret == 0) {
         ret = write_file(c->bs, BLKDBG_WRITE_AIO, device_offset, c->bytes,
-                         c->qiov, c->qiov_offset, c->flags);
+                         c->r->qiov, qiov_offset(c), c->r->flags);
     }
     return ret;
 }
@@ -434,7 +449,8 @@ write_filled(WriteChunk *c, uint64_t device_offset, uint64_t nb_before,
              uint64_t nb_behind)
 {
     BlockDriverState *bs = c->bs;
-    int niov = qemu_iovec_subvec_niov(c->qiov, c->qiov_offset, c->bytes);
+    WriteRequest *r = c->r;
+    int niov = qemu_iovec_subvec_niov(r->qiov, qiov_offset(c), c->bytes);
     QEMUIOVector qiov;
     uint8_t *buf;
     int ret;
@@ -460,33 +476,51 @@ write_filled(WriteChunk *c, uint64_t device_offset, uint64_t nb_before,
     if (nb_before) {
         qemu_iovec_add(&qiov, buf, nb_before);
     }
-    qemu_iovec_concat(&qiov, c->qiov, c->qiov_offset, c->bytes);
+    qemu_iovec_concat(&qiov, r->qiov, qiov_offset(c), c->bytes);
     if (nb_behind) {
         qemu_iovec_add(&qiov, buf + nb_before, nb_behind);
     }
     ret = write_file(bs, BLKDBG_WRITE_AIO, device_offset - nb_before,
                      qiov.size, &qiov, 0,
-                     c->flags & ~BDRV_REQ_REGISTERED_BUF);
+                     r->flags & ~BDRV_REQ_REGISTERED_BUF);
     qemu_iovec_destroy(&qiov);
 out:
     qemu_vfree(buf);
     return ret;
 }
 
+static int coroutine_fn GRAPH_RDLOCK
+copy_data(WriteChunk *c, uint64_t device_offset)
+{
+    WriteRequest *r = c->r;
+    int ret;
+
+    ret = bdrv_co_copy_range_to(r->src, r->src_offset + (c->offset - r->offset),
+                                c->bs->file, device_offset, c->bytes,
+                                r->read_flags, r->flags);
+    if (ret < 0 && ret != -ENOTSUP) {
+        thinvm_mode_write_failed(c->bs);
+    }
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK write_data(WriteChunk *c)
 {
-    BlockDriverState *bs = c->bs;
-    BDRVThinvmState *s = bs->opaque;
+    BDRVThinvmState *s = c->bs->opaque;
     uint64_t nb_before = bytes_before(c);
     uint64_t nb_behind = bytes_behind(c);
     uint64_t device_offset = (c->physical << s->cluster_bits) +
                              thinvm_into_cluster(s, c->offset);
 
+    if (c->r->src) {
+        /* parts that must be filled up need the data in memory */
+        return nb_before || nb_behind ? -ENOTSUP : copy_data(c, device_offset);
+    }
     if (nb_before || nb_behind) {
         return write_filled(c, device_offset, nb_before, nb_behind);
     }
-    return write_file(bs, BLKDBG_WRITE_AIO, device_offset, c->bytes, c->qiov,
-                      c->qiov_offset, c->flags);
+    return write_file(c->bs, BLKDBG_WRITE_AIO, device_offset, c->bytes,
+                      c->r->qiov, qiov_offset(c), c->r->flags);
 }
 
 /* ------------------------------------------------------------------ */
@@ -499,7 +533,7 @@ static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
     Error *err = NULL;
     int ret = thinvm_store_execute(s->store, op, &ticket, &err);
 
-    *c->ticket = MAX(*c->ticket, ticket);
+    c->r->ticket = MAX(c->r->ticket, ticket);
     return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
 }
 
@@ -530,7 +564,7 @@ static int coroutine_fn publish_alloc(WriteChunk *c, ThinvmAlloc *alloc)
 
     ret = thinvm_alloc_complete(s, alloc, touched_in(c, alloc->guest), &ticket,
                                 &err);
-    *c->ticket = MAX(*c->ticket, ticket);
+    c->r->ticket = MAX(c->r->ticket, ticket);
     return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
 }
 
@@ -666,12 +700,11 @@ static int coroutine_fn perform_chunk_entry(AioTask *task)
 }
 
 /* The general way: chunks side by side */
-static int coroutine_fn GRAPH_RDLOCK
-write_chunks(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
-             QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags,
-             uint64_t *ticket)
+static int coroutine_fn GRAPH_RDLOCK write_chunks(WriteRequest *r)
 {
     AioTaskPool *pool = NULL;
+    uint64_t offset = r->offset;
+    uint64_t bytes = r->bytes;
     int ret = 0;
 
     while (bytes && aio_task_pool_status(pool) == 0) {
@@ -679,14 +712,11 @@ write_chunks(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
 
         *c = (WriteChunk) {
             .task.func = perform_chunk_entry,
-            .bs = bs,
-            .tree = tree,
+            .r = r,
+            .bs = r->bs,
+            .tree = r->tree,
             .offset = offset,
             .bytes = bytes,
-            .qiov = qiov,
-            .qiov_offset = qiov_offset,
-            .flags = flags,
-            .ticket = ticket,
         };
         ret = prepare_chunk(c);
         if (ret < 0) {
@@ -694,7 +724,6 @@ write_chunks(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
             break;
         }
         offset += c->bytes;
-        qiov_offset += c->bytes;
         bytes -= c->bytes;
         if (!bytes && !pool) {
             ret = perform_chunk(c);
@@ -718,29 +747,53 @@ write_chunks(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
 }
 
 /* Most writes overwrite; these need nothing but one look-up */
-static int coroutine_fn GRAPH_RDLOCK
-write_once(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
-           QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags,
-           uint64_t *ticket)
+static int coroutine_fn GRAPH_RDLOCK write_once(WriteRequest *r)
 {
-    BDRVThinvmState *s = bs->opaque;
+    BDRVThinvmState *s = r->bs->opaque;
     ThinvmMapping m;
     int ret;
 
-    ret = thinvm_lookup(s, s->store, tree, offset, bytes, true, &m);
+    ret = thinvm_lookup(s, s->store, r->tree, r->offset, r->bytes, true, &m);
     if (ret < 0) {
         return ret;
     }
-    if (thinvm_mapping_private(&m) &&
-        thinvm_clamp(s, offset, bytes, m.count) == bytes &&
+    if (!r->src && thinvm_mapping_private(&m) &&
+        thinvm_clamp(s, r->offset, r->bytes, m.count) == r->bytes &&
         (m.valid == THINVM_ALL_VALID ||
-         !(thinvm_parts_touched(s, offset, bytes) & ~m.valid))) {
-        return write_file(bs, BLKDBG_WRITE_AIO,
-                          thinvm_device_offset(s, &m, offset), bytes, qiov,
-                          qiov_offset, flags);
+         !(thinvm_parts_touched(s, r->offset, r->bytes) & ~m.valid))) {
+        return write_file(r->bs, BLKDBG_WRITE_AIO,
+                          thinvm_device_offset(s, &m, r->offset), r->bytes,
+                          r->qiov, r->qiov_offset, r->flags);
     }
-    return write_chunks(bs, tree, offset, bytes, qiov, qiov_offset, flags,
-                        ticket);
+    return write_chunks(r);
+}
+
+static int coroutine_fn GRAPH_RDLOCK write_request(WriteRequest *r)
+{
+    BDRVThinvmState *s = r->bs->opaque;
+    unsigned attempt, token;
+    int ret;
+
+    if (!r->bytes) {
+        return 0;
+    }
+    ret = thinvm_mode_begin_write(r->bs);
+    if (ret < 0) {
+        return ret;
+    }
+    for (attempt = 0; attempt < 2; attempt++) {
+        token = thinvm_store_request_begin(s->store);
+        ret = write_once(r);
+        thinvm_store_request_end(s->store, token);
+        if (ret != -ENOSPC) {
+            break;
+        }
+        /* what was freed since we joined could not be given to us: once more */
+    }
+    if (ret == 0 && r->ticket) {
+        ret = thinvm_mode_commit(r->bs, r->ticket);
+    }
+    return ret;
 }
 
 int coroutine_fn GRAPH_RDLOCK
@@ -748,26 +801,17 @@ thinvm_io_write(BlockDriverState *bs, int tree, uint64_t offset,
                 uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
                 BdrvRequestFlags flags)
 {
-    BDRVThinvmState *s = bs->opaque;
-    uint64_t ticket = 0;
-    unsigned token;
-    int ret;
+    WriteRequest r = {
+        .bs = bs,
+        .tree = tree,
+        .offset = offset,
+        .bytes = bytes,
+        .qiov = qiov,
+        .qiov_offset = qiov_offset,
+        .flags = flags,
+    };
 
-    if (!bytes) {
-        return 0;
-    }
-    ret = thinvm_mode_begin_write(bs);
-    if (ret < 0) {
-        return ret;
-    }
-    token = thinvm_store_request_begin(s->store);
-    ret = write_once(bs, tree, offset, bytes, qiov, qiov_offset, flags,
-                     &ticket);
-    thinvm_store_request_end(s->store, token);
-    if (ret == 0 && ticket) {
-        ret = thinvm_mode_commit(bs, ticket);
-    }
-    return ret;
+    return write_request(&r);
 }
 
 int coroutine_fn GRAPH_RDLOCK
@@ -777,4 +821,26 @@ thinvm_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     return thinvm_io_write(bs, THINVM_TREE_DISK, offset, bytes, qiov,
                            qiov_offset, flags);
+}
+
+/* -ENOTSUP sends the caller back to reading and writing the range */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
+                        int64_t src_offset, BdrvChild *dst,
+                        int64_t dst_offset, int64_t bytes,
+                        BdrvRequestFlags read_flags,
+                        BdrvRequestFlags write_flags)
+{
+    WriteRequest r = {
+        .bs = bs,
+        .tree = THINVM_TREE_DISK,
+        .offset = dst_offset,
+        .bytes = bytes,
+        .src = src,
+        .src_offset = src_offset,
+        .read_flags = read_flags,
+        .flags = write_flags,
+    };
+
+    return write_request(&r);
 }
