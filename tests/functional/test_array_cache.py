@@ -11,7 +11,8 @@ import random
 import shutil
 
 from lib.context import check
-from lib.image import MiB, File, create, raw_reader, require_clean
+from lib.contents import scan
+from lib.image import MiB, File, create, require_clean
 from lib.model import Model, make_block
 from lib.nbd import TRIM, WRITE, WRITE_ZEROES, NBDClient
 from lib.qsd import StorageDaemon
@@ -107,7 +108,7 @@ def cut_everywhere(ctx, mode):
         ctx.log(what)
         power.cut(position)
         require_clean(ctx, image)
-        found = model.scan(raw_reader(ctx, image))
+        found = scan(ctx, model, image)
         model.require(found, [durable] * len(model.lanes), what)
         power.undo()
 
@@ -153,5 +154,5 @@ def recovered_image_goes_on(ctx):
     daemon.kill()
     model.progress([1099] * len(model.lanes), [1099] * len(model.lanes))
     require_clean(ctx, image)
-    model.require(model.scan(raw_reader(ctx, image)), 'flushed',
+    model.require(scan(ctx, model, image), 'flushed',
                   'written after the power cut')

@@ -10,8 +10,9 @@ writeback mode all that is older than the flush interval plus a commit.
 import time
 
 from lib.context import check
+from lib.contents import scan
 from lib.guest import Guest
-from lib.image import GiB, create, raw_reader, require_clean
+from lib.image import GiB, create, require_clean
 from lib.testing import ANY, OURS, THIN, test
 from lib.tgt import Target
 from lib.vm import VM, begin_migration, finish_migration, wait_migration
@@ -29,7 +30,7 @@ def booted(ctx, guest, lun, **options):
 def examine(ctx, guest, lun, durable, what):
     """After a crash: image clean, nothing lost that is durable."""
     require_clean(ctx, lun)
-    found = guest.model.scan(raw_reader(ctx, lun))
+    found = scan(ctx, guest.model, lun)
     guest.model.require(found, durable, what)
     guest.model.rebase(found)
 

@@ -4,9 +4,10 @@
 import os
 import random
 
+from lib.contents import Contents, scan
 from lib.context import Skip, check
 from lib.guest import Guest
-from lib.image import GiB, MiB, create, raw_reader, require_clean
+from lib.image import GiB, MiB, create, require_clean
 from lib.nbd import NBDClient
 from lib.qmp import QMPError
 from lib.qsd import StorageDaemon
@@ -43,6 +44,12 @@ def expected(writes):
     return content
 
 
+def compare(read, content, how):
+    for at in range(0, len(content), MiB):
+        check(read(at, MiB) == content[at:at + MiB],
+              'read back %s, MiB %d differs', how, at // MiB)
+
+
 @test(formats=ANY)
 def nbd(ctx):
     """NBD: writes of odd sizes, zeroes and a trim, read back live and
@@ -56,16 +63,13 @@ def nbd(ctx):
     content = expected(writes)
     client.zero(1 * MiB + 4096, 3 * MiB)
     content[1 * MiB + 4096:4 * MiB + 4096] = bytes(3 * MiB)
-    for at in range(0, len(content), MiB):
-        check(client.read(at, MiB) == content[at:at + MiB],
-              'read back by NBD differs in MiB %d', at // MiB)
+    compare(client.read, content, 'by NBD')
     client.trim(200 * MiB, 10 * MiB)
     client.flush()
     client.close()
     daemon.quit()
     require_clean(ctx, lun)
-    check(raw_reader(ctx, lun)(0, len(content)) == content,
-          'read back by qemu-img differs')
+    compare(Contents(ctx, lun).read, content, 'after the end')
 
 
 @test(formats=ANY)
@@ -94,7 +98,7 @@ def vhost_user_blk(ctx):
     vm.quit()
     daemon.quit()
     require_clean(ctx, lun)
-    guest.model.require(guest.model.scan(raw_reader(ctx, lun)), 'acked',
+    guest.model.require(scan(ctx, guest.model, lun), 'acked',
                         'read by qemu-img')
 
 
@@ -124,13 +128,11 @@ def fuse(ctx):
             check(os.pwrite(fd, data, offset) == len(data), 'short write')
         os.fsync(fd)
         content = expected(writes)
-        for at in range(0, len(content), MiB):
-            check(os.pread(fd, MiB, at) == content[at:at + MiB],
-                  'read back through FUSE differs in MiB %d', at // MiB)
+        compare(lambda offset, length: os.pread(fd, length, offset),
+                content, 'through FUSE')
     finally:
         os.close(fd)
     daemon.remove_export('fuse')
     daemon.quit()
     require_clean(ctx, lun)
-    check(raw_reader(ctx, lun)(0, len(content)) == content,
-          'read back by qemu-img differs')
+    compare(Contents(ctx, lun).read, content, 'after the end')

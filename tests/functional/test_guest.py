@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A guest on a thin disk on an iSCSI LUN: it writes, all is there."""
 
-from lib.context import check
+from lib.contents import scan
+from lib.context import check, wait_for
 from lib.guest import Guest
-from lib.image import GiB, MiB, create, info, raw_reader, require_clean
+from lib.image import GiB, MiB, create, info, require_clean
 from lib.testing import ANY, OURS, THIN, test
 from lib.tgt import Target
 from lib.vm import VM
@@ -24,7 +25,16 @@ def writes_and_verifies(ctx):
     guest.verify('read by the guest')
     vm.quit()
     require_clean(ctx, lun)
-    read = raw_reader(ctx, lun)
+    path = ctx.path('raw')
+    ctx.run(ctx.bin('qemu-img'), 'convert', '-f', ctx.fmt, '-O', 'raw',
+            lun.url, path)
+    file = open(path, 'rb')
+    ctx.cleanup(file.close)
+
+    def read(offset, length):
+        file.seek(offset)
+        return file.read(length)
+
     guest.model.require(guest.model.scan(read), 'acked', 'read by qemu-img')
 
 
@@ -72,3 +82,27 @@ def several_queues(ctx):
     guest.verify('read by the guest after a second run')
     vm.quit()
     require_clean(ctx, lun)
+
+
+@test(formats=THIN)
+def full_device_keeps_data(ctx):
+    """A LUN that is full costs the guest the writes that do not fit, and
+    nothing else: what was acknowledged stays, the image is clean."""
+    lun = Target(ctx).add_lun(96 * MiB)
+    create(ctx, lun, 1 * GiB)
+    guest = Guest(ctx, lanes=2, blocks=2000, stride=65536)
+    vm = VM(ctx, guest, lun)
+    guest.wait_ready()
+    guest.start_writing()
+    wait_for(lambda: len(guest.errors) >= 2, 120, 'both lanes meet the end')
+    guest.ask('stop', 'stopped')
+    check('No space' in guest.errors[0] or 'I/O error' in guest.errors[0],
+          'the guest reports "%s"', guest.errors[0])
+    check(guest.acked_count() > 500, 'the device was full after %d writes',
+          guest.acked_count())
+    guest.errors = []
+    guest.verify('read by the guest when the device is full')
+    vm.quit()
+    require_clean(ctx, lun)
+    guest.model.require(scan(ctx, guest.model, lun), 'acked',
+                        'read when the device is full')

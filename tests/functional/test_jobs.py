@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's block jobs onto, over and from thin images while a guest writes."""
 
+from lib.contents import scan
 from lib.guest import Guest
-from lib.image import (GiB, File, create, format_node, raw_reader,
-                       require_clean)
+from lib.image import GiB, File, create, format_node, require_clean
 from lib.qsd import wait_job
 from lib.testing import ANY, THIN, test
 from lib.tgt import Target
@@ -34,10 +34,6 @@ def writing_guest(ctx, place, fmt=None, **options):
     return guest, vm
 
 
-def scan(ctx, guest, place, fmt=None):
-    return guest.model.scan(raw_reader(ctx, place, fmt))
-
-
 @test(formats=ANY)
 def mirror_raw_to_thin_to_qcow2(ctx):
     """A disk moves live from raw onto the format on a LUN and on to qcow2;
@@ -63,7 +59,7 @@ def mirror_raw_to_thin_to_qcow2(ctx):
     guest.verify('read by the guest on the last disk')
     vm.quit()
     require_clean(ctx, qcow2, 'qcow2')
-    guest.model.require(scan(ctx, guest, qcow2, 'qcow2'), 'acked',
+    guest.model.require(scan(ctx, guest.model, qcow2, 'qcow2'), 'acked',
                         'read by qemu-img')
 
 
@@ -91,7 +87,7 @@ def backup_of_a_moment(ctx):
     vm.quit()
     require_clean(ctx, lun)
     require_clean(ctx, copy)
-    in_copy = scan(ctx, guest, copy)
+    in_copy = scan(ctx, guest.model, copy)
     if in_copy != found:
         wrong = {key for key in set(found) | set(in_copy)
                  if found.get(key) != in_copy.get(key)}
@@ -128,7 +124,7 @@ def commit_active_layer(ctx):
     drop_node(vm, 'top')
     vm.quit()
     require_clean(ctx, base)
-    guest.model.require(scan(ctx, guest, base), 'acked', 'read by qemu-img')
+    guest.model.require(scan(ctx, guest.model, base), 'acked', 'read by qemu-img')
 
 
 @test(formats=THIN)
@@ -143,5 +139,5 @@ def stream_into_the_overlay(ctx):
     drop_node(vm, NODE)
     vm.quit()
     require_clean(ctx, overlay)
-    guest.model.require(scan(ctx, guest, overlay), 'acked',
+    guest.model.require(scan(ctx, guest.model, overlay), 'acked',
                         'read by qemu-img')

@@ -8,8 +8,9 @@ target until it takes over, then its configured mode.
 """
 
 from lib.context import Failure, check, wait_for
+from lib.contents import scan
 from lib.guest import Guest
-from lib.image import GiB, create, raw_reader, require_clean
+from lib.image import GiB, create, require_clean
 from lib.node import mode_events, mode_of
 from lib.qmp import QMPError
 from lib.testing import ANY, OURS, test
@@ -38,7 +39,7 @@ def finish(ctx, lun, guest, vm):
     guest.verify('read by the guest after the last migration')
     vm.quit()
     require_clean(ctx, lun)
-    guest.model.require(guest.model.scan(raw_reader(ctx, lun)), 'acked',
+    guest.model.require(scan(ctx, guest.model, lun), 'acked',
                         'read by qemu-img after the last migration')
 
 

@@ -140,6 +140,7 @@ class Context:
 
     def __exit__(self, *exc):
         for func, args, kwargs in reversed(self._cleanups):
+            self.log('clean-up: %s' % getattr(func, '__qualname__', func))
             try:
                 func(*args, **kwargs)
             except Exception as err:      # the next ones must still run

@@ -83,20 +83,6 @@ def require_clean(ctx, place, fmt=None):
     check(not bad, 'qemu-img check of %s finds %s', place.url, bad)
 
 
-def raw_reader(ctx, place, fmt=None):
-    """A function read(offset, length) over the image's guest contents."""
-    path = ctx.path(ctx.unique('contents'))
-    ctx.run(ctx.bin('qemu-img'), 'convert', '-f', fmt or ctx.fmt, '-O', 'raw',
-            place.url, path, seconds=300)
-    file = open(path, 'rb')
-    ctx.cleanup(file.close)
-
-    def read(offset, length):
-        file.seek(offset)
-        return file.read(length)
-    return read
-
-
 def format_node(ctx, node, file_node, mode=None, interval=None, fmt=None,
                 **more):
     """Options of a format node over @file_node."""

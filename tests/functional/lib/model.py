@@ -64,6 +64,7 @@ class Lane:
         self.first = 1
         self.acked = 0
         self.flushed = 0
+        self.unreported = UNREPORTED    # operations we may not know of
 
 
 class Model:
@@ -96,6 +97,7 @@ class Model:
         for lane in self.lanes:
             lane.first = first
             lane.acked = lane.flushed = first - 1
+            lane.unreported = UNREPORTED
 
     def progress(self, acked, flushed):
         for lane, acked_to, flushed_to in zip(self.lanes, acked, flushed):
@@ -140,7 +142,8 @@ class Model:
                 sure = lane.flushed
             else:
                 sure = durable[number]
-            allowed = self.allowed(number, sure, lane.acked + UNREPORTED)
+            allowed = self.allowed(number, sure,
+                                   lane.acked + lane.unreported)
             for index in range(self.blocks):
                 seq = found.get((number, index), 0)
                 right = allowed.get(index, {0})
@@ -160,9 +163,11 @@ class Model:
                 what, len(wrong), '; '.join(wrong[:5])))
 
     def rebase(self, found):
-        """The disk was read: from now on it holds what was @found."""
+        """The disk was read: till the next start it holds what was @found."""
         for lane in self.lanes:
             lane.base = {}
+            lane.first = lane.acked + 1
+            lane.unreported = 0
         for (number, index), seq in found.items():
             self.lanes[number].base[index] = seq
 

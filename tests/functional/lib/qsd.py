@@ -25,8 +25,9 @@ class StorageDaemon:
                  **more):
         """Open the image at @place as node @node (and @node-file)."""
         options = place.blockdev(node + '-file', self.host)
-        if more.get('active') is not None:
-            options['active'] = more['active']
+        for key in ('active', 'read_only'):
+            if more.get(key) is not None:
+                options[key.replace('_', '-')] = more[key]
         self.qmp.cmd_raw('blockdev-add', options)
         self.qmp.cmd_raw('blockdev-add', format_node(
             self.ctx, node, node + '-file', mode, interval, fmt, **more))
