@@ -7,7 +7,7 @@ from lib.guest import Guest
 from lib.image import GiB, MiB, create, info, require_clean
 from lib.testing import ANY, OURS, THIN, test
 from lib.tgt import Target
-from lib.vm import VM
+from lib.vm import NODE, VM
 
 
 @test(formats=ANY)
@@ -91,12 +91,13 @@ def full_device_keeps_data(ctx):
     lun = Target(ctx).add_lun(96 * MiB)
     create(ctx, lun, 1 * GiB)
     guest = Guest(ctx, lanes=2, blocks=2000, stride=65536)
-    vm = VM(ctx, guest, lun)
+    vm = VM(ctx, guest, lun, device={
+        'driver': 'virtio-blk-pci', 'drive': NODE, 'werror': 'report'})
     guest.wait_ready()
     guest.start_writing()
     wait_for(lambda: len(guest.errors) >= 2, 120, 'both lanes meet the end')
     guest.ask('stop', 'stopped')
-    check('No space' in guest.errors[0] or 'I/O error' in guest.errors[0],
+    check('error' in guest.errors[0] or 'No space' in guest.errors[0],
           'the guest reports "%s"', guest.errors[0])
     check(guest.acked_count() > 500, 'the device was full after %d writes',
           guest.acked_count())
@@ -106,3 +107,25 @@ def full_device_keeps_data(ctx):
     require_clean(ctx, lun)
     guest.model.require(scan(ctx, guest.model, lun), 'acked',
                         'read when the device is full')
+
+
+@test(formats=THIN)
+def full_device_pauses_the_guest(ctx):
+    """By default a guest whose device is full is paused, so that space can
+    be found; what it had been told is written is there."""
+    lun = Target(ctx).add_lun(96 * MiB)
+    create(ctx, lun, 1 * GiB)
+    guest = Guest(ctx, lanes=2, blocks=2000, stride=65536, flush=0)
+    vm = VM(ctx, guest, lun)
+    guest.wait_ready()
+    guest.start_writing()
+    event = vm.qmp.wait_event('BLOCK_IO_ERROR', 120)
+    check(event['data'].get('nospace') and event['data']['action'] == 'stop',
+          'the full device makes the event %s', event['data'])
+    wait_for(lambda: vm.status() == 'io-error', 20, 'the guest is paused')
+    vm.qmp.cmd('cont')
+    vm.qmp.wait_event('BLOCK_IO_ERROR', 60)
+    vm.kill()
+    require_clean(ctx, lun)
+    guest.model.require(scan(ctx, guest.model, lun), 'acked',
+                        'after the guest was paused')
