@@ -7,10 +7,13 @@
  * commands.  A snapshot is one operation of the engine (snapshot.c there);
  * deleting one, or the disk that a "goto" leaves behind, takes as many bounded
  * steps as its tree needs.  Records that are being deleted are hidden; if a
- * crash interrupts that, the next owner goes on (thinvm_snapshot_collect).
+ * crash interrupts that, the worker of the next owner goes on
+ * (thinvm_snapshot_collect).
  *
- * Callbacks run in the main loop, so there is one snapshot operation at a
- * time.  Each is durable before it is reported as done.
+ * Callbacks run in the main loop, so there is one of them at a time.  The
+ * worker's steps may come between theirs; a step names slot and id of its
+ * record and fails if somebody else has finished with it.  Each callback's
+ * work is durable before it is reported as done.
  */
 
 #include "qemu/osdep.h"
@@ -172,12 +175,12 @@ static bool thinvm_snapshot_has_tree(const ThinvmSnapshot *snap)
 }
 
 /*
- * Go on with the deletion of one record until it is gone, or until it is
- * hidden and can only wait for its children.
+ * Go on with the deletion of one record until it is gone, until it is hidden
+ * and can only wait for its children, or until *@budget steps were done.
  */
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_delete_steps(BDRVThinvmState *s, uint32_t slot, uint64_t id,
-                    bool *gone, Error **errp)
+                    unsigned *budget, bool *gone, Error **errp)
 {
     ThinvmOp op = {
         .type = THINVM_OP_SNAPSHOT_DELETE_STEP,
@@ -188,7 +191,7 @@ thinvm_delete_steps(BDRVThinvmState *s, uint32_t slot, uint64_t id,
     bool waits = false;
     int ret;
 
-    for (;;) {
+    for (; *budget; (*budget)--) {
         ret = thinvm_read_snapshot(s, slot, &snap, errp);
         *gone = ret == -ENOENT || (ret == 0 && snap.id != id);
         if (*gone) {
@@ -209,20 +212,22 @@ thinvm_delete_steps(BDRVThinvmState *s, uint32_t slot, uint64_t id,
             return ret;
         }
     }
+    return 0;
 }
 
 /* One record that is gone may set its parent free, so until nothing changes */
-int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs, Error **errp)
+int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs,
+                                         unsigned *budget, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
     ThinvmSnapshot snap;
-    bool again, gone;
+    bool again, gone = false;
     uint32_t slot;
     int ret;
 
     do {
         again = false;
-        for (slot = 0; slot < thinvm_nb_slots(s); slot++) {
+        for (slot = 0; slot < thinvm_nb_slots(s) && *budget; slot++) {
             ret = thinvm_read_snapshot(s, slot, &snap, errp);
             if (ret == -ENOENT) {
                 continue;
@@ -231,7 +236,8 @@ int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs, Error **errp)
                 return ret;
             }
             if (snap.flags & THINVM_SNAPSHOT_HIDDEN) {
-                ret = thinvm_delete_steps(s, slot, snap.id, &gone, errp);
+                ret = thinvm_delete_steps(s, slot, snap.id, budget, &gone,
+                                          errp);
                 if (ret < 0) {
                     return ret;
                 }
@@ -239,7 +245,7 @@ int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs, Error **errp)
                 trace_thinvm_snapshot_collect(bs, snap.id, gone);
             }
         }
-    } while (again);
+    } while (again && *budget);
     return 0;
 }
 
@@ -256,8 +262,9 @@ thinvm_co_snapshot_delete(BlockDriverState *bs, void *opaque, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
     ThinvmSnapshotCo *c = opaque;
+    unsigned budget = UINT_MAX;
+    bool gone = false;
     uint32_t slot;
-    bool gone;
     int ret;
 
     ret = thinvm_mode_begin_write(bs);
@@ -273,9 +280,9 @@ thinvm_co_snapshot_delete(BlockDriverState *bs, void *opaque, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = thinvm_delete_steps(s, slot, c->snap.id, &gone, errp);
+    ret = thinvm_delete_steps(s, slot, c->snap.id, &budget, &gone, errp);
     if (ret >= 0) {
-        ret = thinvm_snapshot_collect(bs, errp);
+        ret = thinvm_snapshot_collect(bs, &budget, errp);
     }
     if (ret >= 0) {
         ret = thinvm_snapshot_settle(s, errp);
@@ -369,6 +376,7 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
     ThinvmOp op = {
         .type = THINVM_OP_SNAPSHOT_GOTO,
     };
+    unsigned budget = UINT_MAX;
     uint32_t slot;
     int ret;
 
@@ -392,7 +400,7 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
         return ret;
     }
     /* The disk that was left; if this fails, the next owner repeats it */
-    if (thinvm_snapshot_collect(bs, NULL) >= 0) {
+    if (thinvm_snapshot_collect(bs, &budget, NULL) >= 0) {
         thinvm_snapshot_settle(s, NULL);
     }
     return 0;

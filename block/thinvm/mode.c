@@ -232,6 +232,7 @@ int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
         if (ret >= 0) {
             s->take_failed = false;
             thinvm_mode_change(s, thinvm_owner_mode(s), "image taken over");
+            thinvm_worker_owner_changed(s);
         }
     }
     qemu_co_mutex_unlock(&s->mode_lock);

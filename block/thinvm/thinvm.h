@@ -305,6 +305,8 @@ void thinvm_worker_drain_end(BDRVThinvmState *s);
 /* There are operations that a commit within flush_interval must cover */
 void thinvm_worker_arm(BDRVThinvmState *s);         /* any thread */
 void thinvm_worker_kick(void *opaque);              /* any thread */
+/* The image was just taken over: its last owner may have left work undone */
+void thinvm_worker_owner_changed(BDRVThinvmState *s);
 
 /* ------------------------------------------------------------------ */
 /* The other callbacks, by file                                        */
@@ -356,9 +358,9 @@ int GRAPH_RDLOCK thinvm_snapshot_delete(BlockDriverState *bs,
                                         const char *name, Error **errp);
 int GRAPH_RDLOCK thinvm_snapshot_list(BlockDriverState *bs,
                                       QEMUSnapshotInfo **psn_tab);
-/* Go on with deletions that a crash interrupted */
+/* Go on with deletions that were interrupted; at most *@budget steps */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_snapshot_collect(BlockDriverState *bs, Error **errp);
+thinvm_snapshot_collect(BlockDriverState *bs, unsigned *budget, Error **errp);
 int GRAPH_RDLOCK thinvm_snapshot_load_tmp(BlockDriverState *bs,
                                           const char *snapshot_id,
                                           const char *name, Error **errp);

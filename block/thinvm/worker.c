@@ -8,7 +8,8 @@
  *  - by a timer that the first operation after a commit starts, so that no
  *    operation waits longer than the flush interval (invariant 5) and an
  *    idle node costs nothing;
- *  - by the store, when a checkpoint or a reclaim is due or a record is full.
+ *  - by the store, when a checkpoint or a reclaim is due or a record is full;
+ *  - after a take-over, to finish deletions of snapshots.
  *
  * Drain: the coroutine counts as a request in flight, works in bounded steps,
  * looks between them whether the node is to be quiet, and then ends.  What was
@@ -34,7 +35,11 @@ struct ThinvmWorker {
     bool armed;     /* the timer runs */
     bool tick;      /* the timer has fired */
     bool kicked;    /* the store wants something */
+    bool collect;   /* snapshots may be waiting for their deletion */
 };
+
+/* Steps of a deletion between two looks whether the node is to be quiet */
+#define THINVM_COLLECT_STEPS 64
 
 /*
  * The store may go on asking for what cannot be done yet (a reclaim, say,
@@ -108,6 +113,22 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_store(ThinvmWorker *w,
     }
 }
 
+static void coroutine_fn GRAPH_RDLOCK thinvm_worker_collect(ThinvmWorker *w)
+{
+    unsigned budget = THINVM_COLLECT_STEPS;
+
+    if (!qatomic_xchg(&w->collect, false)) {
+        return;
+    }
+    if (thinvm_snapshot_collect(w->s->bs, &budget, NULL) >= 0 && !budget) {
+        qatomic_set(&w->collect, true);
+        qatomic_set(&w->tick, true);
+    }
+    if (budget < THINVM_COLLECT_STEPS) {
+        thinvm_worker_arm(w->s);        /* to commit the steps */
+    }
+}
+
 static void coroutine_fn thinvm_worker_entry(void *opaque)
 {
     ThinvmWorker *w = opaque;
@@ -137,6 +158,7 @@ static void coroutine_fn thinvm_worker_entry(void *opaque)
         }
         bdrv_graph_co_rdlock();
         thinvm_worker_store(w, kicked);
+        thinvm_worker_collect(w);
         bdrv_graph_co_rdunlock();
     }
     w->running = false;
@@ -184,6 +206,21 @@ void thinvm_worker_kick(void *opaque)
     }
     qatomic_set(&w->kicked, true);
     qemu_bh_schedule(w->bh);
+}
+
+void thinvm_worker_owner_changed(BDRVThinvmState *s)
+{
+    ThinvmState *state = thinvm_store_state(s->store);
+    ThinvmInfoState info;
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, &info);
+    thinvm_state_unlock(state);
+    if (info.nb_snapshots) {
+        qatomic_set(&s->worker->collect, true);
+        qatomic_set(&s->worker->tick, true);
+        qemu_bh_schedule(s->worker->bh);
+    }
 }
 
 void thinvm_worker_drain_end(BDRVThinvmState *s)
