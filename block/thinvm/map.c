@@ -60,37 +60,55 @@ static void leaf_mapping(ThinvmPage *leaf, uint64_t guest, uint64_t count,
     m->count = n;
 }
 
+/* A walk: where it is, and what it has met on the way */
+typedef struct Walk {
+    const ThinvmPointerLe *slot;    /* in @slots at @index, or a root */
+    const ThinvmPointerLe *slots;
+    unsigned index;
+    int level;                      /* of what @slot points to */
+    bool flagged;                   /* something may be shared below */
+    ThinvmPage *level1;             /* the page of level 1 on the path */
+} Walk;
+
+static void walk_enter(Walk *w, ThinvmPage *page, uint64_t guest)
+{
+    w->slots = thinvm_page_slots(page);
+    w->index = thinvm_map_index(guest, page->level);
+    w->slot = &w->slots[w->index];
+    w->level = page->level - 1;
+    if (page->level == 1) {
+        w->level1 = page;
+    }
+}
+
 /*
  * One walk.  0; -EAGAIN: a page is not in memory (wanted if @needs), or the
  * walk lost its way among changes.
  */
-static int lookup_once(ThinvmState *s, const ThinvmPointerLe *slot,
-                       uint64_t guest, uint64_t count, ThinvmMapping *m,
-                       bool *flagged, ThinvmNeeds *needs)
+static int lookup_once(ThinvmState *s, Walk *w, uint64_t guest,
+                       uint64_t count, ThinvmMapping *m, ThinvmNeeds *needs)
 {
-    const ThinvmPointerLe *slots = NULL;
-    unsigned index = 0;
-
-    *flagged = false;
     m->guest = guest;
     m->shared = false;
     m->physical = 0;
     m->valid = 0;
     m->source = THINVM_SOURCE_BACKING;
-    for (int level = THINVM_INNER_LEVELS; ; level--) {
+    for (;;) {
+        const ThinvmPointerLe *slot = w->slot;
+        int level = w->level;
         uint64_t word = thinvm_slot_word(slot);
         ThinvmPointerType type = (word >> THINVM_PTR_TYPE_SHIFT) & 15;
         uint64_t offset = guest & (thinvm_map_span(level) - 1);
         ThinvmPage *page;
 
-        *flagged |= !!(word & THINVM_PTR_SHARED_BELOW);
+        w->flagged |= !!(word & THINVM_PTR_SHARED_BELOW);
         if (type == THINVM_PTR_NONE || type == THINVM_PTR_ZERO) {
             m->type = type == THINVM_PTR_ZERO ? THINVM_MAPPING_ZERO :
                       THINVM_MAPPING_NONE;
             m->source = type == THINVM_PTR_ZERO ? THINVM_SOURCE_ZERO :
                         THINVM_SOURCE_BACKING;
-            m->count = MIN(count, join_slots(slots, index, type, level) -
-                           offset);
+            m->count = MIN(count, join_slots(w->slots, w->index, type,
+                                             level) - offset);
             return 0;
         }
         if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) {
@@ -112,13 +130,61 @@ static int lookup_once(ThinvmState *s, const ThinvmPointerLe *slot,
             m->shared = true;
         }
         if (level == 0) {
-            leaf_mapping(page, guest, count, m, flagged);
+            leaf_mapping(page, guest, count, m, &w->flagged);
             return 0;
         }
-        slots = thinvm_page_slots(page);
-        index = thinvm_map_index(guest, level);
-        slot = &slots[index];
+        walk_enter(w, page, guest);
     }
+}
+
+/* ------------------------------------------------------------------ */
+/* A short cut to pages of level 1 of the active disk                  */
+
+/*
+ * state->short_cut[] names pages of level 1 to which a private, unflagged
+ * path leads.  It is written under the lock and emptied whenever an inner
+ * page of a mapping tree comes, goes, or gets another reference; so a walk
+ * that begins there is as good as one from the root, and is checked by the
+ * sequence count in the same way.
+ */
+static ThinvmPage **short_cut(ThinvmState *s, uint64_t guest)
+{
+    return &s->short_cut[(guest >> 17) & (THINVM_SHORT_CUTS - 1)];
+}
+
+void thinvm_map_short_cut_clear(ThinvmState *s)
+{
+    if (s->short_cut_used) {
+        for (unsigned i = 0; i < THINVM_SHORT_CUTS; i++) {
+            qatomic_set(&s->short_cut[i], NULL);
+        }
+        s->short_cut_used = false;
+    }
+}
+
+static void short_cut_enter(ThinvmState *s, uint64_t guest, Walk *w)
+{
+    ThinvmPage *page = qatomic_read(short_cut(s, guest));
+
+    if (page && page->guest == (guest & ~(thinvm_map_span(1) - 1))) {
+        walk_enter(w, page, guest);
+    }
+}
+
+/* After a walk of @sequence from the root; gives up rather than wait */
+static void short_cut_set(ThinvmState *s, uint64_t guest, ThinvmPage *page,
+                          unsigned sequence)
+{
+    if (qemu_mutex_trylock(&s->lock)) {
+        return;
+    }
+    if (!seqlock_read_retry(&s->sequence, sequence) &&
+        thinvm_page_find(s, page->number) == page) {
+        page->guest = guest & ~(thinvm_map_span(1) - 1);
+        s->short_cut_used = true;
+        qatomic_set(short_cut(s, guest), page);
+    }
+    thinvm_state_unlock(s);
 }
 
 /* Settle by the counts whether clusters that may be shared are; lock held */
@@ -150,21 +216,51 @@ static int lookup_locked(ThinvmState *s, const ThinvmPointerLe *slot,
                          uint64_t guest, uint64_t count, bool for_write,
                          ThinvmMapping *m, ThinvmNeeds *needs)
 {
-    bool flagged;
+    Walk w = { .slot = slot, .level = THINVM_INNER_LEVELS };
     int ret;
 
     needs->nb_want = 0;
-    ret = lookup_once(s, slot, guest, count, m, &flagged, needs);
+    ret = lookup_once(s, &w, guest, count, m, needs);
     if (ret == -EAGAIN && !needs->nb_want) {
         /* A page of another kind than its parent says; not on this walk */
         return -EBADMSG;
     }
-    if (ret == 0 && for_write && flagged && !m->shared &&
+    if (ret == 0 && for_write && w.flagged && !m->shared &&
         m->type == THINVM_MAPPING_DATA) {
         ret = settle_shared(s, m, needs);
         if (ret == 0) {
             needs->nb_want = 0;
         }
+    }
+    return ret;
+}
+
+/* Without the lock; 0, or -EAGAIN where that does not do */
+static int lookup_unlocked(ThinvmState *s, const ThinvmPointerLe *slot,
+                           bool may_cut, uint64_t guest, uint64_t count,
+                           bool for_write, ThinvmMapping *m)
+{
+    Walk w = { .slot = slot, .level = THINVM_INNER_LEVELS };
+    unsigned sequence;
+    bool cut;
+    int ret;
+
+    RCU_READ_LOCK_GUARD();
+    sequence = seqlock_read_begin(&s->sequence);
+    if (may_cut) {
+        short_cut_enter(s, guest, &w);
+    }
+    cut = w.level1;
+    ret = lookup_once(s, &w, guest, count, m, NULL);
+    if (seqlock_read_retry(&s->sequence, sequence)) {
+        return -EAGAIN;
+    }
+    if (ret == 0 && may_cut && !cut && w.level1 && !m->shared && !w.flagged) {
+        short_cut_set(s, guest, w.level1, sequence);
+    }
+    if (ret == 0 && for_write && w.flagged && !m->shared &&
+        m->type == THINVM_MAPPING_DATA) {
+        return -EAGAIN;     /* the counts must tell */
     }
     return ret;
 }
@@ -175,7 +271,6 @@ int thinvm_state_lookup(ThinvmState *s, int tree, const ThinvmPointer *root,
 {
     const ThinvmPointerLe *slot = &s->root[tree];
     ThinvmPointerLe own;
-    bool flagged;
     int ret;
 
     assert(count > 0);
@@ -186,16 +281,9 @@ int thinvm_state_lookup(ThinvmState *s, int tree, const ThinvmPointer *root,
         thinvm_pointer_encode(&own, root);
         slot = &own;
     }
-    WITH_RCU_READ_LOCK_GUARD() {
-        unsigned sequence = seqlock_read_begin(&s->sequence);
-
-        ret = lookup_once(s, slot, guest, count, m, &flagged, NULL);
-        if (seqlock_read_retry(&s->sequence, sequence)) {
-            ret = -EAGAIN;
-        }
-    }
-    if (ret == 0 && !(for_write && flagged && !m->shared &&
-                      m->type == THINVM_MAPPING_DATA)) {
+    ret = lookup_unlocked(s, slot, !root && tree == THINVM_TREE_DISK, guest,
+                          count, for_write, m);
+    if (ret == 0) {
         qatomic_set(&s->hits, qatomic_read(&s->hits) + 1);
         return 0;
     }

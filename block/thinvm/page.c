@@ -171,6 +171,9 @@ static void pages_unhash(ThinvmState *s, ThinvmPage *page)
     bool removed = qht_remove(&s->pages, page, page_hash(page->number));
 
     assert(removed);
+    if (page->kind == THINVM_PAGE_MAP_INNER) {
+        thinvm_map_short_cut_clear(s);
+    }
 }
 
 /*
@@ -287,6 +290,9 @@ ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level)
     memset(page->data, 0, THINVM_PAGE_SIZE);
     QTAILQ_INSERT_TAIL(&s->dirty[page_rank(page)], page, link);
     qatomic_set(&s->nb_dirty, s->nb_dirty + 1);
+    if (kind == THINVM_PAGE_MAP_INNER) {
+        thinvm_map_short_cut_clear(s);
+    }
     qht_insert(&s->pages, page, page_hash(page->number), NULL);
     return page;
 }
@@ -302,6 +308,7 @@ void thinvm_page_ref(ThinvmState *s, uint64_t number)
     }
     qatomic_set(count, *count + 1);
     extent->dirty = true;
+    thinvm_map_short_cut_clear(s);
 }
 
 /* Take a page that no pointer names out of memory */

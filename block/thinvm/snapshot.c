@@ -261,6 +261,7 @@ static void root_take(ThinvmState *s, ThinvmPointerLe *root,
         word |= THINVM_PTR_SHARED_BELOW;
     }
     thinvm_slot_set(root, word, thinvm_slot_crc(s, from), 0);
+    thinvm_map_short_cut_clear(s);
 }
 
 static void apply_goto(ThinvmState *s, const ThinvmOp *op)

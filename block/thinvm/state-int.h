@@ -30,6 +30,8 @@
 #define THINVM_MAX_DIRTY_BOUND  4096
 /* Clusters reserved at a time for allocations that have no goal */
 #define THINVM_WINDOW           64
+/* Pages of level 1 that look-ups find at once; 128 are 1 TiB at 64 KiB */
+#define THINVM_SHORT_CUTS       256
 /* Places in the last that even a commit of no new page keeps back */
 #define THINVM_LAST_PAGES       8
 
@@ -111,6 +113,8 @@ struct ThinvmState {
     uint64_t nb_clean, nb_dirty, cache_limit;   /* pages */
     uint64_t hits, misses;
     uint32_t mark;
+    ThinvmPage *short_cut[THINVM_SHORT_CUTS];   /* map.c */
+    bool short_cut_used;
     GHashTable *checksums;      /* page number -> ThinvmChecksum; freeze.c */
 
     /* Metadata extents, in order of taking, and sorted by place */
@@ -279,6 +283,9 @@ void thinvm_space_update_bounds(ThinvmState *s);
 uint64_t thinvm_space_reserve_pages(ThinvmState *s);
 
 /* ---- map.c: mapping trees ---- */
+
+/* An inner page came, went, or is shared now; the lock is held */
+void thinvm_map_short_cut_clear(ThinvmState *s);
 
 int thinvm_map_prepare(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs,
                        Error **errp);

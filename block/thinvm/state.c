@@ -485,5 +485,6 @@ void thinvm_repair_distrust(ThinvmState *s)
         }
     }
     s->damaged = false;
+    thinvm_map_short_cut_clear(s);
     seqlock_write_end(&s->sequence);
 }
