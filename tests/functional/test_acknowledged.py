@@ -85,7 +85,7 @@ def writeback_without_time(ctx):
     """Writeback whose interval has not passed loses what it may: the
     image is clean, and lost blocks read as they were, not as rubbish."""
     acked, lost = thousand_then_kill(ctx, 'process', mode='writeback',
-                                     interval=3600 * 1000)
+                                     interval=600 * 1000)
     ctx.log('writeback, interval not passed: lost %d of %d' % (lost, acked))
     check(acked == 1000, 'only %d writes were acknowledged', acked)
 
@@ -97,7 +97,7 @@ def flush_keeps_all(ctx):
         place = File(ctx, 'image-' + mode)
         create(ctx, place, 2 * GiB)
         daemon = StorageDaemon(ctx)
-        daemon.add_disk(place, mode=mode, interval=3600 * 1000)
+        daemon.add_disk(place, mode=mode, interval=600 * 1000)
         acked = write_thousand(ctx, daemon, flush=True)
         daemon.kill()
         require_clean(ctx, place)

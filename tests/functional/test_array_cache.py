@@ -4,7 +4,8 @@
 The last column of the table "mode by what fails".  In every mode: what the
 guest flushed is there; the image is consistent, without a leak; no block
 shows what an earlier owner of the device left (the LUN is full of rubbish
-before the image is made).
+before the image is made).  A write that was not flushed may be torn at a
+sector, as on any disk, but each sector is the new or the old.
 """
 
 import random
@@ -72,6 +73,8 @@ def record(ctx, mode, image):
     shutil.copyfile(lun.path, image)
     model = Model(random.randrange(1 << 60), 4, 60, stride=CLUSTER, zero=8,
                   discard=12)
+    model.torn = True
+    model.start(1)
     log = File(ctx, 'log', 0)
     daemon = StorageDaemon(ctx)
     qmp = daemon.qmp

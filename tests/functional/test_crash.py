@@ -17,7 +17,7 @@ from lib.testing import ANY, OURS, THIN, test
 from lib.tgt import Target
 from lib.vm import VM, begin_migration, finish_migration, wait_migration
 
-NEVER = 3600 * 1000         # mapping-flush-interval in ms: not by time
+NEVER = 600 * 1000         # mapping-flush-interval in ms: not by time
 COMMIT_SECONDS = 4          # more than the longest commit on a busy machine
 
 

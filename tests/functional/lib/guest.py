@@ -251,6 +251,7 @@ class Guest:
     def stop_writing(self):
         """All lanes at rest; the acknowledged numbers are then exact."""
         self.ask('stop', 'stopped')
+        self.model.stopped()
         self.no_errors()
 
     def acked_count(self):

@@ -17,6 +17,7 @@ from .context import Failure
 
 MASK = (1 << 64) - 1
 OUR_BLOCK = 4096
+SECTOR = 512
 HEAD = struct.Struct('<QQQQQQQI')
 MAGIC = 0x6b6c622d6d766e74
 BAD = -1
@@ -56,15 +57,22 @@ def read_block(data, seed, lane, index):
     return seq
 
 
+def read_sectors(data, seed, lane, index):
+    """The contents that the sectors of a torn block stem from, or BAD."""
+    parts = {read_block(data[at:at + SECTOR], seed, lane, index)
+             for at in range(0, len(data), SECTOR)}
+    return BAD if BAD in parts else tuple(sorted(parts))
+
+
 class Lane:
     """How far one lane has come since the last time the disk was read."""
 
     def __init__(self):
-        self.base = {}          # block index -> content; absent means zeroes
+        self.base = {}          # block index -> contents; absent: zeroes
         self.first = 1
         self.acked = 0
         self.flushed = 0
-        self.unreported = UNREPORTED    # operations we may not know of
+        self.unreported = 0     # operations there may be beyond acked
 
 
 class Model:
@@ -76,6 +84,7 @@ class Model:
         self.base = base                    # bytes
         self.zero = zero                    # percent of the operations
         self.discard = discard              # percent of the operations
+        self.torn = False                   # a write may be half done
         self.lanes = [Lane() for _ in range(lanes)]
 
     def offset(self, lane, index):
@@ -93,8 +102,13 @@ class Model:
         return x % self.blocks, 'write'
 
     def start(self, first):
-        """A new run of the guest begins with sequence number @first."""
-        for lane in self.lanes:
+        """A new run of the guest begins with sequence number @first.
+
+        After a crash rebase() must come first.
+        """
+        for number, lane in enumerate(self.lanes):
+            assert not lane.unreported
+            lane.base = self.allowed(number, lane.acked, lane.acked)
             lane.first = first
             lane.acked = lane.flushed = first - 1
             lane.unreported = UNREPORTED
@@ -103,6 +117,11 @@ class Model:
         for lane, acked_to, flushed_to in zip(self.lanes, acked, flushed):
             lane.acked = max(lane.acked, acked_to, flushed_to)
             lane.flushed = max(lane.flushed, flushed_to)
+
+    def stopped(self):
+        """The run has ended; what was reported is exact."""
+        for lane in self.lanes:
+            lane.unreported = 0
 
     def next_first(self):
         """A sequence number that no lane can have used."""
@@ -115,7 +134,7 @@ class Model:
         Operations up to @durable must be there; those up to @upto may be.
         """
         lane = self.lanes[number]
-        result = {index: {seq} for index, seq in lane.base.items()}
+        result = dict(lane.base)
         for seq in range(lane.first, upto + 1):
             index, kind = self.op(number, seq)
             before = result.get(index, {0})
@@ -147,12 +166,13 @@ class Model:
             for index in range(self.blocks):
                 seq = found.get((number, index), 0)
                 right = allowed.get(index, {0})
-                if seq not in right:
+                parts = seq if isinstance(seq, tuple) else (seq,)
+                if not right.issuperset(parts):
                     wrong.append(
                         'lane %d block %d (guest offset %d): %s, allowed %s'
                         % (number, index, self.offset(number, index),
                            'not a block of ours' if seq == BAD
-                           else 'content %d' % seq, sorted(right)[:8]))
+                           else 'content %s' % (seq,), sorted(right)[:8]))
         return wrong
 
     def require(self, found, durable, what):
@@ -169,7 +189,8 @@ class Model:
             lane.first = lane.acked + 1
             lane.unreported = 0
         for (number, index), seq in found.items():
-            self.lanes[number].base[index] = seq
+            self.lanes[number].base[index] = set(
+                seq if isinstance(seq, tuple) else (seq,))
 
     def scan(self, read):
         """Read every block with read(offset, length); contents found."""
@@ -178,6 +199,8 @@ class Model:
             for index in range(self.blocks):
                 data = read(self.offset(number, index), OUR_BLOCK)
                 seq = read_block(data, self.seed, number, index)
+                if seq == BAD and self.torn:
+                    seq = read_sectors(data, self.seed, number, index)
                 if seq:
                     found[number, index] = seq
         return found
