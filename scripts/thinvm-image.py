@@ -174,7 +174,8 @@ def dump_superblocks(slots):
             value = getattr(sb, name)
             if name == 'uuid':
                 value = uuid.UUID(bytes=value)
-            elif name in ('crc', 'record_crc') or 'compatible' in name:
+            elif name in ('crc', 'record_crc', 'autoclear') or \
+                    'compatible' in name:
                 value = f'{value:#x}'
             print(f'  {name}: {value}')
         for name, _ in fmt.ROOTS:

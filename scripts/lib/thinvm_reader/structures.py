@@ -92,15 +92,14 @@ class Device:
 
     def __init__(self, path):
         self.path = path
-        self.file = open(path, 'rb', buffering=0)
-        self.size = self.file.seek(0, os.SEEK_END)
+        self.fd = os.open(path, os.O_RDONLY)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
     def read(self, offset, size, what):
         """Exactly size bytes, or an error."""
         data = b''
         while len(data) < size:
-            more = os.pread(self.file.fileno(), size - len(data),
-                            offset + len(data))
+            more = os.pread(self.fd, size - len(data), offset + len(data))
             if not more:
                 raise FormatError(f'{what}: the device ends at {self.size}, '
                                   f'before {offset + size}')
@@ -114,7 +113,13 @@ class Device:
         return data + bytes(size - have)
 
     def close(self):
-        self.file.close()
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd = None
+
+    def __del__(self):
+        if hasattr(self, 'fd'):
+            self.close()
 
 
 # --- Pointers and entries ---------------------------------------------------
