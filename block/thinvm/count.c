@@ -430,7 +430,7 @@ int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
     if (ret < 0) {
         return ret;
     }
-    if (s->nb_meta_free < s->new_pages + THINVM_LAST_PAGES) {
+    if (s->nb_meta_free < s->new_pages + thinvm_space_last_pages(s)) {
         return -ENOSPC;
     }
     seqlock_write_begin(&s->sequence);

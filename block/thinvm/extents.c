@@ -248,7 +248,7 @@ static int want_page(ThinvmState *s, const ThinvmPointer *ptr,
     if (*page) {
         return -EBADMSG;
     }
-    thinvm_needs_want(needs, &ref);
+    thinvm_needs_want(s, needs, &ref);
     return -EAGAIN;
 }
 

@@ -127,8 +127,12 @@ static void needs_pin(ThinvmNeeds *needs, ThinvmPage *page)
     needs->pinned[needs->nb_pinned++] = page;
 }
 
-void thinvm_needs_want(ThinvmNeeds *needs, const ThinvmPageRef *ref)
+void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
+                       const ThinvmPageRef *ref)
 {
+    if (!needs->nb_want) {
+        needs->generation = s->generation;
+    }
     for (unsigned i = 0; i < needs->nb_want; i++) {
         if (needs->want[i].page == ref->page) {
             return;
@@ -179,12 +183,17 @@ static void pages_unhash(ThinvmState *s, ThinvmPage *page)
 /*
  * The clock: a clean page that was touched since the hand passed gets another
  * round; at most two rounds, so that a cache full of pinned pages is let be.
+ * Dirty and frozen pages count against the bound, but some clean ones may
+ * always stay.
  */
 void thinvm_pages_evict(ThinvmState *s)
 {
     uint64_t steps = s->nb_clean * 2;
+    uint64_t others = s->nb_dirty + (s->frozen ? s->frozen->nb_pages : 0);
+    uint64_t limit = s->cache_limit > others ? s->cache_limit - others : 0;
 
-    while (s->nb_clean > s->cache_limit && steps-- > 0) {
+    limit = MAX(limit, THINVM_MIN_CACHE_PAGES);
+    while (s->nb_clean > limit && steps-- > 0) {
         ThinvmPage *page = QTAILQ_LAST(&s->clean);
 
         QTAILQ_REMOVE(&s->clean, page, link);
@@ -226,7 +235,7 @@ ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
 
     if (!page) {
         ref.crc = thinvm_slot_crc(s, slot);
-        thinvm_needs_want(needs, &ref);
+        thinvm_needs_want(s, needs, &ref);
     }
     return page;
 }
@@ -239,6 +248,25 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
     uint32_t crc;
 
     if (!page) {
+        uint16_t *count = thinvm_page_count(s, ref->page, NULL);
+
+        if (s->loaded && count && !*count) {
+            /*
+             * Freed while it was being read (the caller asks again and gets
+             * another answer), or the space map is damaged.  In memory it
+             * would be found under its number once its place is reused.
+             */
+            error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
+                       " is named, but free", ref->page,
+                       ref->page * THINVM_PAGE_SIZE);
+            return -EBADMSG;
+        }
+        if (needs && s->generation - needs->generation > 1) {
+            /* Two checkpoints since: its place may have been used again */
+            error_setg(errp, "metadata page %" PRIu64 " took longer to read "
+                       "than two checkpoints took to write", ref->page);
+            return -EBADMSG;
+        }
         crc = thinvm_checksum(&s->uuid, THINVM_SUM_PAGE, ref->page, buf,
                               THINVM_PAGE_SIZE);
         if (crc != ref->crc) {

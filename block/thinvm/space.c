@@ -248,7 +248,7 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
  * The bound on dirty pages follows what the image can need at all (leaves of
  * the whole disk, and as many count pages) and what its device can spare: a
  * page for each MiB, with which the reserve takes little more than a
- * hundredth of it.
+ * hundredth of it.  And a quarter of the cache: dirty pages cannot leave it.
  */
 void thinvm_space_update_bounds(ThinvmState *s)
 {
@@ -256,13 +256,20 @@ void thinvm_space_update_bounds(ThinvmState *s)
                       THINVM_ENTRIES_PER_LEAF;
     uint64_t spare = (s->device_clusters << s->cluster_bits) / MiB;
 
-    s->dirty_bound = MIN(MAX(MIN(2 * leaves, spare), THINVM_MIN_DIRTY_BOUND),
+    s->dirty_bound = MIN(MIN(2 * leaves, spare), s->cache_limit / 4);
+    s->dirty_bound = MIN(MAX(s->dirty_bound, THINVM_MIN_DIRTY_BOUND),
                          THINVM_MAX_DIRTY_BOUND);
+}
+
+/* A freeze gives new places to at most all of the space map */
+uint64_t thinvm_space_last_pages(ThinvmState *s)
+{
+    return s->extents->len + s->extents->len / THINVM_POINTERS_PER_PAGE + 3;
 }
 
 uint64_t thinvm_space_reserve_pages(ThinvmState *s)
 {
-    return 3ULL * s->dirty_bound;
+    return 3ULL * s->dirty_bound + thinvm_space_last_pages(s);
 }
 
 uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent)
@@ -272,7 +279,7 @@ uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent)
     unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
     uint64_t pages;
 
-    *urgent = s->nb_meta_free < reserve + THINVM_LAST_PAGES;
+    *urgent = s->nb_meta_free < reserve + thinvm_space_last_pages(s);
     if (s->nb_meta_free >= target ||
         s->extents->len == THINVM_MAX_EXTENTS) {
         return 0;

@@ -32,8 +32,8 @@
 #define THINVM_WINDOW           64
 /* Pages of level 1 that look-ups find at once; 128 are 1 TiB at 64 KiB */
 #define THINVM_SHORT_CUTS       256
-/* Places in the last that even a commit of no new page keeps back */
-#define THINVM_LAST_PAGES       8
+/* Clean pages that may stay however small the cache: a path of each tree */
+#define THINVM_MIN_CACHE_PAGES  64
 
 struct ThinvmPage {
     struct rcu_head rcu;
@@ -197,7 +197,8 @@ ThinvmPage *thinvm_page_find(ThinvmState *s, uint64_t number);
 ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
                             ThinvmPageKind kind, int level,
                             ThinvmNeeds *needs);
-void thinvm_needs_want(ThinvmNeeds *needs, const ThinvmPageRef *ref);
+void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
+                       const ThinvmPageRef *ref);
 /* The count of a page by place, or NULL if it is no metadata page */
 uint16_t *thinvm_page_count(ThinvmState *s, uint64_t number,
                             ThinvmMetaExtent **extent);
@@ -281,6 +282,8 @@ void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb);
 void thinvm_space_freed(ThinvmState *s, uint64_t first, uint64_t nb);
 void thinvm_space_update_bounds(ThinvmState *s);
 uint64_t thinvm_space_reserve_pages(ThinvmState *s);
+/* What no operation may use: the next freeze needs it for the space map */
+uint64_t thinvm_space_last_pages(ThinvmState *s);
 
 /* ---- map.c: mapping trees ---- */
 

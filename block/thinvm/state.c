@@ -50,7 +50,6 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
     thinvm_pages_init(s);
     thinvm_extents_init(s);
     thinvm_space_init(s);
-    thinvm_space_update_bounds(s);
     thinvm_state_set_cache_size(s, cache_size);
     return s;
 }
@@ -149,8 +148,8 @@ void thinvm_state_unlock(ThinvmState *s)
 
 void thinvm_state_set_cache_size(ThinvmState *s, uint64_t bytes)
 {
-    /* Below this a path of each tree would not stay */
-    s->cache_limit = MAX(bytes / THINVM_PAGE_SIZE, 64);
+    s->cache_limit = MAX(bytes / THINVM_PAGE_SIZE, THINVM_MIN_CACHE_PAGES);
+    thinvm_space_update_bounds(s);
     thinvm_pages_evict(s);
 }
 
@@ -373,8 +372,8 @@ int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
     if (ret < 0) {
         return ret;
     }
-    keep = replay || op_may_use_reserve(op) ? THINVM_LAST_PAGES
-                                            : thinvm_space_reserve_pages(s);
+    keep = replay || op_may_use_reserve(op) ?
+           thinvm_space_last_pages(s) : thinvm_space_reserve_pages(s);
     if (s->nb_meta_free < s->new_pages + keep) {
         error_setg(errp, "no space for metadata is left");
         return -ENOSPC;

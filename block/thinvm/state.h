@@ -53,6 +53,7 @@ typedef struct ThinvmNeeds {
     unsigned nb_want, max_want;
     ThinvmPage **pinned;
     unsigned nb_pinned, max_pinned;
+    uint64_t generation;        /* being built when want[] was begun */
 } ThinvmNeeds;
 
 void thinvm_needs_init(ThinvmNeeds *needs);
