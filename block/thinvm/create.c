@@ -88,18 +88,23 @@ static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
 /*
  * The same before the protocol's own creation, which may truncate or clear
  * what is there.  If the name cannot be opened there is nothing to protect.
+ * *device: it names a thing that exists of itself, a LUN or an export; the
+ * protocol then creates nothing, but would clear the first sector before
+ * anybody knows whether the image fits.
  */
 static int coroutine_fn thinvm_create_check_file(const char *filename,
-                                                 Error **errp)
+                                                 bool *device, Error **errp)
 {
     BlockDriverState *bs;
     BlockBackend *blk;
     int ret = 0;
 
+    *device = false;
     bs = bdrv_co_open(filename, NULL, NULL, BDRV_O_PROTOCOL, NULL);
     if (!bs) {
         return 0;
     }
+    *device = bs->drv->bdrv_co_create_opts == bdrv_co_create_opts_simple;
     blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL, NULL);
     if (blk) {
         ret = thinvm_create_check_owner(blk, errp);
@@ -215,7 +220,10 @@ int coroutine_fn thinvm_co_create(BlockdevCreateOptions *options, Error **errp)
     return ret < 0 ? ret : 0;
 }
 
-/* Options as qemu-img knows them, to the type that QMP uses */
+/*
+ * Options as qemu-img knows them, to the type that QMP uses.  The node is
+ * filled in later: first everything else must prove right.
+ */
 static BlockdevCreateOptions *thinvm_create_options(QDict *qdict, Error **errp)
 {
     static const QDictRenames renames[] = {
@@ -226,37 +234,56 @@ static BlockdevCreateOptions *thinvm_create_options(QDict *qdict, Error **errp)
         { NULL, NULL },
     };
     BlockdevCreateOptions *options = NULL;
+    ThinvmCreateParams params;
     Visitor *v;
 
     if (!qdict_rename_keys(qdict, renames, errp)) {
         return NULL;
     }
+    qdict_put_str(qdict, "driver", "thinvm");
+    qdict_put_str(qdict, "file", "");
     v = qobject_input_visitor_new_flat_confused(qdict, errp);
     if (!v) {
         return NULL;
     }
     visit_type_BlockdevCreateOptions(v, NULL, &options, errp);
     visit_free(v);
-    return options;
-}
-
-static int coroutine_fn
-thinvm_create_on(BlockDriverState *bs, QDict *qdict, Error **errp)
-{
-    BlockdevCreateOptions *options;
-    int ret;
-
-    qdict_put_str(qdict, "driver", "thinvm");
-    qdict_put_str(qdict, "file", bdrv_get_node_name(bs));
-    options = thinvm_create_options(qdict, errp);
     if (!options) {
-        return -EINVAL;
+        return NULL;
     }
     /* Tools take any size and mean at least that */
     options->u.thinvm.size = ROUND_UP(options->u.thinvm.size,
                                       BDRV_SECTOR_SIZE);
+    if (!thinvm_create_params(&options->u.thinvm, &params, errp)) {
+        qapi_free_BlockdevCreateOptions(options);
+        return NULL;
+    }
+    return options;
+}
+
+static int coroutine_fn thinvm_create_on(const char *filename,
+                                         BlockdevCreateOptions *options,
+                                         Error **errp)
+{
+    BlockdevRef *file = options->u.thinvm.file;
+    BlockDriverState *bs;
+    int ret;
+
+    bs = bdrv_co_open(filename, NULL, NULL,
+                      BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    assert(file->type == QTYPE_QSTRING);
+    g_free(file->u.reference);
+    file->u.reference = g_strdup(bdrv_get_node_name(bs));
     ret = thinvm_co_create(options, errp);
-    qapi_free_BlockdevCreateOptions(options);
+    if (ret < 0) {
+        bdrv_graph_co_rdlock();
+        bdrv_co_delete_file_noerr(bs);
+        bdrv_graph_co_rdunlock();
+    }
+    bdrv_co_unref(bs);
     return ret;
 }
 
@@ -266,29 +293,21 @@ int coroutine_fn thinvm_co_create_opts(BlockDriver *drv, const char *filename,
     /* What is left in opts is for the protocol */
     g_autoptr(QDict) qdict =
         qemu_opts_to_qdict_filtered(opts, NULL, &thinvm_create_opts, true);
-    BlockDriverState *bs;
+    BlockdevCreateOptions *options = thinvm_create_options(qdict, errp);
+    bool device;
     int ret;
 
-    ret = thinvm_create_check_file(filename, errp);
-    if (ret < 0) {
-        return ret;
+    if (!options) {
+        return -EINVAL;
     }
-    ret = bdrv_co_create_file(filename, opts, errp);
-    if (ret < 0) {
-        return ret;
+    ret = thinvm_create_check_file(filename, &device, errp);
+    if (ret >= 0 && !device) {
+        ret = bdrv_co_create_file(filename, opts, errp);
     }
-    bs = bdrv_co_open(filename, NULL, NULL,
-                      BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
-    if (!bs) {
-        return -EIO;
+    if (ret >= 0) {
+        ret = thinvm_create_on(filename, options, errp);
     }
-    ret = thinvm_create_on(bs, qdict, errp);
-    if (ret < 0) {
-        bdrv_graph_co_rdlock();
-        bdrv_co_delete_file_noerr(bs);
-        bdrv_graph_co_rdunlock();
-    }
-    bdrv_co_unref(bs);
+    qapi_free_BlockdevCreateOptions(options);
     return ret;
 }
 
