@@ -40,6 +40,7 @@ class Demo:
         self.begin = time.monotonic()
         self.modes = []             # (seconds, host, mode, what for)
         self.figures = {}
+        self.moves = 0
         self.act_name = 'the beginning'
 
     def act(self, name):
@@ -131,7 +132,9 @@ class Demo:
         self.say('host %s -> %s: downtime %d ms, longest time without an '
                  'acknowledged write %d ms' % (
                      self.host, host, figures['downtime'], gap * 1000))
-        self.figures['migration %s to %s' % (self.host, host)] = (
+        self.moves += 1
+        self.figures['migration %d, %s to %s' % (self.moves, self.host,
+                                                 host)] = (
             'downtime %d ms, longest write gap %d ms'
             % (figures['downtime'], gap * 1000))
         self.vm.quit()

@@ -8,10 +8,10 @@ target until it takes over, then its configured mode.
 """
 
 from lib.context import Failure, check, wait_for
-from lib.contents import scan
 from lib.guest import Guest
-from lib.image import GiB, create, require_clean
-from lib.node import mode_events, mode_of
+from lib.image import GiB, create
+from lib.load import expect_mode, finish, setup_pair
+from lib.node import mode_events
 from lib.qmp import QMPError
 from lib.testing import ANY, OURS, test
 from lib.tgt import Target
@@ -19,36 +19,6 @@ from lib.vm import (NODE, VM, begin_migration, finish_migration, migrate,
                     wait_migration)
 
 SLOW = 256 << 10            # bytes a second: such a migration does not end
-
-
-def setup_pair(ctx, extra=(), **guest_options):
-    """(lun, guest, source VM) with the guest writing."""
-    lun = Target(ctx).add_lun(4 * GiB)
-    create(ctx, lun, 4 * GiB)
-    guest = Guest(ctx, **guest_options)
-    vm = VM(ctx, guest, lun, host='a', extra=extra)
-    guest.wait_ready()
-    guest.start_writing()
-    guest.wait_writes(300)
-    return lun, guest, vm
-
-
-def finish(ctx, lun, guest, vm):
-    """Stop the load; nothing may be lost, the image must be clean."""
-    guest.stop_writing()
-    guest.verify('read by the guest after the last migration')
-    vm.quit()
-    require_clean(ctx, lun)
-    guest.model.require(scan(ctx, guest.model, lun), 'acked',
-                        'read by qemu-img after the last migration')
-
-
-def expect_mode(vm, wanted, seconds=20):
-    if vm.ctx.fmt != 'thinvm':
-        return
-    wait_for(lambda: mode_of(vm.qmp, NODE) == wanted, seconds,
-             'mapping-cache-mode of %s is %s (it is %s)' % (
-                 vm.name, wanted, mode_of(vm.qmp, NODE)))
 
 
 def cancelled(ctx, lun, guest, vm):
@@ -142,7 +112,8 @@ def fails_at_the_switchover(ctx):
     stopped and given up the disk: the source must take it back."""
     # The target has no such device.  It learns so after the RAM, when the
     # source has already handed over; a return path tells the source.
-    lun, guest, source = setup_pair(ctx, extra=['-device', 'virtio-rng-pci'])
+    lun, guest, source = setup_pair(ctx, vm_options={
+        'extra': ['-device', 'virtio-rng-pci']})
     target = VM(ctx, guest, lun, host='b', incoming=True)
     begin_migration(source, target, return_path=True)
     wait_for(lambda: source.migration_status() in ('failed', 'completed'),

@@ -38,6 +38,22 @@ class File:
         return os.stat(self.path).st_blocks * 512
 
 
+class NBDExport:
+    """A place that a storage daemon exports: a device of fixed size that
+    several hosts reach, without SCSI."""
+
+    def __init__(self, ctx, daemon, node):
+        self._path = daemon.export_nbd(node)
+        self.url = daemon.nbd_url(node)
+        self._export = node
+
+    def blockdev(self, node, host='a'):
+        del host
+        return {'driver': 'nbd', 'node-name': node, 'export': self._export,
+                'server': {'type': 'unix', 'path': self._path},
+                'cache': {'direct': True}}
+
+
 def create(ctx, place, size, fmt=None, backing=None, backing_fmt=None,
            options=None):
     """qemu-img create; @size in bytes."""
@@ -48,7 +64,7 @@ def create(ctx, place, size, fmt=None, backing=None, backing_fmt=None,
         args += ['-o', options]
     args += [place.url]
     if (fmt or ctx.fmt) == 'raw' and not os.path.isabs(place.url):
-        return ''                   # a raw LUN is used as it is
+        return ''                   # a raw device is used as it is
     return ctx.run(ctx.bin('qemu-img'), *args, str(size))
 
 

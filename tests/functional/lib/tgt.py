@@ -55,10 +55,10 @@ class Target:
         self.luns = []
         self._start()
 
-    def _start(self):
+    def _start(self, port=None):
         # Another program may take the port between our look and tgtd's bind.
         for _ in range(5):
-            self.port = free_port()
+            self.port = port or free_port()
             self.control = random.randrange(1000, 32000)
             env = dict(os.environ, TGT_IPC_SOCKET=self.ctx.path(self.name))
             self.env = env
@@ -109,15 +109,24 @@ class Target:
         path = self.ctx.path('%s-lun%d' % (self.name, number))
         with open(path, 'wb') as backing:
             backing.truncate(size)
+        self._offer(number, path)
+        lun = Lun(self, number, path, size)
+        self.luns.append(lun)
+        return lun
+
+    def _offer(self, number, path):
         self._adm('--mode', 'logicalunit', '--op', 'new', '--tid', '1',
                   '--lun', str(number), '-b', path)
         self._adm('--mode', 'logicalunit', '--op', 'update', '--tid', '1',
                   '--lun', str(number), '--params',
                   'thin_provisioning=1')
-        lun = Lun(self, number, path, size)
-        self.luns.append(lun)
-        return lun
 
     def stop(self):
         """The array goes away (kill -9)."""
         self.process.kill()
+
+    def restart(self):
+        """The array is back, at the same address and with the same LUNs."""
+        self._start(self.port)
+        for lun in self.luns:
+            self._offer(lun.number, lun.path)

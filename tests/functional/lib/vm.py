@@ -21,11 +21,12 @@ class VM:
     def __init__(self, ctx, guest, place, host='a', incoming=False, mode=None,
                  interval=None, cpus=1, iothread=False, memory=128,
                  extra=(), sandbox=False, user=None, fmt=None, disk=None,
-                 device=None):
+                 device=None, second=None):
         """Start QEMU; with @incoming it waits for migrate-incoming.
 
-        @place is where the image lies.  @disk overrides the list of block
-        nodes (the last one must be named NODE), @device the device's options.
+        @place is where the image lies, @second that of a second disk that
+        the guest does not touch.  @disk overrides the list of block nodes
+        (the last one must be named NODE), @device the device's options.
         """
         self.ctx = ctx
         self.guest = guest
@@ -62,6 +63,13 @@ class VM:
                 device['iothread'] = 'io0'
         if device:
             argv += ['-device', json.dumps(device)]
+        if second:
+            for node in (second.blockdev('second-file', host), format_node(
+                    ctx, 'second', 'second-file', mode, interval, fmt)):
+                argv += ['-blockdev', json.dumps(node)]
+            # As JSON like the first one: QEMU makes the others before those.
+            argv += ['-device', json.dumps({'driver': 'virtio-blk-pci',
+                                            'drive': 'second'})]
         if incoming:
             argv += ['-incoming', 'defer']
         if sandbox:
@@ -95,13 +103,14 @@ class VM:
 
 
 def begin_migration(src, dst, bandwidth=1 << 30, return_path=False,
-                    pause=False):
+                    pause=False, postcopy=False):
     """Start migrating; bandwidth in bytes a second."""
     ctx = src.ctx
     uri = 'unix:' + ctx.path(ctx.unique('mig'))
     capabilities = [{'capability': 'events', 'state': True},
                     {'capability': 'return-path', 'state': return_path},
-                    {'capability': 'pause-before-switchover', 'state': pause}]
+                    {'capability': 'pause-before-switchover', 'state': pause},
+                    {'capability': 'postcopy-ram', 'state': postcopy}]
     for vm in (src, dst):
         vm.qmp.cmd('migrate-set-capabilities', capabilities=capabilities)
         vm.qmp.events = [event for event in vm.qmp.events

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Live migrations that differ from the plain one in something that matters
+to the driver: queues in other threads, postcopy, devices without SCSI, a
+second disk, a block job that holds on to the source, a death right after.
+"""
+
+import time
+
+from lib.contents import Contents, scan
+from lib.context import Skip, check
+from lib.guest import Guest
+from lib.image import (GiB, MiB, File, NBDExport, create, format_node,
+                       require_clean)
+from lib.load import expect_mode, finish, setup_pair
+from lib.qmp import QMPError
+from lib.qsd import StorageDaemon, wait_job
+from lib.testing import ANY, OURS, THIN, test
+from lib.tgt import Target
+from lib.vm import (NODE, VM, begin_migration, finish_migration, migrate,
+                    wait_migration)
+
+NEVER = 600 * 1000          # mapping-flush-interval in ms: not by time
+
+
+@test(seconds=400, formats=ANY)
+def with_iothread(ctx):
+    """Two virtual CPUs, two queues and an iothread, four migrations; lanes
+    meet in the same clusters."""
+    options = {'cpus': 2, 'iothread': True}
+    lun, guest, vm = setup_pair(ctx, vm_options=options, lanes=8, blocks=500,
+                                stride=4096, zero=3, discard=3)
+    for turn in range(4):
+        target = VM(ctx, guest, lun, host='ba'[turn % 2], incoming=True,
+                    **options)
+        migrate(vm, target)
+        guest.wait_writes(200)
+        vm.quit()
+        vm = target
+    finish(ctx, lun, guest, vm)
+
+
+@test(seconds=300, formats=ANY)
+def postcopy(ctx):
+    """The guest runs on the target before its memory is there."""
+    lun, guest, source = setup_pair(ctx)
+    target = VM(ctx, guest, lun, host='b', incoming=True)
+    try:
+        begin_migration(source, target, bandwidth=1 << 20, postcopy=True)
+    except QMPError as err:
+        raise Skip('no postcopy here: ' + err.desc) from None
+    wait_migration(source, ('active',))
+    expect_mode(source, 'writethrough')
+    source.qmp.cmd('migrate-start-postcopy')
+    finish_migration(source, target)
+    expect_mode(target, 'writeback')
+    guest.wait_writes(300)
+    source.quit()
+    finish(ctx, lun, guest, target)
+
+
+@test(seconds=300, formats=ANY)
+def two_disks(ctx):
+    """A guest with two disks; both are handed over, also after a failure."""
+    array = Target(ctx)
+    lun, second = array.add_lun(2 * GiB), array.add_lun(1 * GiB)
+    create(ctx, lun, 2 * GiB)
+    create(ctx, second, 1 * GiB)
+    _, guest, source = setup_pair(ctx, place=lun,
+                                  vm_options={'second': second})
+    target = VM(ctx, guest, lun, host='b', second=second, incoming=True)
+    begin_migration(source, target, bandwidth=256 << 10)
+    wait_migration(source, ('active',))
+    expect_mode(source, 'writethrough', node='second')
+    target.kill()
+    wait_migration(source, ('failed',))
+    expect_mode(source, 'writeback', node='second')
+    target = VM(ctx, guest, lun, host='b', second=second, incoming=True)
+    migrate(source, target)
+    expect_mode(target, 'writeback', node='second')
+    guest.wait_writes(200)
+    source.quit()
+    finish(ctx, lun, guest, target)
+    require_clean(ctx, second)
+
+
+@test(seconds=300, formats=ANY)
+def over_nbd(ctx):
+    """The shared device is an NBD export: of fixed size, without SCSI."""
+    store = StorageDaemon(ctx, host='store')
+    store.add_disk(File(ctx, 'device', 2 * GiB), node='device', fmt='raw')
+    place = NBDExport(ctx, store, 'device')
+    create(ctx, place, 1 * GiB)
+    _, guest, source = setup_pair(ctx, place=place)
+    for host in 'ba':
+        target = VM(ctx, guest, place, host=host, incoming=True)
+        migrate(source, target)
+        guest.wait_writes(200)
+        source.quit()
+        source = target
+    finish(ctx, place, guest, source)
+
+
+@test(seconds=300, formats=OURS)
+def handover_is_durable(ctx):
+    """What the guest was told is written before it moved is there, even if
+    the target dies before it has committed anything itself."""
+    options = {'interval': NEVER}
+    lun, guest, source = setup_pair(ctx, vm_options=options, flush=0)
+    target = VM(ctx, guest, lun, host='b', incoming=True, **options)
+    begin_migration(source, target)
+    finish_migration(source, target)
+    stopped = source.qmp.wait_event('STOP', 20)['received']
+    sure = guest.acked_before(stopped - 0.5)
+    target.kill()
+    source.kill()
+    check(sum(sure) > 100, 'only %d writes before the move', sum(sure))
+    require_clean(ctx, lun)
+    found = scan(ctx, guest.model, lun)
+    guest.model.require(found, sure, 'acknowledged before the move')
+
+
+def three_layers(ctx, luns, host):
+    """Options of a VM whose disk lies over "middle" over "base"."""
+    nodes = []
+    for node, lun, backing in zip(('base', 'middle', NODE), luns,
+                                  (None, 'base', 'middle')):
+        nodes.append(lun.blockdev(node + '-file', host))
+        nodes.append(format_node(
+            ctx, node, node + '-file',
+            read_only=True if node != NODE else None))
+        nodes[-1]['backing'] = backing
+    # The job makes the lower nodes writable; so must be what is below them.
+    for node in nodes:
+        if node['node-name'].endswith('-file'):
+            node['auto-read-only'] = True
+    return {'host': host, 'disk': nodes}
+
+
+@test(seconds=300, formats=THIN)
+def job_holds_on_to_the_source(ctx):
+    """A commit of the middle layer that is not done forbids to give its
+    base up, and says so when the driver has already done its part: the
+    migration fails, job and guest go on with disks that work."""
+    array = Target(ctx)
+    luns = [array.add_lun(1 * GiB) for _ in range(3)]
+    for lun in luns:
+        create(ctx, lun, 1 * GiB)
+    ctx.run(ctx.bin('qemu-io'), '-f', ctx.fmt, '-c', 'write -P 7 512M 64M',
+            luns[1].url)
+    guest = Guest(ctx, lanes=2, blocks=300)
+    source = VM(ctx, guest, None, **three_layers(ctx, luns, 'a'))
+    guest.wait_ready()
+    guest.start_writing()
+    source.qmp.cmd('block-commit', job_id='commit', device=NODE,
+                   top_node='middle', base_node='base', speed=256 << 10)
+    guest.wait_writes(300)
+    target = VM(ctx, guest, None, incoming=True,
+                **three_layers(ctx, luns, 'b'))
+    begin_migration(source, target)
+    wait_migration(source, ('failed',))
+    target.kill()
+    check(source.status() == 'running', 'the source is %s', source.status())
+    expect_mode(source, 'writeback')
+    guest.wait_writes(300)
+    source.qmp.cmd('block-job-set-speed', device='commit', speed=0)
+    wait_job(source.qmp, 'commit')
+    guest.wait_writes(200)
+    finish(ctx, luns[2], guest, source)
+    require_clean(ctx, luns[0])
+    contents = Contents(ctx, luns[0])
+    check(contents.read(512 * MiB, MiB) == bytes([7]) * MiB,
+          'the commit did not bring the data of the middle layer')
+    contents.close()
+
+
+@test(seconds=300, formats=THIN)
+def other_machine_options(ctx):
+    """Nothing of thinvm is in the migration stream: a source with the format
+    and a target whose disk the management tool has meanwhile converted to
+    raw agree about the stream."""
+    array = Target(ctx)
+    lun, plain = array.add_lun(1 * GiB), array.add_lun(1 * GiB)
+    create(ctx, lun, 1 * GiB)
+    _, guest, source = setup_pair(ctx, place=lun, lanes=2, blocks=300)
+    guest.stop_writing()
+    guest.verify('before the migration')
+    source.qmp.cmd('stop')
+    ctx.run(ctx.bin('qemu-img'), 'convert', '-U', '-n', '-f', ctx.fmt, '-O',
+            'raw', lun.url, plain.url)
+    target = VM(ctx, guest, plain, host='b', fmt='raw', incoming=True)
+    begin_migration(source, target)
+    wait_migration(source, ('completed',))
+    source.quit()
+    guest.attach(target)
+    target.qmp.cmd('cont')
+    guest.verify('on the raw copy')
+    target.quit()
+    require_clean(ctx, lun)
+
+
+@test(seconds=300, formats=ANY)
+def array_restarts(ctx):
+    """The array is away for some seconds: the guest's requests wait, then
+    go on; nothing is lost.  (The array's own cache survives.)"""
+    array = Target(ctx)
+    lun = array.add_lun(2 * GiB)
+    create(ctx, lun, 2 * GiB)
+    _, guest, vm = setup_pair(ctx, place=lun)
+    array.stop()
+    time.sleep(2)
+    array.restart()
+    guest.wait_writes(300, seconds=120)
+    finish(ctx, lun, guest, vm)
