@@ -6,8 +6,13 @@ disk on one side and activates it on the other.  A node that is opened
 inactive is in migration mode and follows what the owner does.
 """
 
+import random
+import threading
+import time
+
 from lib.context import Failure, check, wait_for
 from lib.image import GiB, create, require_clean
+from lib.model import BAD, make_block, read_block
 from lib.nbd import NBDClient
 from lib.node import mode_of
 from lib.qmp import QMPError
@@ -129,3 +134,80 @@ def inactive_side_does_not_write(ctx):
         ctx.log('refused: ' + err.desc)
     else:
         raise Failure('an inactive node could be exported for writing')
+
+
+class Owner(threading.Thread):
+    """Writes, discards and flushes through its own export; remembers, for
+    each block, the oldest content that a reader may still see."""
+
+    BLOCKS = 120
+    CLUSTER = 65536
+
+    def __init__(self, client, seed):
+        super().__init__(daemon=True)
+        self.client = client
+        self.random = random.Random(seed)
+        self.seed = seed
+        self.issued = 0
+        self.sure = {}          # index -> its last flushed write
+        self.trimmed = {}       # index -> its last discard
+        self.ending = False
+        self.error = None
+
+    def run(self):
+        try:
+            pending = {}
+            while not self.ending:
+                self.issued += 1
+                index = self.random.randrange(self.BLOCKS)
+                if self.random.randrange(3) == 0:
+                    self.trimmed[index] = self.issued
+                    self.client.trim(index * self.CLUSTER, self.CLUSTER)
+                else:
+                    self.client.write(index * self.CLUSTER, make_block(
+                        self.seed, 0, index, self.issued))
+                    pending[index] = self.issued
+                if self.issued % 25 == 0:
+                    self.client.flush()
+                    self.sure.update(pending)
+                    pending = {}
+        except Exception as err:        # the test's thread must see it
+            self.error = err
+
+
+@test()
+def follower_sees_only_its_blocks(ctx):
+    """While the owner writes, discards and so reuses clusters, each block
+    that the inactive side reads is one that was written there, not older
+    than the last flush before the read, or zeroes; never another's."""
+    lun, first, second = two_daemons(ctx)
+    reader = NBDClient(ctx, second.export_nbd(writable=False, inactive=True),
+                       'disk')
+    owner = Owner(NBDClient(ctx, first.export_nbd(), 'disk'), 4711)
+    owner.start()
+    source = random.Random(1)
+    seen = set()
+    end = time.monotonic() + 12
+    while time.monotonic() < end and owner.is_alive():
+        index = source.randrange(owner.BLOCKS)
+        sure = owner.sure.get(index, 0)
+        seq = read_block(reader.read(index * owner.CLUSTER, 4096),
+                         owner.seed, 0, index)
+        check(seq != BAD, 'block %d is none that was written there (after '
+              '%d writes)', index, owner.issued)
+        zero_is_right = not sure or owner.trimmed.get(index, 0) > sure
+        check(sure <= seq <= owner.issued or (seq == 0 and zero_is_right),
+              'block %d holds write %d, but %d was flushed before', index,
+              seq, sure)
+        seen.add(seq)
+    owner.ending = True
+    owner.join(30)
+    check(owner.error is None, 'the owner fails: %s', owner.error)
+    check(len(seen) > 20, 'the follower saw only %d contents of %d',
+          len(seen), owner.issued)
+    ctx.log('%d writes, %d contents seen' % (owner.issued, len(seen)))
+    owner.client.close()
+    reader.close()
+    first.quit()
+    second.quit()
+    require_clean(ctx, lun)
