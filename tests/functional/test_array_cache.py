@@ -24,7 +24,7 @@ from lib.writelog import PowerCut, entries_in
 CLUSTER = 65536
 DEVICE = 160 * MiB
 ROUNDS = 150                # each one operation a lane, in parallel
-CUTS = 60
+CUTS = 25
 
 
 def rubbish_lun(ctx):

@@ -95,7 +95,7 @@ def old_writes_survive_in_writeback(ctx):
     go_on(ctx, guest, lun)
 
 
-@test(seconds=400, formats=THIN)
+@test(seconds=400, formats=THIN, slow=True)
 def again_and_again(ctx):
     """Six crashes, each on the host that took over from the last."""
     lun = Target(ctx).add_lun(4 * GiB)
@@ -160,7 +160,7 @@ def stop_commits(ctx):
     examine(ctx, guest, lun, 'acked', 'acknowledged before the stop')
 
 
-@test(formats=OURS)
+@test(formats=OURS, slow=True)
 def quit_commits(ctx):
     """An orderly end keeps everything that was acknowledged."""
     lun = Target(ctx).add_lun(4 * GiB)

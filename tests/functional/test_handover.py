@@ -11,7 +11,7 @@ import threading
 import time
 
 from lib.context import Failure, check, wait_for
-from lib.image import GiB, create, require_clean
+from lib.image import GiB, File, create, require_clean
 from lib.model import BAD, make_block, read_block
 from lib.nbd import NBDClient
 from lib.node import mode_of
@@ -48,8 +48,8 @@ def read_all(ctx, daemon, count, who):
     daemon.remove_export('nbd-disk')
 
 
-def two_daemons(ctx):
-    lun = Target(ctx).add_lun(2 * GiB)
+def two_daemons(ctx, lun=None):
+    lun = lun or Target(ctx).add_lun(2 * GiB)
     create(ctx, lun, 2 * GiB)
     first = StorageDaemon(ctx, host='a')
     first.add_disk(lun, active=True)
@@ -61,7 +61,18 @@ def two_daemons(ctx):
 @test()
 def to_and_fro(ctx):
     """Data written on one side is there on the other, six times."""
-    lun, owner, other = two_daemons(ctx)
+    hand_to_and_fro(ctx, None)
+
+
+@test()
+def to_and_fro_on_a_file(ctx):
+    """The same on a plain file, which grows while the other side has it
+    open."""
+    hand_to_and_fro(ctx, File(ctx, 'image'))
+
+
+def hand_to_and_fro(ctx, place):
+    lun, owner, other = two_daemons(ctx, place)
     check(mode_of(other.qmp, 'disk') == 'migration',
           'an inactive node is in mode %s', mode_of(other.qmp, 'disk'))
     written = 0

@@ -100,6 +100,23 @@ def over_nbd(ctx):
     finish(ctx, place, guest, source)
 
 
+@test(seconds=300, formats=ANY)
+def on_a_growing_file(ctx):
+    """The image is a plain file that two processes of one host share; it
+    grows under the one while the other has it open."""
+    place = File(ctx, 'image')
+    create(ctx, place, 4 * GiB)
+    _, guest, source = setup_pair(ctx, place=place)
+    for host in 'ba':
+        target = VM(ctx, guest, place, host=host, incoming=True)
+        guest.wait_writes(1000)
+        migrate(source, target)
+        guest.wait_writes(1000)
+        source.quit()
+        source = target
+    finish(ctx, place, guest, source)
+
+
 @test(seconds=300, formats=OURS)
 def handover_is_durable(ctx):
     """What the guest was told is written before it moved is there, even if
@@ -173,7 +190,7 @@ def job_holds_on_to_the_source(ctx):
     contents.close()
 
 
-@test(seconds=300, formats=THIN)
+@test(seconds=300, formats=THIN, slow=True)
 def other_machine_options(ctx):
     """Nothing of thinvm is in the migration stream: a source with the format
     and a target whose disk the management tool has meanwhile converted to

@@ -57,7 +57,7 @@ def create_over_it(ctx):
     goes_on(ctx, lun, guest, vm)
 
 
-@test()
+@test(slow=True)
 def check_repair(ctx):
     """qemu-img check -r all on a disk in use."""
     lun, guest, vm = running_guest(ctx)
