@@ -33,18 +33,26 @@ if [ "$IMGFMT" = "thinvm" ]; then
         ;;
     esac
 
-    # Upstream hands the variable CLUSTER_SIZE only to two formats.  What
-    # these tests mean by it is the unit that is allocated and reported, for
-    # thinvm a sixteenth of the cluster.
+    # Upstream hands the variable CLUSTER_SIZE only to two formats.  Some
+    # tests mean by it the unit of discards, which is thinvm's cluster; some
+    # the unit that is allocated and reported, for thinvm a sixteenth of it.
     case "$thinvm_how" in
-    *+cluster*)
+    *+cluster* | *+part*)
         _thinvm_keep _make_test_img
         _make_test_img()
         {
-            local size=$((${CLUSTER_SIZE%[kK]} * 16))
+            local size=${CLUSTER_SIZE%[kKM]}
             case "$CLUSTER_SIZE" in
             *[kK])
                 size=$((size * 1024))
+                ;;
+            *M)
+                size=$((size * 1024 * 1024))
+                ;;
+            esac
+            case "$thinvm_how" in
+            *+part*)
+                size=$((size * 16))
                 ;;
             esac
             [ $size -lt 16384 ] && size=16384

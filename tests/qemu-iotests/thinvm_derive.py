@@ -8,12 +8,16 @@
 #   way "copy"     a copy of the script that says thinvm where upstream's
 #                  says qcow2 (links become files)
 #   NAME.out.thinvm  upstream's reference output, changed by the rules of
-#                  thinvm-rules.toml; `check` prefers this name
+#                  thinvm-rules.toml and by thinvm-out/NAME.ed; `check`
+#                  prefers this name
 #
 # Nothing of this is ever committed: upstream's text stays upstream's, the
-# tree holds only what differs.  A rule that no longer fits, because upstream
-# changed its test, is an error of that test and names itself.
+# tree holds only what differs.  thinvm-out/NAME.ed is what `diff -e` gives:
+# line numbers and thinvm's own lines; its first line, "# " and a SHA-256,
+# tells for which text it was made.  A rule that no longer fits, because
+# upstream changed its test, is an error of that test and names itself.
 
+import hashlib
 import os
 import re
 import shutil
@@ -25,6 +29,7 @@ RULES = HERE / 'thinvm-rules.toml'
 FORMAT = 'qcow2'                # the name that upstream's tests carry
 # These are programs or variables, not the name of the format.
 KEEP = re.compile(r'\bqcow2(?=\.py\b)|\b_qcow2_|\bqcow2_dump')
+EDITS = HERE / 'thinvm-out'
 SKIPPED = ('tests', 'scratch', '__pycache__')
 
 
@@ -70,12 +75,43 @@ def apply_rules(name, text, rules):
     return text
 
 
+def apply_edits(name, text):
+    """text changed by the test's ed script, where there is one."""
+    path = EDITS / f'{name}.ed'
+    if not path.exists():
+        return text
+    seal, *script = path.read_text(encoding='utf-8').splitlines()
+    if seal != f'# {sha256(text)}':
+        raise RuleError(f'thinvm-out/{name}.ed was made for another '
+                        "reference output than this QEMU's")
+    lines = text.splitlines()
+    while script:
+        m = re.fullmatch(r'(\d+)(?:,(\d+))?([acd])', script.pop(0))
+        first, last = int(m[1]), int(m[2] or m[1])
+        new = []
+        if m[3] != 'd':
+            end = script.index('.')
+            new, script = script[:end], script[end + 1:]
+        if m[3] == 'a':
+            lines[first:first] = new
+        else:
+            lines[first - 1:last] = new
+    return '\n'.join(lines) + '\n'
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode('utf-8')).hexdigest()
+
+
 def reference(directory, path):
-    """Upstream's reference output for qcow2 on x86_64, in check's order."""
+    """
+    Upstream's reference output for qcow2 on x86_64, in check's order, and
+    how its name ends.
+    """
     for suffix in ('.out.qcow2', '.pc.out', '.out'):
         file = directory / (path + suffix)
         if file.exists():
-            return file.read_text(encoding='utf-8')
+            return file.read_text(encoding='utf-8'), suffix
     raise RuleError(f'{path} has no reference output')
 
 
@@ -124,12 +160,13 @@ def _derive(source, path, entry, rules):
             text = rename(text)
         text = apply_rules(entry.name, text, script_rules)
         files[path] = (text, 0o755)
-    names = entry.way == 'copy' or 'names' in entry.modifiers
-    if names or out_rules:
-        text = reference(source, path)
-        if names:
-            text = rename(text)
-        text = apply_rules(entry.name, text, out_rules)
+    base, suffix = reference(source, path)
+    text = base
+    if entry.way == 'copy' or 'names' in entry.modifiers:
+        text = rename(text)
+    text = apply_rules(entry.name, text, out_rules)
+    text = apply_edits(entry.name, text)
+    if text != base or suffix == '.out.qcow2':
         files[f'{path}.out.thinvm'] = (text, 0o644)
     return files
 

@@ -242,9 +242,10 @@ def logged_writes(log):
         f.seek(sector)
         for _ in range(count):
             start = f.tell()
-            where, length, flags, data = struct.unpack('<QQQQ', f.read(32))
+            where, length, flags = struct.unpack('<QQQ', f.read(24))
             entries.append((where * sector, length * sector, flags))
-            f.seek(start + sector + (data + sector - 1) // sector * sector)
+            data = 0 if flags & 4 else length
+            f.seek(start + sector + data * sector)
     return entries
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 LIST = Path(__file__).with_name('thinvm-tests.txt')
 WAYS = ('generic', 'list', 'copy')
-MODIFIERS = ('names', 'cluster')
-STATUS = re.compile(r'(pass|slow|waits-for:\S+|environment:\S+)$')
+MODIFIERS = ('names', 'cluster', 'part')
+STATUS = re.compile(r'(pass|slow|(waits-for|environment|differs):\S+)$')
 
 
 class ListError(Exception):
@@ -47,6 +47,8 @@ class Entry:
             text = f'waits for {what}'
         elif kind == 'environment':
             text = f'needs {what}'
+        elif kind == 'differs':
+            text = f'thinvm differs by design: {what}'
         else:
             text = 'takes long: --all runs it'
         return f'{text} ({self.note})' if self.note else text
