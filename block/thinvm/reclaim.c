@@ -353,7 +353,7 @@ static int coroutine_fn reserve_once(ThinvmStore *st, uint64_t goal,
         thinvm_state_unlock(s);
         ret = thinvm_store_read_wanted(st, s, &needs, NULL);
         thinvm_state_lock(s);
-        if (ret == -EBADMSG && attempts++ == 0) {
+        if (ret == -EBADMSG && attempts++ < THINVM_PAGE_ATTEMPTS) {
             thinvm_needs_destroy(s, &needs);    /* see may_retry() */
             thinvm_needs_init(&needs);
         } else if (ret < 0) {

@@ -10,7 +10,7 @@
  * named by the one before: sequence one higher, checksum of its predecessor,
  * epoch not lower, own checksum right.  The first that is not so ends the
  * journal.  Was it torn by a power cut, or damaged later?  A later record that
- * says "flushed up to here" proves the latter (check_for_damage()); then
+ * says "flushed up to here" proves the latter (check_witness()); then
  * opening fails rather than silently dropping what was promised to be there.
  *
  * While an owner writes, what we read may change under us in three ways:
@@ -40,11 +40,18 @@
 #include "trace.h"
 
 /* Read ahead when replaying and scanning; bytes */
-#define THINVM_RING_WINDOW          (1 * MiB)
-/* The scan for damage stops here; bytes */
-#define THINVM_SCAN_LIMIT           (64 * MiB)
-/* The same when we take over after following: the next record at least */
-#define THINVM_SCAN_LIMIT_FOLLOW    (2 * THINVM_RECORD_MAX_SIZE)
+#define THINVM_RING_WINDOW          (512 * KiB)
+/*
+ * The scan for damage reads this much in full: more than a round of commit
+ * writes, so that it holds a record that was composed after a later flush
+ */
+#define THINVM_SCAN_DENSE           (2 * MiB)
+/* and samples the rest, lest a longer hole hides all of that; bytes */
+#define THINVM_SCAN_SAMPLE          (64 * KiB)
+#define THINVM_SCAN_STRIDE          (1 * MiB)
+#define THINVM_SCAN_MAX_SAMPLES     64
+/* When we take over after following: the next record at least */
+#define THINVM_SCAN_FOLLOW          (2 * THINVM_RECORD_MAX_SIZE)
 /* No writer leaves so many pages changed since its older base */
 #define THINVM_MAX_REPLAY_PAGES     65536
 /* Times that we start again because an owner's base has moved on */
@@ -295,46 +302,75 @@ static void position_advance(Position *pos, const ThinvmRecord *rec)
 }
 
 /*
- * Is there, within @limit bytes from the head on, a record that says that the
- * one which is missing at the head was durable?  0, -EBADMSG with @errp
- * naming both, or another errno if the ring cannot be read.
+ * Is there a record at @p that says that the one which is missing at the head
+ * was durable?  0, -EBADMSG with @errp naming both, or another errno.
  */
-static int coroutine_fn check_for_damage(Ring *ring, const Position *pos,
-                                         uint64_t limit, Error **errp)
+static int coroutine_fn check_witness(Ring *ring, const Position *pos,
+                                      uint64_t p, Error **errp)
 {
     uint64_t bad = pos->sequence + 1;
-    uint64_t end = pos->head + MIN(limit, ring->size);
+    ThinvmRecord rec;
+    const uint8_t *data;
+    uint32_t size;
+    int ret = ring_get(ring, p, THINVM_PAGE_SIZE, &data);
 
-    for (uint64_t p = pos->head; p < end; p += THINVM_PAGE_SIZE) {
-        ThinvmRecord rec;
-        const uint8_t *data;
-        uint32_t size;
-        int ret = ring_get(ring, p, THINVM_PAGE_SIZE, &data);
-
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not read the journal at byte "
-                             "%" PRIu64, p % ring->size);
-            return ret;
-        }
-        if (thinvm_record_decode_header(&rec, data) < 0 ||
-            rec.sequence < bad || rec.epoch < pos->epoch ||
-            rec.flushed_sequence < bad ||
-            rec.length > THINVM_RECORD_MAX_SIZE) {
-            continue;
-        }
-        size = MIN(ROUND_UP(rec.length, THINVM_PAGE_SIZE), ring->size);
-        ret = ring_get(ring, p, size, &data);
-        if (ret < 0 || rec.length > size ||
-            !thinvm_record_checksum_ok(&ring->st->uuid, data, &rec)) {
-            continue;
-        }
-        error_setg(errp, "Journal record %" PRIu64 " at byte %" PRIu64
-                   " of the journal is damaged: record %" PRIu64 " at byte %"
-                   PRIu64 " says that it was durable", bad,
-                   pos->head % ring->size, rec.sequence, p % ring->size);
-        return -EBADMSG;
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read the journal at byte %"
+                         PRIu64, p % ring->size);
+        return ret;
     }
-    return 0;
+    if (thinvm_record_decode_header(&rec, data) < 0 || rec.sequence < bad ||
+        rec.epoch < pos->epoch || rec.flushed_sequence < bad ||
+        rec.length > THINVM_RECORD_MAX_SIZE) {
+        return 0;
+    }
+    size = MIN(ROUND_UP(rec.length, THINVM_PAGE_SIZE), ring->size);
+    ret = ring_get(ring, p, size, &data);
+    if (ret < 0 || rec.length > size ||
+        !thinvm_record_checksum_ok(&ring->st->uuid, data, &rec)) {
+        return 0;
+    }
+    error_setg(errp, "Journal record %" PRIu64 " at byte %" PRIu64 " of the "
+               "journal is damaged: record %" PRIu64 " at byte %" PRIu64
+               " says that it was durable", bad, pos->head % ring->size,
+               rec.sequence, p % ring->size);
+    return -EBADMSG;
+}
+
+static int coroutine_fn check_range(Ring *ring, const Position *pos,
+                                    uint64_t start, uint64_t end, Error **errp)
+{
+    int ret = 0;
+
+    for (; start < end && ret == 0; start += THINVM_PAGE_SIZE) {
+        ret = check_witness(ring, pos, start, errp);
+    }
+    return ret;
+}
+
+/* Does the journal end at the head, or is the next record damaged? */
+static int coroutine_fn check_for_damage(Ring *ring, const Position *pos,
+                                         uint64_t dense, bool samples,
+                                         Error **errp)
+{
+    uint64_t end = pos->head + ring->size;
+    uint64_t p = MIN(end, pos->head + dense);
+    uint64_t stride;
+    int ret = check_range(ring, pos, pos->head, p, errp);
+
+    if (!samples) {
+        return ret;
+    }
+    stride = MAX(THINVM_SCAN_STRIDE,
+                 ROUND_UP((end - p) / THINVM_SCAN_MAX_SAMPLES,
+                          THINVM_PAGE_SIZE));
+    ring->window = THINVM_SCAN_SAMPLE;
+    for (; p < end && ret == 0; p += stride) {
+        ret = check_range(ring, pos, p, MIN(end, p + THINVM_SCAN_SAMPLE),
+                          errp);
+    }
+    ring->window = THINVM_RING_WINDOW;
+    return ret;
 }
 
 /* ------------------------------------------------------------------ */
@@ -491,7 +527,8 @@ static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
             again = false;
             continue;
         }
-        ret = check_for_damage(&ring, pos, THINVM_SCAN_LIMIT, &local_err);
+        ret = check_for_damage(&ring, pos, THINVM_SCAN_DENSE, true,
+                               &local_err);
         if (ret != -EBADMSG || again) {
             error_propagate(errp, local_err);
             break;
@@ -576,6 +613,7 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
         st->journal.flushed_sequence = bases->newest.sequence;
     }
     publish(st, s, &pos);
+    st->scanned_sequence = pos.sequence;
     st->stale = false;
     trace_thinvm_open(st, bases->newest.generation, bases->newest.sequence,
                       pos.sequence);
@@ -877,10 +915,10 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
     } else {
         st->head_block_valid = false;
         ret = follow_once(st, errp);
-        if (ret == 0) {
-            position_get(st, &pos);
-            ring_init(&ring, st, &st->bases.newest, THINVM_RECORD_MAX_SIZE);
-            ret = check_for_damage(&ring, &pos, THINVM_SCAN_LIMIT_FOLLOW,
+        position_get(st, &pos);
+        if (ret == 0 && pos.sequence != st->scanned_sequence) {
+            ring_init(&ring, st, &st->bases.newest, THINVM_SCAN_FOLLOW);
+            ret = check_for_damage(&ring, &pos, THINVM_SCAN_FOLLOW, false,
                                    errp);
             ring_destroy(&ring);
         }

@@ -187,6 +187,7 @@ struct ThinvmStore {
     int follow_ret;
     uint64_t follow_changes;    /* times that anything changed */
     CoQueue follow_queue;
+    uint64_t scanned_sequence;  /* end of journal that a scan confirmed */
     bool stale;                 /* memory may not agree with the device */
     uint8_t *head_block;        /* 4 KiB at the head when last looked at */
     bool head_block_valid;
@@ -216,7 +217,7 @@ int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
 /*
  * Read all that @needs wants and hand it to @s.  -EBADMSG: a page was not
  * what its pointer says; may be right again after the caller asks again
- * (thinvm_store_retry()).
+ * (THINVM_PAGE_ATTEMPTS).
  */
 int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
                                           ThinvmNeeds *needs, Error **errp);
@@ -228,6 +229,8 @@ int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
 int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                                                bool unmap, bool internal,
                                                uint64_t *ticket, Error **errp);
+/* Times that a request asks again for a page that proves wrong */
+#define THINVM_PAGE_ATTEMPTS    8
 /* 0, -EROFS, -EIO (poisoned) */
 int thinvm_store_may_write(ThinvmStore *st);
 void thinvm_store_kick(ThinvmStore *st);

@@ -66,6 +66,20 @@ int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
     return st->dev->co_pwrite(st->dev, offset, bytes, buf);
 }
 
+static int page_event(ThinvmPageKind kind)
+{
+    switch (kind) {
+    case THINVM_PAGE_MAP_LEAF:
+    case THINVM_PAGE_MAP_INNER:
+        return BLKDBG_L2_LOAD;
+    case THINVM_PAGE_COUNT_LEAF:
+    case THINVM_PAGE_COUNT_INNER:
+        return BLKDBG_REFBLOCK_LOAD;
+    default:
+        return BLKDBG_REFTABLE_LOAD;
+    }
+}
+
 int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
                                           ThinvmNeeds *needs, Error **errp)
 {
@@ -75,7 +89,8 @@ int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
     for (unsigned i = 0; i < needs->nb_want; i++) {
         ThinvmPageRef ref = needs->want[i];
         int ret = thinvm_store_pread(st, ref.page * THINVM_PAGE_SIZE,
-                                     THINVM_PAGE_SIZE, buf, BLKDBG_L2_LOAD);
+                                     THINVM_PAGE_SIZE, buf,
+                                     page_event(ref.kind));
 
         if (ret < 0) {
             error_setg_errno(errp, -ret, "Could not read metadata page %"
@@ -337,13 +352,13 @@ void thinvm_store_kick(ThinvmStore *st)
 
 /*
  * A page that proves damaged may just be gone: freed and reused since we were
- * told to read it.  So ask again once, in a follower from a fresh start; if
- * the answer is the same it is damage.
+ * told to read it.  So ask again a few times, in a follower from a fresh
+ * start; if the answer stays the same it is damage.
  */
 static bool coroutine_fn may_retry(ThinvmStore *st, ThinvmState *s,
                                    unsigned *attempts)
 {
-    return (*attempts)++ == 0 &&
+    return (*attempts)++ < THINVM_PAGE_ATTEMPTS &&
            (thinvm_store_may_write(st) == 0 || thinvm_follow_restart(st, s));
 }
 
@@ -362,10 +377,15 @@ int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
         ret = thinvm_state_lookup(s, tree, root, guest, count, for_write,
                                   mapping, &needs);
         if (ret == -EAGAIN) {
-            ret = thinvm_store_read_wanted(st, s, &needs, NULL);
+            Error *local_err = NULL;
+
+            ret = thinvm_store_read_wanted(st, s, &needs, &local_err);
             if (ret == 0) {
                 continue;
             }
+            trace_thinvm_lookup_failed(st, guest, ret,
+                                       error_get_pretty(local_err));
+            error_free(local_err);
         }
         if (ret == -EBADMSG && may_retry(st, s, &attempts)) {
             thinvm_state_lock(s);
@@ -528,7 +548,7 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
             if (ret == 0) {
                 continue;
             }
-            if (ret == -EBADMSG && attempts++ == 0) {
+            if (ret == -EBADMSG && attempts++ < THINVM_PAGE_ATTEMPTS) {
                 /* see may_retry() */
                 error_free(local_err);
                 thinvm_state_lock(s);

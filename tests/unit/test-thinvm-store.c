@@ -239,6 +239,7 @@ static void coroutine_fn test_replay(ThinvmSim *sim)
         g_assert_cmpuint(image_read_tag(sim, st, i * 700), ==, i + 1);
     }
     image_recount(sim, st);
+    image_check(st);
     store_close(st, false);
 }
 
@@ -257,6 +258,7 @@ static void coroutine_fn test_uncommitted(ThinvmSim *sim)
     g_assert_cmpuint(image_read_tag(sim, st, 1), ==, 11);
     g_assert_cmpuint(image_read_tag(sim, st, 2), ==, TAG_ZERO);
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
 }
 
@@ -345,6 +347,7 @@ static void coroutine_fn test_checkpoint(ThinvmSim *sim)
         g_assert_cmpuint(image_read_tag(sim, st, i * 513), ==, i + 1);
     }
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
 }
 
@@ -382,10 +385,12 @@ static void coroutine_fn test_fallback(ThinvmSim *sim)
         g_assert_cmpuint(image_read_tag(sim, st, 9999), ==, tag - 2);
         g_assert_cmpuint(image_read_tag(sim, st, 5400 + round), ==, tag - 3);
         image_recount(sim, st);
+        image_check(st);
         /* the damaged one is erased before its base's pages are reused */
         thinvm_store_checkpoint(st);
         thinvm_store_checkpoint(st);
         image_recount(sim, st);
+        image_check(st);
         store_close(st, true);
     }
 }
@@ -436,6 +441,7 @@ static void coroutine_fn test_torn_record(ThinvmSim *sim)
     g_assert_cmpuint(image_read_tag(sim, st, 2), ==, TAG_ZERO);
     g_assert_cmpuint(image_read_tag(sim, st, 3), ==, 33);
     image_recount(sim, st);
+    image_check(st);
     store_close(st, false);
 }
 
@@ -520,6 +526,7 @@ static void coroutine_fn test_ring_wraps(ThinvmSim *sim)
         g_assert_cmpuint(image_read_tag(sim, st, i * 300), ==, expected[i]);
     }
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
 }
 
@@ -606,6 +613,7 @@ static void coroutine_fn test_coalesce(ThinvmSim *sim)
     }
     g_assert_cmpuint(image_read_tag(sim, st, 100), ==, 77);
     image_recount(sim, st);
+    image_check(st);
     store_close(st, false);
 }
 
@@ -680,12 +688,14 @@ static bool coroutine_fn anomaly(ThinvmSim *sim, unsigned kinds, unsigned nth,
     g_assert_cmpint(flush(st), ==, 0);
     g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
     image_recount(sim, st);
+    image_check(st);
     store_die(st);
     st = image_open(sim);
     for (int n = 0; n < 12; n++) {
         g_assert_cmpuint(image_read_tag(sim, st, n * 700), ==, tried[n]);
     }
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
     return failed;
 }
@@ -850,6 +860,7 @@ static void coroutine_fn test_slow_reader(ThinvmSim *sim)
         }
     }
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
 }
 
@@ -889,11 +900,13 @@ static void coroutine_fn test_space(ThinvmSim *sim)
     }
     flush(st);
     image_recount(sim, st);
+    image_check(st);
     store_die(st);
     st = image_open(sim);
     g_assert_cmpuint(image_read_tag(sim, st, 20249), ==, 250);
     g_assert_cmpuint(image_read_tag(sim, st, 2100), ==, TAG_ZERO);
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
 }
 
@@ -913,6 +926,7 @@ static void coroutine_fn test_metadata_extends(ThinvmSim *sim)
     g_assert_cmpuint(info_of(st).metadata_pages, >, before);
     g_assert_cmpuint(stats_of(st).checkpoints, >, 3);
     image_recount(sim, st);
+    image_check(st);
     store_close(st, true);
     st = image_open(sim);
     for (uint64_t i = 0; i < leaves * 10; i++) {

@@ -75,20 +75,48 @@ static int coroutine_fn write_data(ThinvmSim *sim, uint64_t guest,
                                       nb * IMAGE_PART, buf);
 }
 
+/*
+ * The same for a cluster that a snapshot shares: all of it, with what the old
+ * one has
+ */
+static int coroutine_fn write_copy(ThinvmSim *sim, const ThinvmMapping *old,
+                                   uint64_t physical, unsigned part,
+                                   unsigned nb, uint64_t tag)
+{
+    ThinvmDevice *dev = sim_device(sim);
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+    uint64_t first = old->guest * IMAGE_SECTORS +
+                     part * (IMAGE_PART / SIM_SECTOR);
+    int ret = dev->co_pread(dev, old->physical * IMAGE_CLUSTER, IMAGE_CLUSTER,
+                            buf);
+
+    if (ret == 0) {
+        image_fill(buf + part * IMAGE_PART, first, nb * IMAGE_PART / SIM_SECTOR,
+                   tag);
+        ret = dev->co_pwrite(dev, physical * IMAGE_CLUSTER, IMAGE_CLUSTER,
+                             buf);
+    }
+    return ret;
+}
+
 static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
-                                  uint64_t guest, unsigned part, unsigned nb,
-                                  uint64_t tag, uint64_t *ticket)
+                                  const ThinvmMapping *old, unsigned part,
+                                  unsigned nb, uint64_t tag, uint64_t *ticket)
 {
     ThinvmOp op = {
         .type = THINVM_OP_MAP,
-        .guest = guest,
+        .guest = old->guest,
         .count = 1,
         .valid = MAKE_64BIT_MASK(part, nb),
         .source = THINVM_SOURCE_ZERO,
     };
+    bool copy = old->type == THINVM_MAPPING_DATA;
     uint64_t got;
     int ret;
 
+    if (copy) {
+        op.valid |= old->valid;
+    }
     if (op.valid == THINVM_ALL_VALID) {
         op.source = THINVM_SOURCE_BACKING;
     }
@@ -96,7 +124,8 @@ static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
     if (ret < 0) {
         return ret;
     }
-    ret = write_data(sim, guest, op.physical, part, nb, tag);
+    ret = copy ? write_copy(sim, old, op.physical, part, nb, tag) :
+          write_data(sim, old->guest, op.physical, part, nb, tag);
     if (ret == 0) {
         ret = thinvm_store_execute(st, &op, ticket, NULL);
     }
@@ -141,7 +170,7 @@ int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
         if (m.type == THINVM_MAPPING_DATA && !m.shared) {
             ret = write_mapped(sim, st, &m, part, nb, tag, ticket);
         } else {
-            ret = write_new(sim, st, guest, part, nb, tag, ticket);
+            ret = write_new(sim, st, &m, part, nb, tag, ticket);
         }
     }
     thinvm_store_request_end(st, token);
@@ -163,7 +192,10 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
             .valid = THINVM_ALL_VALID,
         };
 
-        ret = thinvm_store_reserve(st, 0, count, &op.physical, &op.count);
+        uint64_t max = MIN(count, THINVM_ENTRIES_PER_LEAF -
+                           guest % THINVM_ENTRIES_PER_LEAF);
+
+        ret = thinvm_store_reserve(st, 0, max, &op.physical, &op.count);
         if (ret < 0) {
             break;
         }
@@ -184,14 +216,15 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
     return ret;
 }
 
-int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
-                            uint8_t *buf)
+int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
+                                 const ThinvmPointer *root, uint64_t guest,
+                                 uint8_t *buf)
 {
     unsigned token = thinvm_store_request_begin(st);
     ThinvmMapping m;
     int ret;
 
-    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, false, &m);
+    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, root, guest, 1, false, &m);
     memset(buf, 0, IMAGE_CLUSTER);
     if (ret == 0 && m.type == THINVM_MAPPING_DATA) {
         ret = sim_device(sim)->co_pread(sim_device(sim),
@@ -207,6 +240,12 @@ int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
     return ret;
 }
 
+int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                            uint8_t *buf)
+{
+    return image_read_root(sim, st, NULL, guest, buf);
+}
+
 uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
                                      uint64_t guest)
 {
@@ -214,6 +253,21 @@ uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
 
     g_assert_cmpint(image_read(sim, st, guest, buf), ==, 0);
     return image_tag(buf, guest * IMAGE_SECTORS);
+}
+
+static void image_report(void *opaque, const char *message)
+{
+    g_printerr("check: %s\n", message);
+}
+
+void coroutine_fn image_check(ThinvmStore *st)
+{
+    ThinvmCheckResult result = {};
+
+    thinvm_store_check(st, 0, image_report, NULL, &result, &error_abort);
+    g_assert_cmpuint(result.corruptions, ==, 0);
+    g_assert_cmpuint(result.leaks, ==, 0);
+    g_assert_cmpuint(result.check_errors, ==, 0);
 }
 
 /* ------------------------------------------------------------------ */

@@ -47,9 +47,15 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
 /* Read one guest cluster, as a guest would; @buf: IMAGE_CLUSTER bytes */
 int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                             uint8_t *buf);
+/* The same in a snapshot, whose root this is */
+int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
+                                 const ThinvmPointer *root, uint64_t guest,
+                                 uint8_t *buf);
 /* Tag of the first sector of the cluster */
 uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
                                      uint64_t guest);
+/* thinvm_store_check() finds nothing wrong.  Aborts if it does */
+void coroutine_fn image_check(ThinvmStore *st);
 /*
  * Recount: every cluster that the disk's tree maps has count 1 and is mapped
  * once, and every other has 0, or is metadata.  Aborts if not.  No request
