@@ -61,21 +61,42 @@ thinvm_node_pdiscard(ThinvmDevice *dev, uint64_t offset, uint64_t bytes)
     return bdrv_co_pdiscard(thinvm_device_bs(dev)->file, offset, bytes);
 }
 
+/*
+ * The block layer remembers lengths, but another owner may have made the file
+ * longer since.  A stale length would be worse than wrong: "growing" to less
+ * than the real one cuts the end off.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_refresh_length(BlockDriverState *bs)
+{
+    BlockDriverState *child = bdrv_primary_bs(bs);
+    int ret = 0;
+
+    if (child) {
+        ret = thinvm_refresh_length(child);
+    }
+    return ret < 0 ? ret : bdrv_co_refresh_total_sectors(bs,
+                                                         bs->total_sectors);
+}
+
 static int64_t coroutine_fn GRAPH_RDLOCK
 thinvm_node_length(ThinvmDevice *dev)
 {
-    return bdrv_co_getlength(thinvm_device_bs(dev)->file->bs);
+    BlockDriverState *bs = thinvm_device_bs(dev)->file->bs;
+    int ret = thinvm_refresh_length(bs);
+
+    return ret < 0 ? ret : bdrv_co_getlength(bs);
 }
 
 /*
- * For a device of fixed size this is also what makes the block layer ask for
- * its length again, after somebody has enlarged it.
+ * For a device of fixed size this is also what makes it be asked for its
+ * capacity again, after somebody has enlarged it.
  */
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
 {
     BlockDriverState *bs = thinvm_device_bs(dev);
-    int64_t length = bdrv_co_getlength(bs->file->bs);
+    int64_t length = thinvm_node_length(dev);
     int ret;
 
     if (length < 0) {

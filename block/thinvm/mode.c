@@ -220,6 +220,19 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     return 0;
 }
 
+int coroutine_fn thinvm_mode_may_take(BlockDriverState *bs, bool force,
+                                      Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmOwnerView view;
+    int ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return thinvm_owner_may_take(&view, force, errp) ? 0 : -EBUSY;
+}
+
 int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
                                   Error **errp)
 {
@@ -242,13 +255,17 @@ int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
 /* ------------------------------------------------------------------ */
 /* owner -> reader, lost                                               */
 
-/* A checkpoint saves the next opener a replay; a few records are no replay */
+/*
+ * A checkpoint saves the next opener the replay.  One who wrote nothing but
+ * the record of his epoch leaves the image as it was.
+ */
 static bool thinvm_close_wants_checkpoint(ThinvmStore *st)
 {
     ThinvmStoreStats stats;
 
     thinvm_store_stats(st, &stats);
-    return stats.journal_used > 64 * KiB;
+    return stats.operations + stats.pending_operations > 1 ||
+           stats.journal_used > 64 * KiB;
 }
 
 int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,

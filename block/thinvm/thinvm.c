@@ -139,6 +139,7 @@ static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
+    bool take;
     int ret;
 
     ret = thinvm_open_superblock(bs, errp);
@@ -146,23 +147,26 @@ thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
         return ret;
     }
     s->mode = s->options.mode;
-    if (thinvm_may_write(bs, bs->open_flags) &&
-        s->options.mode != THINVM_CACHE_MODE_MIGRATION) {
-        ret = thinvm_mode_take(bs, true, errp);
-        if (ret < 0) {
-            return ret;
-        }
-    } else {
-        s->store = thinvm_store_open(&s->device, s->options.cache_size, errp);
-        if (!s->store) {
-            return -EINVAL;
-        }
-        ret = thinvm_mode_open_reader(bs, errp);
+    take = thinvm_may_write(bs, bs->open_flags) &&
+           s->options.mode != THINVM_CACHE_MODE_MIGRATION;
+    if (take) {
+        /* If another writes, that is the message, not what reading meets */
+        ret = thinvm_mode_may_take(bs, s->options.force_takeover, errp);
         if (ret < 0) {
             return ret;
         }
     }
-    return thinvm_open_backing_name(bs, errp);
+    /* A damaged image is refused before the first write, the claim */
+    s->store = thinvm_store_open(&s->device, s->options.cache_size, errp);
+    if (!s->store) {
+        return -EINVAL;
+    }
+    ret = thinvm_open_backing_name(bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return take ? thinvm_mode_take(bs, false, errp)
+                : thinvm_mode_open_reader(bs, errp);
 }
 
 /* Also takes back a half-done open; with the node drained, or not yet used */
@@ -256,16 +260,9 @@ typedef struct ThinvmReopen {
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_may_take(BlockDriverState *bs, void *opaque, Error **errp)
 {
-    BDRVThinvmState *s = bs->opaque;
     ThinvmReopen *r = opaque;
-    ThinvmOwnerView view;
-    int ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
 
-    if (ret < 0) {
-        return ret;
-    }
-    return thinvm_owner_may_take(&view, r->options.force_takeover, errp)
-           ? 0 : -EBUSY;
+    return thinvm_mode_may_take(bs, r->options.force_takeover, errp);
 }
 
 /*

@@ -222,6 +222,9 @@ thinvm_mode_configure(BlockDriverState *bs, ThinvmCacheMode mode,
 int coroutine_fn GRAPH_RDLOCK
 thinvm_mode_set_migrating(BlockDriverState *bs, bool migrating,
                           const char *reason, Error **errp);
+/* Could we become the owner, as things are now?  Writes nothing */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_may_take(BlockDriverState *bs, bool force, Error **errp);
 /*
  * Become the owner: claim, read what is on the device unless it is known to
  * be unchanged, begin to write.  @fresh: no request may be running that
