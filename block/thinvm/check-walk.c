@@ -140,7 +140,8 @@ static void coroutine_fn walk_tree(ThinvmCheck *c, const ThinvmPointer *root,
                                   const char *tree, uint64_t size)
 {
     c->tree = tree;
-    c->size_clusters = DIV_ROUND_UP(size, 1ULL << c->info.cluster_bits);
+    c->size_clusters = size == UINT64_MAX ? UINT64_MAX :
+                       DIV_ROUND_UP(size, 1ULL << c->info.cluster_bits);
     walk_map(c, root, THINVM_INNER_LEVELS, 0);
 }
 

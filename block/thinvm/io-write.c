@@ -50,6 +50,7 @@ typedef struct WriteRequest {
     BdrvRequestFlags read_flags;    /* for @src */
     BdrvRequestFlags flags;
     uint64_t ticket;                /* of the last operation; 0: none */
+    bool no_space;                  /* no cluster could be reserved */
 } WriteRequest;
 
 typedef struct WriteChunk {
@@ -207,6 +208,7 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
     ret = thinvm_store_reserve(s->store, goal(c), c->count, &c->physical,
                                &c->count);
     if (ret < 0) {
+        c->r->no_space = ret == -ENOSPC;
         return ret;
     }
     shorten(c, c->count);
@@ -782,10 +784,11 @@ static int coroutine_fn GRAPH_RDLOCK write_request(WriteRequest *r)
         return ret;
     }
     for (attempt = 0; attempt < 2; attempt++) {
+        r->no_space = false;
         token = thinvm_store_request_begin(s->store);
         ret = write_once(r);
         thinvm_store_request_end(s->store, token);
-        if (ret != -ENOSPC) {
+        if (ret == 0 || !r->no_space) {
             break;
         }
         /* what was freed since we joined could not be given to us: once more */
