@@ -134,12 +134,29 @@ class State(Pages):
                 if physical:
                     self._change_counts(physical, 1, -1)
                 page.items[i] = entry
+        else:
+            small = span >> 8
+            for i in range((first - base) // small,
+                           (end - 1 - base) // small + 1):
+                page.items[i] = self._unmap(page.items[i], level - 1,
+                                            base + i * small, first, end, new)
+        return self._collapse(pointer, page)
+
+    def _collapse(self, pointer, page):
+        """A page all of which reads alike without clusters goes."""
+        item = page.items[0]
+        if any(other != item for other in page.items):
             return pointer
-        small = span >> 8
-        for i in range((first - base) // small, (end - 1 - base) // small + 1):
-            page.items[i] = self._unmap(page.items[i], level - 1,
-                                        base + i * small, first, end, new)
-        return pointer
+        if page.level:
+            if item.type not in (NONE, ZERO):
+                return pointer
+        else:
+            physical, _, source = entry_fields(item)
+            if physical:
+                return pointer
+            item = EMPTY._replace(type=ZERO if source == ZEROES else NONE)
+        self._change_page_count(pointer.address, -1)
+        return item
 
     # -- operations --
 
