@@ -136,9 +136,26 @@ class Runner:
             return verdict, reason
         finally:
             end_leftovers(images)
+            self._keep_output(name, images)
             for d in (directory, images):
                 unmount_below(d)
                 shutil.rmtree(d, ignore_errors=True)
+
+    def _keep_output(self, name, images):
+        """What a test printed that does not match, for --update."""
+        bad = images / f'{self.format}-file-{name}' / f'{name}.out.bad'
+        kept = self.logs / f'{name}.out.bad'
+        if bad.exists():
+            shutil.copyfile(bad, kept)
+        else:
+            kept.unlink(missing_ok=True)
+
+    def update(self, entry):
+        """Take what the test printed last as its reference output."""
+        name = entry.name
+        wanted = (self.logs / f'{name}.out.bad').read_text(encoding='utf-8')
+        thinvm_derive.make_edits(name, thinvm_derive.find(name), self.source,
+                                 entry, wanted)
 
     def _check(self, name, env, cwd, log):
         with subprocess.Popen(self.command(name), env=env, cwd=cwd,
@@ -206,6 +223,10 @@ def parse_args():
                    help='also the slow ones, and try those that wait for a '
                    'feature or need what may be missing here')
     p.add_argument('--time-limit', type=int, default=LIMIT, metavar='SEC')
+    p.add_argument('--update', action='store_true',
+                   help='with --only: make what these tests printed last '
+                   'their reference output (thinvm-out/), run none; read '
+                   'the result before you commit it')
     p.add_argument('--format', default='thinvm',
                    help='run the listed tests, as upstream wrote them, for '
                    'another format: to tell what fails in this environment '
@@ -246,6 +267,10 @@ def main():
     if not run and not rest:
         print(f'no test is named "{args.only}"', file=sys.stderr)
         return 2
+    if args.update and args.only:
+        for e in [*run.values(), *rest.values()]:
+            Runner(args, '').update(e)
+        return 0
     for e in rest.values():
         report('skip', e.name, e.reason, 0)
     counts = {'ok': 0, 'not ok': 0, 'skip': len(rest)}

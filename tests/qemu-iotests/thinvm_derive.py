@@ -17,6 +17,7 @@
 # tells for which text it was made.  A rule that no longer fits, because
 # upstream changed its test, is an error of that test and names itself.
 
+import difflib
 import hashlib
 import os
 import re
@@ -97,6 +98,32 @@ def apply_edits(name, text):
         else:
             lines[first - 1:last] = new
     return '\n'.join(lines) + '\n'
+
+
+def make_edits(name, path, source, entry, wanted):
+    """
+    Write the test's ed script: what turns the reference output, as the
+    rules leave it, into wanted.
+    """
+    rules = [r for r in load_rules().get(name, []) if r['in'] == 'out']
+    text, _ = reference(source, path)
+    if entry.way == 'copy' or 'names' in entry.modifiers:
+        text = rename(text)
+    text = apply_rules(name, text, rules)
+    old, new = text.splitlines(), wanted.splitlines()
+    script = [f'# {sha256(text)}']
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for tag, a, b, c, d in reversed(matcher.get_opcodes()):
+        where = str(a + 1) if b - a < 2 else f'{a + 1},{b}'
+        if tag == 'insert':
+            script += [f'{a}a', *new[c:d], '.']
+        elif tag == 'delete':
+            script.append(f'{where}d')
+        elif tag == 'replace':
+            script += [f'{where}c', *new[c:d], '.']
+    EDITS.mkdir(exist_ok=True)
+    (EDITS / f'{name}.ed').write_text('\n'.join(script) + '\n',
+                                      encoding='utf-8')
 
 
 def sha256(text):
