@@ -15,6 +15,8 @@
  * where metadata extents are.  (Invariant 4 of the design, section 4, says
  * that whatever happened there is nothing to find.)
  *
+ * check-repair.c sets counts to what was counted.
+ *
  * The state must not change meanwhile.  Memory: two bytes for each cluster
  * in use within a window of the device, and for each metadata page.
  */
@@ -52,6 +54,24 @@ void thinvm_check_leak(ThinvmCheck *c, const char *fmt, ...)
     va_start(ap, fmt);
     report(c, fmt, ap);
     va_end(ap);
+}
+
+static void add_fix(ThinvmCheck *c, ThinvmCheckFix fix)
+{
+    if (c->fixes) {
+        g_array_append_val(c->fixes, fix);
+    }
+}
+
+static void fix_count(ThinvmCheck *c, bool page, uint64_t number,
+                      uint16_t recorded, uint16_t references)
+{
+    add_fix(c, (ThinvmCheckFix) {
+        .number = number,
+        .page = page,
+        .leak = recorded > references && recorded != THINVM_COUNT_METADATA,
+        .count = references,
+    });
 }
 
 /* ------------------------------------------------------------------ */
@@ -142,6 +162,7 @@ int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
     thinvm_needs_destroy(c->s, &needs);
     thinvm_state_unlock(c->s);
 
+    c->incomplete |= ret < 0;
     if (ret < 0 && c->first_walk) {
         const char *why = err ? error_get_pretty(err) :
             ret == -EBADMSG ? "it is of another kind elsewhere" :
@@ -175,6 +196,7 @@ bool thinvm_check_enter_page(ThinvmCheck *c, const ThinvmPointer *ptr,
     uint16_t recorded;
 
     if (recorded_page(c, ptr->address, &recorded) < 0) {
+        c->incomplete = true;
         if (c->first_walk) {
             thinvm_check_corruption(c, "%s: pointer to page %" PRIu64 ", which "
                                     "is not in any metadata extent", what,
@@ -198,7 +220,12 @@ static void compare_pages(ThinvmCheck *c, uint64_t cluster)
             thinvm_check_corruption(c, "cluster %" PRIu64 " is marked as "
                                     "metadata, but is in no metadata extent",
                                     cluster);
+            fix_count(c, false, cluster, THINVM_COUNT_METADATA,
+                      counted(c->clusters, cluster));
             return;
+        }
+        if (recorded != references) {
+            fix_count(c, true, page, recorded, references);
         }
         if (recorded < references) {
             thinvm_check_corruption(c, "metadata page %" PRIu64 " has %u "
@@ -238,25 +265,31 @@ static void compare_cluster(ThinvmCheck *c, uint64_t cluster,
                           ") has reference count %u, but %u users", cluster,
                           cluster << c->info.cluster_bits, recorded,
                           references);
+        fix_count(c, false, cluster, recorded, references);
+    } else if (recorded < references) {
+        /* was reported where the cluster is used */
+        fix_count(c, false, cluster, recorded, references);
     }
-    /* the opposite was reported where the cluster is used */
 }
 
 /* A range of clusters that all have this count */
 static void compare_uniform(ThinvmCheck *c, uint64_t first, uint64_t end,
                             uint16_t recorded)
 {
+    uint64_t next;
+
     first = MAX(first, c->window_start);
     end = MIN(end, c->window_end);
-    if (!recorded) {
-        /* what is used all the same was reported there, but for this */
-        if (first < MIN(end, c->info.first_cluster)) {
-            compare_cluster(c, first, 0);
+    for (; first < end; first = next) {
+        next = MIN(end, QEMU_ALIGN_DOWN(first, THINVM_CHECK_CHUNK) +
+                        THINVM_CHECK_CHUNK);
+        if (!recorded && first >= c->info.first_cluster &&
+            !thinvm_check_chunk(c->clusters, first)) {
+            continue;
         }
-        return;
-    }
-    for (; first < end; first++) {
-        compare_cluster(c, first, recorded);
+        for (uint64_t i = first; i < next; i++) {
+            compare_cluster(c, i, recorded);
+        }
     }
 }
 
@@ -331,6 +364,7 @@ static uint64_t coroutine_fn compare_counts(ThinvmCheck *c,
                                     "those of clusters from %" PRIu64 " on "
                                     "tells of %u free ones, but %" PRIu64
                                     " are", start, child.extra, below);
+            add_fix(c, (ThinvmCheckFix) { .number = start, .own = true });
         }
     }
     return nb_free;
@@ -378,6 +412,10 @@ static void coroutine_fn compare_extents(ThinvmCheck *c)
                 thinvm_check_corruption(c, "cluster %" PRIu64 " is in metadata "
                                         "extent %u, but has reference count "
                                         "%u", n, i, recorded);
+                add_fix(c, (ThinvmCheckFix) {
+                    .number = n,
+                    .count = THINVM_COUNT_METADATA,
+                });
             }
         }
     }
@@ -415,7 +453,7 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
         .result = result,
     };
     unsigned token;
-    int ret;
+    int ret = 0;
 
     *result = (ThinvmCheckResult) { };
     if (thinvm_store_writable(st)) {
@@ -433,6 +471,9 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
     thinvm_state_info(c.s, &c.info);
     thinvm_state_unlock(c.s);
     c.extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    if (fix) {
+        c.fixes = g_array_new(false, false, sizeof(ThinvmCheckFix));
+    }
     result->total_clusters = DIV_ROUND_UP(c.info.virtual_size,
                                           1ULL << c.info.cluster_bits);
     c.first_walk = true;
@@ -444,7 +485,13 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
         c.first_walk = false;
     } while (c.window_start < c.info.device_clusters);
     compare_extents(&c);
+    if (c.fixes) {
+        if (c.fixes->len) {
+            ret = thinvm_check_repair(&c, fix, errp);
+        }
+        g_array_unref(c.fixes);
+    }
     g_array_unref(c.extents);
     thinvm_store_request_end(st, token);
-    return 0;
+    return ret;
 }

@@ -24,6 +24,16 @@
 /* Counts by number, in chunks that exist where something was counted */
 #define THINVM_CHECK_CHUNK      THINVM_COUNTS_PER_LEAF
 
+/* A count that has to become another one */
+typedef struct ThinvmCheckFix {
+    uint64_t number;                /* of a cluster, or of a page */
+    bool page;
+    bool leak;                      /* it is too high */
+    bool own;                       /* set it to what it is: makes the sums of
+                                       free clusters above it right */
+    uint16_t count;
+} ThinvmCheckFix;
+
 typedef struct ThinvmCheck {
     ThinvmStore *st;
     ThinvmState *s;
@@ -38,6 +48,10 @@ typedef struct ThinvmCheck {
     GHashTable *clusters, *pages;   /* number / CHUNK -> uint16_t[CHUNK] */
     GArray *extents;                /* ThinvmFreedRange, in clusters: those
                                        that the device's space map has */
+
+    bool incomplete;                /* something could not be read: what hangs
+                                       on it was not counted */
+    GArray *fixes;                  /* ThinvmCheckFix; NULL: none wanted */
 
     /* The tree that is walked */
     const char *tree;               /* for messages */
@@ -73,6 +87,9 @@ bool thinvm_check_enter_page(ThinvmCheck *c, const ThinvmPointer *ptr,
 /* The reference count of a cluster as it is recorded; reports nothing */
 int coroutine_fn thinvm_check_recorded(ThinvmCheck *c, uint64_t cluster,
                                        uint16_t *count);
+
+/* check-repair.c: apply c->fixes, as far as @fix (THINVM_FIX_*) allows */
+int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp);
 
 /* Walk all trees but that of the reference counts */
 void coroutine_fn thinvm_check_walk(ThinvmCheck *c);
