@@ -180,6 +180,8 @@ struct ThinvmStore {
     unsigned reserve_waiting;   /* requests that wait for others to leave */
     bool discard;
     CoMutex grow_lock;
+    uint64_t deleting_id;       /* of the snapshot being deleted; st->lock */
+    uint64_t deleting_sequence; /* record that hides it */
 
     /* replay.c: following */
     bool following;             /* somebody catches up; st->lock */

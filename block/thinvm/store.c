@@ -208,6 +208,24 @@ ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
     return st;
 }
 
+/*
+ * What an autoclear feature that we do not know says of the image will be
+ * wrong after our first change: its bit goes before, out of both bases.
+ */
+static int coroutine_fn clear_unknown_autoclear(ThinvmStore *st)
+{
+    int ret = 0;
+
+    if (st->bases.newest.autoclear & ~THINVM_AUTOCLEAR_KNOWN) {
+        ret = thinvm_store_checkpoint(st);
+    }
+    if (ret == 0 && st->bases.has_older &&
+        st->bases.older.autoclear & ~THINVM_AUTOCLEAR_KNOWN) {
+        ret = thinvm_store_checkpoint(st);
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp)
 {
@@ -252,6 +270,12 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
         goto fail;
     }
     qatomic_set(&st->mode, THINVM_STORE_WRITING);
+    ret = clear_unknown_autoclear(st);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not clear the image's autoclear "
+                         "feature bits");
+        goto fail;
+    }
     trace_thinvm_begin_writing(st, epoch, st->journal.flushed_sequence);
     return 0;
 
@@ -593,17 +617,60 @@ static void kick_if_due(ThinvmStore *st)
     }
 }
 
+/*
+ * Deleting a snapshot begins with a step that hides it; the next ones give up
+ * its clusters, which may make them the disk's own, to be overwritten in
+ * place.  So the first must be durable before the second: else a power cut
+ * could list the snapshot again, with what was overwritten.
+ */
+static int coroutine_fn settle_deletion(ThinvmStore *st, const ThinvmOp *op)
+{
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        if (st->deleting_id != op->value ||
+            st->deleting_sequence <= st->journal.flushed_sequence) {
+            return 0;
+        }
+    }
+    return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+}
+
+static void note_deletion(ThinvmStore *st, const ThinvmOp *op, uint64_t ticket)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    if (st->deleting_id != op->value) {
+        st->deleting_id = op->value;
+        st->deleting_sequence = ticket;
+    }
+}
+
 int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
                                       uint64_t *ticket, Error **errp)
 {
+    bool deletes = op->type == THINVM_OP_SNAPSHOT_DELETE_STEP;
     ThinvmOp copy = *op;
-    int ret = thinvm_store_execute_internal(st, &copy, false, false, ticket,
-                                            errp);
+    uint64_t own_ticket;
+    int ret;
 
-    if (ret == 0) {
-        kick_if_due(st);
+    if (deletes) {
+        ret = settle_deletion(st, op);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+            return ret;
+        }
     }
-    return ret;
+    ret = thinvm_store_execute_internal(st, &copy, false, false, &own_ticket,
+                                        errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (deletes) {
+        note_deletion(st, op, own_ticket);
+    }
+    if (ticket) {
+        *ticket = own_ticket;
+    }
+    kick_if_due(st);
+    return 0;
 }
 
 int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
