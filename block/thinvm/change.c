@@ -182,7 +182,12 @@ int coroutine_fn thinvm_co_truncate(BlockDriverState *bs, int64_t offset,
     if (ret < 0) {
         return ret;
     }
-    return thinvm_settle(bs, errp);
+    ret = thinvm_settle(bs, errp);
+    if (ret >= 0 && offset < old) {
+        /* Who shrinks a disk wants the space back, whatever "discard" says */
+        thinvm_store_reclaim(s->store, true);
+    }
+    return ret;
 }
 
 /* ------------------------------------------------------------------ */

@@ -429,7 +429,8 @@ BlockMeasureInfo *thinvm_measure(QemuOpts *opts, BlockDriverState *in_bs,
         size = sb.virtual_size = in_size;
     }
     clusters = DIV_ROUND_UP(size, cluster_size);
-    if (clusters > THINVM_MAX_GUEST_CLUSTERS || size > THINVM_MAX_VIRTUAL_SIZE) {
+    if (clusters > THINVM_MAX_GUEST_CLUSTERS ||
+        size > THINVM_MAX_VIRTUAL_SIZE) {
         error_setg(errp, "A disk of %" PRIu64 " bytes is too large for "
                    "clusters of %" PRIu64 " bytes", size, cluster_size);
         return NULL;

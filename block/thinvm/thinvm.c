@@ -84,11 +84,21 @@ thinvm_open_superblock(BlockDriverState *bs, Error **errp)
     ThinvmSuperblock sb, older;
     bool has_older;
     uint64_t unknown;
+    int64_t length;
     int ret;
 
     ret = thinvm_store_probe(&s->device, &sb, &older, &has_older, errp);
     if (ret < 0) {
         return ret;
+    }
+    /* Before any page is read: a missing one would look damaged */
+    length = s->device.co_length(&s->device);
+    if (length >= 0 && length < sb.device_clusters << sb.cluster_bits) {
+        error_setg(errp, "The device has %" PRId64 " bytes, but the image on "
+                   "it uses up to %" PRIu64 "; it was truncated, or copied "
+                   "incompletely, or must be rescanned",
+                   length, sb.device_clusters << sb.cluster_bits);
+        return -EINVAL;
     }
     s->uuid = sb.uuid;
     s->cluster_bits = sb.cluster_bits;
@@ -97,6 +107,7 @@ thinvm_open_superblock(BlockDriverState *bs, Error **errp)
     s->compatible = sb.compatible;
     s->readonly_compatible = sb.readonly_compatible;
     s->incompatible = sb.incompatible;
+    s->clear_features = sb.autoclear & ~THINVM_AUTOCLEAR_KNOWN;
 
     unknown = sb.readonly_compatible & ~THINVM_READONLY_COMPATIBLE_KNOWN;
     if (unknown) {
