@@ -155,20 +155,16 @@ void thinvm_store_free(ThinvmStore *st)
 }
 
 /* Is all that may be mapped within the device? */
-static int coroutine_fn check_length(ThinvmStore *st, Error **errp)
+static int coroutine_fn check_length(ThinvmDevice *dev, uint64_t clusters,
+                                     unsigned cluster_bits, Error **errp)
 {
-    int64_t length = st->dev->co_length(st->dev);
-    ThinvmInfoState info;
-    uint64_t needed;
+    int64_t length = dev->co_length(dev);
+    uint64_t needed = clusters << cluster_bits;
 
     if (length < 0) {
         error_setg_errno(errp, -length, "Could not get the device's length");
         return length;
     }
-    thinvm_state_lock(st->state);
-    thinvm_state_info(st->state, &info);
-    thinvm_state_unlock(st->state);
-    needed = info.device_clusters << info.cluster_bits;
     if (length < needed) {
         error_setg(errp, "The device has %" PRId64 " bytes, but the image on "
                    "it uses up to %" PRIu64 "; it was truncated, or copied "
@@ -178,25 +174,36 @@ static int coroutine_fn check_length(ThinvmStore *st, Error **errp)
     return 0;
 }
 
+static int coroutine_fn check_own_length(ThinvmStore *st, Error **errp)
+{
+    ThinvmInfoState info;
+
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    thinvm_state_unlock(st->state);
+    return check_length(st->dev, info.device_clusters, info.cluster_bits,
+                        errp);
+}
+
 ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
                                             uint64_t cache_size,
                                             Error **errp)
 {
-    ThinvmStore *st = store_new(dev, cache_size);
+    ThinvmStore *st;
     ThinvmSuperblock sb;
 
-    if (!cache_size) {
-        if (thinvm_store_probe(dev, &sb, NULL, NULL, errp) < 0) {
-            store_destroy(st);
-            return NULL;
-        }
-        st->cache_size = thinvm_store_default_cache_size(sb.virtual_size);
+    /* The length first: on a truncated device all else looks damaged */
+    if (thinvm_store_probe(dev, &sb, NULL, NULL, errp) < 0 ||
+        check_length(dev, sb.device_clusters, sb.cluster_bits, errp) < 0) {
+        return NULL;
     }
+    st = store_new(dev, cache_size ?:
+                   thinvm_store_default_cache_size(sb.virtual_size));
     if (thinvm_replay_open(st, errp) < 0) {
         store_destroy(st);
         return NULL;
     }
-    if (check_length(st, errp) < 0) {
+    if (check_own_length(st, errp) < 0) {
         thinvm_store_free(st);
         return NULL;
     }
@@ -245,7 +252,7 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     if (ret < 0) {
         return ret;
     }
-    ret = check_length(st, errp);
+    ret = check_own_length(st, errp);
     if (ret < 0) {
         goto fail;
     }

@@ -395,6 +395,38 @@ static void coroutine_fn test_fallback(ThinvmSim *sim)
     }
 }
 
+/* Features that we do not know and must not let stand once we write */
+static void coroutine_fn test_autoclear(ThinvmSim *sim)
+{
+    uint8_t page[SIM_BLOCK];
+    ThinvmSuperblock sb, older;
+    bool has_older;
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    thinvm_store_checkpoint(st);
+    store_close(st, true);
+    for (int slot = 0; slot < THINVM_NB_SUPERBLOCKS; slot++) {
+        uint64_t at = thinvm_superblock_offset(slot);
+
+        sim_peek(sim, at, SIM_BLOCK, page);
+        g_assert_cmpint(thinvm_superblock_decode(&sb,
+                                                 (ThinvmSuperblockLe *)page,
+                                                 &error_abort), ==, 0);
+        sb.autoclear = 6;
+        thinvm_superblock_encode((ThinvmSuperblockLe *)page, &sb);
+        sim_poke(sim, at, SIM_BLOCK, page);
+    }
+    st = image_open(sim);
+    store_die(st);
+    g_assert_cmpint(thinvm_store_probe(sim_device(sim), &sb, &older,
+                                       &has_older, &error_abort), ==, 0);
+    g_assert_true(has_older);
+    g_assert_cmpuint(sb.autoclear, ==, 0);
+    g_assert_cmpuint(older.autoclear, ==, 0);
+}
+
 static void coroutine_fn test_no_superblock(ThinvmSim *sim)
 {
     ThinvmStore *st;
@@ -1079,6 +1111,7 @@ int main(int argc, char **argv)
     add("/thinvm/store/open/refused", test_refused);
     add("/thinvm/store/open/truncated", test_truncated);
     add("/thinvm/store/open/fallback", test_fallback);
+    add("/thinvm/store/open/autoclear", test_autoclear);
     add("/thinvm/store/open/no-superblock", test_no_superblock);
     add("/thinvm/store/checkpoint", test_checkpoint);
     add("/thinvm/store/journal/torn-record", test_torn_record);
