@@ -20,7 +20,7 @@ import build as thinvm_build                            # noqa: E402
 import demo_report                                      # noqa: E402
 from lib.acked import count_lost, write_thousand        # noqa: E402
 from lib.contents import scan                       # noqa: E402
-from lib.context import Context, Failure, Skip, check   # noqa: E402
+from lib.context import Context, check               # noqa: E402
 from lib.guest import Guest                             # noqa: E402
 from lib.image import (GiB, File, create, info,         # noqa: E402
                        require_clean)
@@ -281,7 +281,7 @@ def main():
         demo = Demo(ctx)
         try:
             demo.play()
-        except (Failure, Skip, Exception) as err:
+        except Exception as err:
             demo_report.print_failure(demo, err, logs)
             return 1
         text = demo_report.make(demo)
