@@ -140,7 +140,7 @@ def copy_data(device, out, source, target, length):
     while length:
         n = min(length, COPY)
         data = device.read_data(source, n)
-        if any(data):
+        if data.count(0) < n:           # much faster than any()
             os.pwrite(out, data, target)
         source, target, length = source + n, target + n, length - n
 
