@@ -270,20 +270,32 @@ class Daemon:
         self.log = open(os.path.join(directory, 'log'), 'w+b')
         self.process = subprocess.Popen(args, stdout=self.log,
                                         stderr=self.log)
-        deadline = time.monotonic() + 60
-        while not self.connectable():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise Failure(f'the daemon does not start: {self.output()}')
-            time.sleep(0.02)
-        self.qmp = socket.socket(socket.AF_UNIX)
-        self.qmp.settimeout(60)
-        self.qmp.connect(self.qmp_path)
+        try:
+            self.connect(self.socket).close()
+            self.qmp = self.connect(self.qmp_path)
+        except Failure:
+            self.process.kill()
+            self.process.wait()
+            self.log.close()
+            raise
         self.qmp_file = self.qmp.makefile('rw')
         self.qmp_file.readline()
         self.command('qmp_capabilities')
 
-    def connectable(self):
-        return os.path.exists(self.socket) and os.path.exists(self.qmp_path)
+    def connect(self, path):
+        """Once the daemon listens there; the file comes before that."""
+        deadline = time.monotonic() + 60
+        while True:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(60)
+            try:
+                sock.connect(path)
+                return sock
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise Failure(f'the daemon does not start: {self.output()}')
+            time.sleep(0.02)
 
     def output(self):
         self.log.flush()
