@@ -31,8 +31,6 @@
 #include "store-int.h"
 #include "trace.h"
 
-/* Ranges in quarantine that are too many to wait for the worker */
-#define THINVM_QUARANTINE_FULL      16384
 /* Ranges that one call of thinvm_store_reclaim() makes free, at least */
 #define THINVM_RECLAIM_STEP         1024
 /* Bytes by which a device is enlarged at least, when that works */

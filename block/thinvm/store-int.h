@@ -285,6 +285,8 @@ int coroutine_fn thinvm_checkpoint_first(ThinvmStore *st);
 void thinvm_checkpoint_forget(ThinvmStore *st);
 
 /* ---- reclaim.c ---- */
+/* Ranges in quarantine that are too many to wait for the worker */
+#define THINVM_QUARANTINE_FULL  16384
 void thinvm_reclaim_init(ThinvmStore *st);
 void thinvm_reclaim_destroy(ThinvmStore *st);
 /* Take what was freed just now; the state lock is held */

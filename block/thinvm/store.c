@@ -689,6 +689,7 @@ int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
         .tree = tree,
         .source = source,
     };
+    uint64_t full = THINVM_QUARANTINE_FULL;
     int ret = thinvm_store_may_write(st);
 
     if (ret < 0) {
@@ -704,10 +705,13 @@ int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
             return ret;
         }
         assert(op.count > 0 && op.count <= count);
-        if (thinvm_quarantine_is_full(st)) {
-            /* What a long range frees would else pile up in memory */
+        if (qatomic_read(&st->quarantined_ranges) >= full) {
+            /* What a long range frees would else pile up in memory; the
+               caller's own request may be what keeps it there */
             thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
             thinvm_store_reclaim(st, st->discard);
+            full = qatomic_read(&st->quarantined_ranges) +
+                   THINVM_QUARANTINE_FULL;
         }
     }
     kick_if_due(st);

@@ -94,7 +94,11 @@ ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
 uint64_t thinvm_store_default_cache_size(uint64_t virtual_size);
 /*
  * Begin to write, as the owner of @epoch (greater than any in the journal):
- * journals EPOCH, durably.  Before this every change is refused (-EROFS).
+ * catches up, starts afresh if the newest base is not ours, checks the
+ * device's length, then journals EPOCH, durably.  Before this every change is
+ * refused (-EROFS).  When it has started afresh, clusters that are free in
+ * the new state may still be read by requests from before: such reads count
+ * only if catching up, or this, has not happened meanwhile.
  */
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp);
@@ -110,7 +114,11 @@ bool thinvm_store_writable(ThinvmStore *st);
 /* No I/O; any context; no request may be running */
 void thinvm_store_free(ThinvmStore *st);
 
-/* The engine below; for information and look-ups of snapshots */
+/*
+ * The engine below; for information and look-ups of snapshots.  Of a store
+ * that follows another owner it is replaced now and then: use it within a
+ * request (thinvm_store_request_begin()), which keeps it.
+ */
 ThinvmState *thinvm_store_state(ThinvmStore *st);
 void thinvm_store_stats(ThinvmStore *st, ThinvmStoreStats *stats);
 
@@ -125,7 +133,10 @@ void thinvm_store_stats(ThinvmStore *st, ThinvmStoreStats *stats);
 unsigned thinvm_store_request_begin(ThinvmStore *st);
 void thinvm_store_request_end(ThinvmStore *st, unsigned token);
 
-/* thinvm_state_lookup() with the pages read as needed; 0 or negative errno */
+/*
+ * thinvm_state_lookup() with the pages read as needed; 0 or negative errno.
+ * Within a request.
+ */
 int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
                                      const ThinvmPointer *root,
                                      uint64_t guest, uint64_t count,
@@ -133,7 +144,10 @@ int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
 
 /*
  * thinvm_space_reserve() with everything tried before -ENOSPC is returned:
- * pages read, freed clusters reclaimed (a durable commit), device grown.
+ * pages read, freed clusters reclaimed (a durable commit), device grown, other
+ * requests waited for (half a second at most: they may be waiting for us).
+ * What was freed after the caller's own request began is not available to it:
+ * at -ENOSPC a caller may leave, join again, look up again and try once more.
  */
 int coroutine_fn thinvm_store_reserve(ThinvmStore *st, uint64_t goal,
                                       uint64_t max, uint64_t *first,
@@ -152,7 +166,8 @@ int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
                                       uint64_t *ticket, Error **errp);
 /*
  * UNMAP a range of any length in bounded steps; clusters that are so already
- * are skipped.
+ * are skipped.  For a very long range without a request of one's own, which
+ * would keep in quarantine (and memory) what the steps free.
  */
 int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
                                     uint64_t count, ThinvmSource source,
