@@ -176,16 +176,6 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
     if (ret >= 0) {
         ret = thinvm_store_begin_writing(st, s->claim.epoch, errp);
     }
-    if (ret >= 0 && s->clear_features) {
-        /* Before the first change that a later version's features missed */
-        ret = thinvm_store_checkpoint(st);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Cannot clear the feature bits of a "
-                             "later version");
-            thinvm_store_end_writing(st, false, NULL);
-        }
-        s->clear_features = ret < 0;
-    }
     if (ret < 0) {
         if (st != s->store) {
             thinvm_store_free(st);

@@ -107,7 +107,6 @@ thinvm_open_superblock(BlockDriverState *bs, Error **errp)
     s->compatible = sb.compatible;
     s->readonly_compatible = sb.readonly_compatible;
     s->incompatible = sb.incompatible;
-    s->clear_features = sb.autoclear & ~THINVM_AUTOCLEAR_KNOWN;
 
     unknown = sb.readonly_compatible & ~THINVM_READONLY_COMPATIBLE_KNOWN;
     if (unknown) {

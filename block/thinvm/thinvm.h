@@ -64,7 +64,6 @@ struct BDRVThinvmState {
     uint64_t cluster_size;          /* bytes */
     uint64_t journal_size;          /* bytes */
     uint64_t compatible, readonly_compatible, incompatible; /* features */
-    bool clear_features;    /* the first write must clear autoclear bits */
     /*
      * Set by opening a snapshot temporarily: look-ups of the disk use its
      * tree instead of the active one, and it has its own size.  The node is
