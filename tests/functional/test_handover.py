@@ -17,7 +17,7 @@ from lib.nbd import NBDClient
 from lib.node import mode_of
 from lib.qmp import QMPError
 from lib.qsd import StorageDaemon
-from lib.testing import OURS, test
+from lib.testing import test
 from lib.tgt import Target
 
 

@@ -15,7 +15,7 @@ from lib.node import mode_events
 from lib.qmp import QMPError
 from lib.testing import ANY, OURS, test
 from lib.tgt import Target
-from lib.vm import (NODE, VM, begin_migration, finish_migration, migrate,
+from lib.vm import (VM, begin_migration, finish_migration, migrate,
                     wait_migration)
 
 SLOW = 256 << 10            # bytes a second: such a migration does not end

@@ -8,7 +8,7 @@ say whose it is (invariant 6: only the owner writes).
 from lib.context import check
 from lib.guest import Guest
 from lib.image import GiB, create, require_clean
-from lib.testing import OURS, test
+from lib.testing import test
 from lib.tgt import Target
 from lib.vm import VM
 
