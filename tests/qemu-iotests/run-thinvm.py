@@ -258,7 +258,7 @@ def main():
     args = parse_args()
     entries = thinvm_tests.load()
     if args.format == 'thinvm':
-        entries.update(own_tests())
+        entries = {**own_tests(), **entries}
     run, rest = select(entries, args)
     if args.list:
         for e in [*run.values(), *rest.values()]:

@@ -110,6 +110,8 @@ def make_edits(name, path, source, entry, wanted):
     if entry.way == 'copy' or 'names' in entry.modifiers:
         text = rename(text)
     text = apply_rules(name, text, rules)
+    if re.search(r'/\S+/iot-', wanted):
+        raise RuleError(f'{name}: its output names directories of this run')
     old, new = text.splitlines(), wanted.splitlines()
     script = [f'# {sha256(text)}']
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)

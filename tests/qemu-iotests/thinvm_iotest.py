@@ -30,9 +30,25 @@ IO_TROUBLE = re.compile(r'failed|error|invalid|unknown|not found', re.I)
 
 
 def digest(path):
-    """SHA-256 of a file, to show that nothing was written."""
+    """
+    SHA-256 of a file, to show that nothing was written, apart from the
+    blocks of ownership (64 KiB to 192 KiB), which say who tried.
+    """
+    content = hashlib.sha256(str(os.path.getsize(path)).encode())
     with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+        at = 0
+        while True:
+            try:
+                at = os.lseek(f.fileno(), at, os.SEEK_DATA)
+            except OSError:             # no data behind it
+                return content.hexdigest()
+            end = os.lseek(f.fileno(), at, os.SEEK_HOLE)
+            data = bytearray(os.pread(f.fileno(), end - at, at))
+            first, last = 64 * KiB - at, 192 * KiB - at
+            if last > 0 and first < len(data):
+                data[max(first, 0):last] = b''
+            content.update(b'%d' % at + data)
+            at = end
 
 
 def allocated(path):
