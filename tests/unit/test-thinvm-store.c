@@ -8,110 +8,7 @@
  * can be said of single steps.
  */
 #include "qemu/osdep.h"
-#include "qemu/cutils.h"
-#include "qemu/main-loop.h"
-#include "qemu/module.h"
-#include "thinvm-sim-image.h"
-#include "block/thinvm/store-int.h"
-
-#define VIRTUAL_SIZE    (1 * GiB)
-#define DEVICE_SIZE     (16 * MiB)
-#define DEVICE_MAX      (128 * MiB)
-#define JOURNAL_END     (THINVM_JOURNAL_OFFSET + 1 * MiB)
-
-typedef void coroutine_fn TestBody(ThinvmSim *sim);
-
-typedef struct TestRun {
-    ThinvmSim *sim;
-    TestBody *body;
-} TestRun;
-
-static void coroutine_fn test_entry(void *opaque)
-{
-    TestRun *run = opaque;
-
-    run->body(run->sim);
-    sim_finish(run->sim);
-}
-
-static void run_on(ThinvmSim *sim, TestBody *body)
-{
-    TestRun run = { sim, body };
-
-    sim_start(sim, test_entry, &run);
-    sim_run(sim);
-}
-
-static void run_test(gconstpointer data)
-{
-    ThinvmSim *sim = sim_new(1, DEVICE_SIZE, DEVICE_MAX);
-
-    run_on(sim, (TestBody *)data);
-    sim_free(sim);
-}
-
-/* Forget the store as a dying process would */
-static void store_die(ThinvmStore *st)
-{
-    thinvm_store_free(st);
-}
-
-static void coroutine_fn store_close(ThinvmStore *st, bool checkpoint)
-{
-    thinvm_store_end_writing(st, checkpoint, &error_abort);
-    thinvm_store_free(st);
-}
-
-static ThinvmStoreStats stats_of(ThinvmStore *st)
-{
-    ThinvmStoreStats stats;
-
-    thinvm_store_stats(st, &stats);
-    return stats;
-}
-
-static ThinvmInfoState info_of(ThinvmStore *st)
-{
-    ThinvmInfoState info;
-
-    thinvm_state_lock(thinvm_store_state(st));
-    thinvm_state_info(thinvm_store_state(st), &info);
-    thinvm_state_unlock(thinvm_store_state(st));
-    return info;
-}
-
-static void coroutine_fn must_fail_to_open(ThinvmSim *sim, const char *why)
-{
-    Error *err = NULL;
-    ThinvmStore *st = thinvm_store_open(sim_device(sim), 0, &err);
-
-    g_assert_null(st);
-    g_assert_nonnull(err);
-    if (!strstr(error_get_pretty(err), why)) {
-        g_error("expected \"%s\" in: %s", why, error_get_pretty(err));
-    }
-    error_free(err);
-}
-
-static void flip(ThinvmSim *sim, uint64_t offset)
-{
-    uint8_t sector[SIM_SECTOR];
-
-    sim_peek(sim, ROUND_DOWN(offset, SIM_SECTOR), SIM_SECTOR, sector);
-    sector[offset % SIM_SECTOR] ^= 0x10;
-    sim_poke(sim, ROUND_DOWN(offset, SIM_SECTOR), SIM_SECTOR, sector);
-}
-
-static int coroutine_fn write_one(ThinvmSim *sim, ThinvmStore *st,
-                                  uint64_t guest, uint64_t tag)
-{
-    return image_write(sim, st, guest, 0, THINVM_PARTS, tag, NULL);
-}
-
-static int coroutine_fn flush(ThinvmStore *st)
-{
-    return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, false);
-}
+#include "thinvm-store-test.h"
 
 /* ------------------------------------------------------------------ */
 
@@ -441,12 +338,6 @@ static void coroutine_fn test_no_superblock(ThinvmSim *sim)
 }
 
 /* ------------------------------------------------------------------ */
-
-/* Running positions are places in the ring as long as it has not wrapped */
-static uint64_t head_of(ThinvmStore *st)
-{
-    return THINVM_JOURNAL_OFFSET + st->journal.head % st->journal.size;
-}
 
 /* The last record is torn and nothing says that it was durable: dropped */
 static void coroutine_fn test_torn_record(ThinvmSim *sim)
@@ -969,133 +860,6 @@ static void coroutine_fn test_metadata_extends(ThinvmSim *sim)
 
 /* ------------------------------------------------------------------ */
 
-static void coroutine_fn follow(ThinvmStore *st, bool expect)
-{
-    bool changed;
-
-    g_assert_cmpint(thinvm_store_catch_up(st, &changed, &error_abort), ==, 0);
-    g_assert_cmpint(changed, ==, expect);
-}
-
-static void coroutine_fn test_follow(ThinvmSim *sim)
-{
-    ThinvmStore *owner, *follower;
-    uint64_t reads;
-
-    image_create(sim, VIRTUAL_SIZE);
-    owner = image_open(sim);
-    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
-    follow(follower, false);
-    for (uint64_t i = 0; i < 20; i++) {
-        write_one(sim, owner, i * 700, i + 1);
-        follow(follower, false);
-        thinvm_store_commit(owner, THINVM_COMMIT_RECORD, true);
-        follow(follower, true);
-        g_assert_cmpuint(image_read_tag(sim, follower, i * 700), ==, i + 1);
-        follow(follower, false);
-    }
-    /* quiet: one small read */
-    reads = sim_count(sim, SIM_READ);
-    follow(follower, false);
-    g_assert_cmpuint(sim_count(sim, SIM_READ), ==, reads + 1);
-
-    /* checkpoints in between do not disturb it */
-    for (uint64_t i = 0; i < 20; i++) {
-        write_one(sim, owner, i * 700 + 1, i + 100);
-        thinvm_store_checkpoint(owner);
-        follow(follower, true);
-        g_assert_cmpuint(image_read_tag(sim, follower, i * 700 + 1), ==,
-                         i + 100);
-    }
-    /* left behind by laps of the ring: starts afresh */
-    for (uint64_t i = 0; i < 700; i++) {
-        write_one(sim, owner, i * 20, i + 1000);
-        flush(owner);
-        if (i % 100 == 99) {
-            thinvm_store_checkpoint(owner);
-        }
-    }
-    follow(follower, true);
-    for (uint64_t i = 0; i < 700; i++) {
-        g_assert_cmpuint(image_read_tag(sim, follower, i * 20), ==, i + 1000);
-    }
-
-    /* hand-over, and back */
-    store_close(owner, true);
-    thinvm_store_begin_writing(follower, info_of(follower).epoch + 1,
-                               &error_abort);
-    for (uint64_t i = 0; i < 100; i++) {
-        write_one(sim, follower, i * 20, i + 5000);
-    }
-    thinvm_store_checkpoint(follower);
-    image_recount(sim, follower);
-    thinvm_store_end_writing(follower, false, &error_abort);
-    follow(follower, false);
-    owner = image_open(sim);
-    write_one(sim, owner, 20, 9);
-    write_one(sim, owner, 21, 10);
-    flush(owner);
-    follow(follower, true);
-    g_assert_cmpuint(image_read_tag(sim, follower, 20), ==, 9);
-    g_assert_cmpuint(image_read_tag(sim, follower, 40), ==, 5002);
-    store_close(owner, false);
-    thinvm_store_free(follower);
-}
-
-/* Records that a power cut took, after we had followed them */
-static void coroutine_fn test_follow_cut_off(ThinvmSim *sim)
-{
-    ThinvmStore *owner, *follower;
-    uint64_t at;
-
-    image_create(sim, VIRTUAL_SIZE);
-    owner = image_open(sim);
-    write_one(sim, owner, 1, 11);
-    flush(owner);
-    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
-    at = head_of(owner);
-    write_one(sim, owner, 1, 12);
-    write_one(sim, owner, 2, 22);
-    thinvm_store_commit(owner, THINVM_COMMIT_RECORD, true);
-    follow(follower, true);
-    g_assert_cmpuint(image_read_tag(sim, follower, 2), ==, 22);
-    store_die(owner);
-    flip(sim, at);
-    /* the next owner does not see that record, and writes in its place */
-    owner = image_open(sim);
-    g_assert_cmpuint(image_read_tag(sim, owner, 2), ==, TAG_ZERO);
-    write_one(sim, owner, 3, 33);
-    flush(owner);
-    follow(follower, true);
-    g_assert_cmpuint(image_read_tag(sim, follower, 2), ==, TAG_ZERO);
-    g_assert_cmpuint(image_read_tag(sim, follower, 3), ==, 33);
-    store_die(owner);
-
-    /* the same with one record only: noticed at the latest when taking over */
-    owner = image_open(sim);
-    follow(follower, true);
-    at = head_of(owner);
-    write_one(sim, owner, 4, 44);
-    thinvm_store_commit(owner, THINVM_COMMIT_RECORD, true);
-    follow(follower, true);
-    store_die(owner);
-    flip(sim, at);
-    owner = image_open(sim);
-    store_die(owner);
-    thinvm_store_begin_writing(follower, info_of(follower).epoch + 5,
-                               &error_abort);
-    g_assert_cmpuint(image_read_tag(sim, follower, 4), ==, TAG_ZERO);
-    image_recount(sim, follower);
-    store_close(follower, true);
-}
-
-/* ------------------------------------------------------------------ */
-
-static void add(const char *path, TestBody *body)
-{
-    g_test_add_data_func(path, body, run_test);
-}
-
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -1129,7 +893,5 @@ int main(int argc, char **argv)
     add("/thinvm/store/quarantine/slow-reader", test_slow_reader);
     add("/thinvm/store/space/full", test_space);
     add("/thinvm/store/space/metadata", test_metadata_extends);
-    add("/thinvm/store/follow/owner", test_follow);
-    add("/thinvm/store/follow/cut-off", test_follow_cut_off);
     return g_test_run();
 }
