@@ -14,16 +14,8 @@
 #include "qemu/osdep.h"
 #include "state-int.h"
 
-static gint extent_compare(gconstpointer a, gconstpointer b)
-{
-    const ThinvmMetaExtent *x = *(ThinvmMetaExtent *const *)a;
-    const ThinvmMetaExtent *y = *(ThinvmMetaExtent *const *)b;
-
-    return x->first_page < y->first_page ? -1 : x->first_page > y->first_page;
-}
-
-/* The last extent that starts at or before @page */
-static ThinvmMetaExtent *extent_at_or_before(ThinvmState *s, uint64_t page)
+/* How many extents start at or before @page */
+static unsigned extents_before(ThinvmState *s, uint64_t page)
 {
     GPtrArray *sorted = s->extents_sorted;
     unsigned low = 0, high = sorted->len;
@@ -38,7 +30,15 @@ static ThinvmMetaExtent *extent_at_or_before(ThinvmState *s, uint64_t page)
             high = middle;
         }
     }
-    return low ? g_ptr_array_index(sorted, low - 1) : NULL;
+    return low;
+}
+
+/* The last of them */
+static ThinvmMetaExtent *extent_at_or_before(ThinvmState *s, uint64_t page)
+{
+    unsigned n = extents_before(s, page);
+
+    return n ? g_ptr_array_index(s->extents_sorted, n - 1) : NULL;
 }
 
 uint16_t *thinvm_page_count(ThinvmState *s, uint64_t number,
@@ -123,8 +123,7 @@ ThinvmMetaExtent *thinvm_extent_add(ThinvmState *s, uint64_t first_page,
     e->busy = bitmap_new(nb_pages);
     e->dirty = true;
     g_ptr_array_add(s->extents, e);
-    g_ptr_array_add(s->extents_sorted, e);
-    g_ptr_array_sort(s->extents_sorted, extent_compare);
+    g_ptr_array_insert(s->extents_sorted, extents_before(s, first_page), e);
     s->nb_meta_pages += nb_pages;
     s->nb_meta_free += nb_pages;
     return e;
@@ -160,7 +159,9 @@ static void place_release(ThinvmState *s, uint64_t number)
     uint16_t *count = thinvm_page_count(s, number, &e);
     uint32_t page = number - e->first_page;
 
-    assert(*count == 0 && test_bit(page, e->busy));
+    if (*count || !test_bit(page, e->busy)) {
+        return;     /* repair has found that it is in use */
+    }
     clear_bit(page, e->busy);
     e->hint = MIN(e->hint, page);
     e->nb_free++;

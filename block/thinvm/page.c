@@ -445,6 +445,12 @@ ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot)
     if (!thinvm_page_writable(s, page)) {
         bool shared = *page->count > 1;
 
+        if (shared && page->kind != THINVM_PAGE_MAP_LEAF &&
+            page->kind != THINVM_PAGE_MAP_INNER) {
+            /* Nothing of ours shares others: the space map is hostile */
+            s->damaged = true;
+            shared = false;
+        }
         copy = thinvm_page_new(s, page->kind, page->level);
         memcpy(copy->data, page->data, THINVM_PAGE_SIZE);
         if (page->dirty) {
@@ -455,7 +461,8 @@ ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot)
             thinvm_map_mark_shared(copy, false);
         }
     }
-    if (shared_below) {
+    if (shared_below && (copy->kind == THINVM_PAGE_MAP_LEAF ||
+                         copy->kind == THINVM_PAGE_MAP_INNER)) {
         thinvm_map_mark_shared(copy, true);
     }
     if (copy != page || shared_below) {

@@ -266,13 +266,15 @@ static int coroutine_fn ring_next(Ring *ring, const Position *pos,
                                   ThinvmRecord *rec, const uint8_t **data)
 {
     uint32_t size;
-    int ret;
+    int ret, known;
 
     ret = ring_get(ring, pos->head, THINVM_PAGE_SIZE, data);
     if (ret < 0) {
         return ret;
     }
-    if (thinvm_record_decode_header(rec, *data) < 0 ||
+    /* -ENOTSUP: fields that a later version may have given a meaning */
+    known = thinvm_record_decode_header(rec, *data);
+    if ((known < 0 && known != -ENOTSUP) ||
         rec->sequence != pos->sequence + 1 || rec->epoch < pos->epoch) {
         return NEXT_NONE;
     }
@@ -284,10 +286,13 @@ static int coroutine_fn ring_next(Ring *ring, const Position *pos,
     if (ret < 0) {
         return ret;
     }
-    if (thinvm_record_decode_header(rec, *data) < 0 ||
+    if (thinvm_record_decode_header(rec, *data) != known ||
         rec->length > size ||
         !thinvm_record_checksum_ok(&ring->st->uuid, *data, rec)) {
         return NEXT_TORN;
+    }
+    if (known < 0) {
+        return known;       /* whole, ours, and not to be passed over */
     }
     return rec->previous_crc == pos->crc ? NEXT_RECORD : NEXT_FOREIGN;
 }
