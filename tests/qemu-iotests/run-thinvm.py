@@ -57,6 +57,10 @@ def processes_of(directory):
 
 def end_leftovers(directory):
     """End what the test left running; returns how many there were."""
+    # Some tests kill their QEMU and do not wait for it.
+    deadline = time.monotonic() + 5
+    while list(processes_of(directory)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     pids = list(processes_of(directory))
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
