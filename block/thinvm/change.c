@@ -159,11 +159,6 @@ int coroutine_fn thinvm_co_truncate(BlockDriverState *bs, int64_t offset,
                    "shrinks", PreallocMode_str(prealloc));
         return -EINVAL;
     }
-    if (offset > old && prealloc != PREALLOC_MODE_OFF && bs->backing_file[0]) {
-        error_setg(errp, "Preallocation '%s' is not possible with a backing "
-                   "file", PreallocMode_str(prealloc));
-        return -ENOTSUP;
-    }
     trace_thinvm_truncate(bs, old, offset, prealloc);
     if (offset < old) {
         ret = thinvm_shrink(bs, old, offset, errp);
@@ -171,7 +166,11 @@ int coroutine_fn thinvm_co_truncate(BlockDriverState *bs, int64_t offset,
         ret = thinvm_enlarge(bs, old, offset, flags & BDRV_REQ_ZERO_WRITE,
                              errp);
         if (ret >= 0 && prealloc != PREALLOC_MODE_OFF) {
-            ret = thinvm_io_preallocate(bs, old, offset - old, prealloc,
+            /* The last old cluster may show what lies below it */
+            uint64_t from = bs->backing_file[0] ?
+                            MIN(ROUND_UP(old, s->cluster_size), offset) : old;
+
+            ret = thinvm_io_preallocate(bs, from, offset - from, prealloc,
                                         errp);
             if (ret < 0) {
                 /* All or nothing; what was preallocated goes again */
