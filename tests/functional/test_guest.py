@@ -66,10 +66,21 @@ def disk_is_thin(ctx):
 def several_queues(ctx):
     """Two virtual CPUs, two queues and an iothread; small strides, so that
     lanes meet in the same clusters."""
+    lanes_meet(ctx, 1)
+
+
+@test(formats=OURS)
+def several_iothreads(ctx):
+    """The same with an iothread for each queue: two threads are in the driver
+    at a time, on the same clusters."""
+    lanes_meet(ctx, 2)
+
+
+def lanes_meet(ctx, iothreads):
     lun = Target(ctx).add_lun(1 * GiB)
     create(ctx, lun, 1 * GiB)
     guest = Guest(ctx, lanes=8, blocks=700, stride=4096, zero=3, discard=3)
-    vm = VM(ctx, guest, lun, cpus=2, iothread=True)
+    vm = VM(ctx, guest, lun, cpus=2, iothread=iothreads)
     guest.wait_ready()
     guest.start_writing()
     guest.wait_writes(5000)

@@ -58,9 +58,15 @@ class VM:
         if device is None:
             device = {'driver': 'virtio-blk-pci', 'drive': NODE,
                       'id': 'vda', 'write-cache': 'on'}
-            if iothread:
-                argv += ['-object', 'iothread,id=io0']
+            for i in range(int(iothread)):
+                argv += ['-object', 'iothread,id=io%d' % i]
+            if int(iothread) == 1:
                 device['iothread'] = 'io0'
+            elif iothread:
+                # Each thread serves queues of its own of the one disk.
+                device['num-queues'] = int(iothread)
+                device['iothread-vq-mapping'] = [
+                    {'iothread': 'io%d' % i} for i in range(iothread)]
         if device:
             argv += ['-device', json.dumps(device)]
         if second:
