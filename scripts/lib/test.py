@@ -17,9 +17,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 SUITES = [
     Suite('build', 'tests/build/run.py', 300, 300, quick=True),
-    Suite('unit', 'tests/unit/run-thinvm.py', 1200, 3600, quick=True),
-    Suite('iotests', 'tests/qemu-iotests/run-thinvm.py', 5400, 10800),
-    Suite('functional', 'tests/functional/run.py', 3600, 10800),
+    Suite('unit', 'tests/unit/run-thinvm.py', 900, 3600, quick=True),
+    Suite('iotests', 'tests/qemu-iotests/run-thinvm.py', 1800, 10800),
+    Suite('functional', 'tests/functional/run.py', 1800, 10800),
 ]
 
 
