@@ -774,7 +774,7 @@ static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
 {
     const uint8_t *data;
     Position pos;
-    int end, ret;
+    int end = NEXT_NONE, ret;
 
     position_get(st, &pos);
     ret = ring_get(ring, pos.head, THINVM_PAGE_SIZE, &data);
