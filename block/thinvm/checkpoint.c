@@ -384,7 +384,11 @@ int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
     }
     qemu_co_mutex_lock(&st->checkpoint_lock);
     set_checkpointing(st, true);
-    ret = checkpoint_locked(st);
+    /* It may have ended while we waited, and another owner begun */
+    ret = thinvm_store_may_write(st);
+    if (ret == 0) {
+        ret = checkpoint_locked(st);
+    }
     set_checkpointing(st, false);
     qemu_co_mutex_unlock(&st->checkpoint_lock);
     return ret;

@@ -264,6 +264,7 @@ thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
 {
     BDRVThinvmState *s = bs->opaque;
     ThinvmStore *st;
+    ThinvmLook look;
     unsigned token;
     bool repeat;
     int ret;
@@ -275,13 +276,13 @@ thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
         repeat = false;
         st = qatomic_read(&s->store);
         token = thinvm_store_request_begin(st);
-        ret = thinvm_mode_begin_read(bs);
+        ret = thinvm_mode_begin_read(bs, &look);
         if (ret == 0) {
             ret = read_once(bs, st, tree, offset, bytes, qiov, qiov_offset,
                             flags);
         }
         if (ret == 0) {
-            ret = thinvm_mode_end_read(bs, &repeat);
+            ret = thinvm_mode_end_read(bs, &look, &repeat);
         }
         thinvm_store_request_end(st, token);
         if (repeat) {

@@ -117,9 +117,10 @@ thinvm_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     ThinvmStore *st = qatomic_read(&s->store);
     unsigned token = thinvm_store_request_begin(st);
     Status status = { };
+    ThinvmLook look;
     int ret;
 
-    ret = thinvm_mode_begin_read(bs);
+    ret = thinvm_mode_begin_read(bs, &look);
     if (ret == 0) {
         ret = find_status(bs, st, offset, bytes, &status);
     }

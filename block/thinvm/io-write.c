@@ -793,8 +793,8 @@ static int coroutine_fn GRAPH_RDLOCK write_request(WriteRequest *r)
         }
         /* what was freed since we joined could not be given to us: once more */
     }
-    if (ret == 0 && r->ticket) {
-        ret = thinvm_mode_commit(r->bs, r->ticket);
+    if (ret == 0) {
+        ret = thinvm_mode_commit_found(r->bs, r->ticket);
     }
     return ret;
 }

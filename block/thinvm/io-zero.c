@@ -273,8 +273,8 @@ thinvm_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     token = thinvm_store_request_begin(s->store);
     ret = zero_range(&r, offset, bytes);
     thinvm_store_request_end(s->store, token);
-    if (ret == 0 && r.ticket) {
-        ret = thinvm_mode_commit(bs, r.ticket);
+    if (ret == 0) {
+        ret = thinvm_mode_commit_found(bs, r.ticket);
     }
     return ret;
 }
@@ -310,8 +310,8 @@ thinvm_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
                 THINVM_SOURCE_ZERO : THINVM_SOURCE_BACKING);
     thinvm_inflight_end_request(s, &inflight);
     thinvm_store_request_end(s->store, token);
-    if (ret == 0 && r.ticket) {
-        ret = thinvm_mode_commit(bs, r.ticket);
+    if (ret == 0) {
+        ret = thinvm_mode_commit_found(bs, r.ticket);
     }
     return ret;
 }

@@ -301,6 +301,9 @@ int coroutine_fn thinvm_journal_flush(ThinvmStore *st)
         j->rewrite = !QSIMPLEQ_EMPTY(&j->unflushed);
     } else if (failures == j->flush_failures) {
         confirm_flushed(j, sequence);
+    } else {
+        /* Another flush failed meanwhile: this one vouches for nothing */
+        ret = -EIO;
     }
     return ret;
 }
@@ -386,9 +389,10 @@ static int coroutine_fn journal_rewrite(ThinvmStore *st)
         r = QSIMPLEQ_NEXT(r, next);
     }
     QEMU_LOCK_GUARD(&st->lock);
-    if (failures == j->flush_failures) {
-        j->rewrite = false;
+    if (failures != j->flush_failures) {
+        return -EIO;
     }
+    j->rewrite = false;
     return 0;
 }
 
@@ -561,6 +565,17 @@ int coroutine_fn thinvm_store_commit(ThinvmStore *st, ThinvmCommitLevel level,
         return 0;               /* nothing can have been applied */
     }
     return thinvm_journal_commit(st, level, only_metadata);
+}
+
+uint64_t thinvm_store_ticket(ThinvmStore *st)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    uint64_t ticket;
+
+    thinvm_state_lock(s);
+    ticket = thinvm_journal_ticket(st);
+    thinvm_state_unlock(s);
+    return ticket;
 }
 
 int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket)

@@ -425,26 +425,55 @@ int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
 /* ------------------------------------------------------------------ */
 /* What requests call                                                  */
 
-int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs)
+int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
 {
     BDRVThinvmState *s = bs->opaque;
-    bool changed;
+    int ret;
 
-    if (likely(!qatomic_read(&s->follow))) {
+    look->followed = qatomic_read(&s->follow);
+    if (likely(!look->followed)) {
         return 0;
     }
-    return thinvm_store_catch_up(qatomic_read(&s->store), &changed, NULL);
+    look->store = qatomic_read(&s->store);
+    ret = thinvm_store_catch_up(look->store, NULL, NULL);
+    look->changes = thinvm_store_changes(look->store);
+    return ret;
 }
 
-int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs, bool *repeat)
+/*
+ * What was looked up may be somebody else's by now if any catch-up since, our
+ * own or another reader's, has changed anything; and if we have become the
+ * owner meanwhile, since nobody has compared then.
+ */
+int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
+                                      const ThinvmLook *look, bool *repeat)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret;
+
+    *repeat = false;
+    if (likely(!look->followed)) {
+        return 0;
+    }
+    if (!qatomic_read(&s->follow) || qatomic_read(&s->store) != look->store) {
+        *repeat = true;
+        return 0;
+    }
+    ret = thinvm_store_catch_up(look->store, NULL, NULL);
+    *repeat = thinvm_store_changes(look->store) != look->changes;
+    return ret;
+}
+
+/* In write-through mode an overwrite waits for the mapping that it found */
+int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
+                                          uint64_t ticket)
 {
     BDRVThinvmState *s = bs->opaque;
 
-    *repeat = false;
-    if (likely(!qatomic_read(&s->follow))) {
-        return 0;
+    if (!ticket && qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITETHROUGH) {
+        ticket = thinvm_store_ticket(s->store);
     }
-    return thinvm_store_catch_up(qatomic_read(&s->store), repeat, NULL);
+    return ticket ? thinvm_mode_commit(bs, ticket) : 0;
 }
 
 static int coroutine_fn GRAPH_RDLOCK

@@ -180,6 +180,39 @@ void thinvm_quarantine_drop(ThinvmStore *st)
     st->quarantined_ranges = 0;
 }
 
+/*
+ * What a follower has queued is of no use to an owner: a cluster in it may
+ * have been mapped again by a later record, and is then no more busy; it must
+ * not be discarded.  Clusters that are still free become usable; a reader
+ * that began before repeats (thinvm_mode_end_read()).
+ */
+void thinvm_quarantine_settle(ThinvmStore *st)
+{
+    ThinvmQuarantine *q;
+
+    for (;;) {
+        WITH_QEMU_LOCK_GUARD(&st->lock) {
+            q = QSIMPLEQ_FIRST(&st->quarantine);
+            if (q) {
+                QSIMPLEQ_REMOVE_HEAD(&st->quarantine, next);
+                st->quarantined_ranges -= q->ranges->len;
+            }
+        }
+        if (!q) {
+            return;
+        }
+        thinvm_state_lock(st->state);
+        for (guint i = 0; i < q->ranges->len; i++) {
+            ThinvmFreedRange *r = &g_array_index(q->ranges, ThinvmFreedRange,
+                                                 i);
+
+            thinvm_space_unbusy(st->state, r->first, r->nb_clusters);
+        }
+        thinvm_state_unlock(st->state);
+        quarantine_free(q);
+    }
+}
+
 bool thinvm_quarantine_is_full(ThinvmStore *st)
 {
     return qatomic_read(&st->quarantined_ranges) >= THINVM_QUARANTINE_FULL;

@@ -721,18 +721,28 @@ static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
     }
 }
 
+/* Is there a base of @sequence or later that is not ours? */
+static int coroutine_fn bases_moved(ThinvmStore *st, uint64_t sequence,
+                                    bool *moved, Error **errp)
+{
+    ThinvmBases now = {};
+    int ret = thinvm_bases_read(st->dev, &now, errp);
+
+    *moved = false;
+    if (ret == 0) {
+        *moved = now.newest.generation != st->bases.newest.generation &&
+                 now.newest.sequence >= sequence;
+        thinvm_bases_destroy(&now);
+    }
+    return ret;
+}
+
 /* Have the owner's bases left us behind (or is that the only explanation)? */
 static bool coroutine_fn base_moved(ThinvmStore *st, uint64_t sequence)
 {
-    ThinvmBases now = {};
-    bool moved = false;
+    bool moved;
 
-    if (thinvm_bases_read(st->dev, &now, NULL) == 0) {
-        moved = now.newest.generation != st->bases.newest.generation &&
-                now.newest.sequence >= sequence;
-        thinvm_bases_destroy(&now);
-    }
-    return moved;
+    return bases_moved(st, sequence, &moved, NULL) == 0 && moved;
 }
 
 static bool too_many_dirty(ThinvmStore *st)
@@ -831,6 +841,12 @@ static int coroutine_fn follow_once(ThinvmStore *st, Error **errp)
     return ret;
 }
 
+uint64_t thinvm_store_changes(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->follow_changes;
+}
+
 int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
                                        Error **errp)
 {
@@ -912,10 +928,17 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
 {
     Position pos;
     Ring ring;
+    bool moved;
     int ret;
 
     follow_enter(st);
-    if (st->stale || base_moved(st, 0) || !last_record_stands(st)) {
+    ret = bases_moved(st, 0, &moved, errp);
+    if (ret < 0) {
+        /* What the bases name must not be overwritten: no guessing */
+        follow_leave(st);
+        return ret;
+    }
+    if (st->stale || moved || !last_record_stands(st)) {
         ret = thinvm_replay_open(st, errp);
     } else {
         st->head_block_valid = false;
@@ -929,6 +952,8 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
         }
     }
     if (ret == 0) {
+        /* Some of it the former owner may have used again: no discard */
+        thinvm_quarantine_settle(st);
         qatomic_set(&st->mode, THINVM_STORE_STARTING);
     }
     follow_leave(st);

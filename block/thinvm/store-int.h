@@ -293,6 +293,8 @@ void thinvm_reclaim_destroy(ThinvmStore *st);
 void thinvm_quarantine_add(ThinvmStore *st, ThinvmState *s,
                            uint64_t sequence);
 void thinvm_quarantine_drop(ThinvmStore *st);
+/* Of a follower that becomes the owner: free as far as the state says so */
+void thinvm_quarantine_settle(ThinvmStore *st);
 /* Freed by replay before anybody could look: at once free */
 void thinvm_quarantine_skip(ThinvmState *s);
 bool thinvm_quarantine_is_full(ThinvmStore *st);

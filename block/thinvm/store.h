@@ -187,6 +187,12 @@ typedef enum ThinvmCommitLevel {
  */
 int coroutine_fn thinvm_store_commit(ThinvmStore *st, ThinvmCommitLevel level,
                                      bool only_metadata);
+/*
+ * The ticket of everything applied by now.  A write that found its mapping in
+ * memory is as durable as that mapping is: it may have to wait for somebody
+ * else's record.  Any context.
+ */
+uint64_t thinvm_store_ticket(ThinvmStore *st);
 /* Wait until the record with this ticket is written (RECORD level) */
 int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket);
 
@@ -217,6 +223,12 @@ void thinvm_store_set_kick(ThinvmStore *st, void (*kick)(void *opaque),
  */
 int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
                                        Error **errp);
+/*
+ * How often a catch-up, anybody's, has changed what is known of the image.  A
+ * reader compares the numbers before its look-up and after its last catch-up:
+ * what another reader has applied in between counts too.  Any context.
+ */
+uint64_t thinvm_store_changes(ThinvmStore *st);
 
 /* ------------------------------------------------------------------ */
 /* Check                                                               */

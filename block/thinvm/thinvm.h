@@ -48,6 +48,13 @@ typedef struct ThinvmOptions {
     ThinvmReservation reservation;
 } ThinvmOptions;
 
+/* What a read began with, when it followed another owner (mode.c) */
+typedef struct ThinvmLook {
+    bool followed;
+    ThinvmStore *store;
+    uint64_t changes;
+} ThinvmLook;
+
 struct BDRVThinvmState {
     BlockDriverState *bs;
     ThinvmDevice device;            /* over bs->file; device.c */
@@ -184,13 +191,15 @@ bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp);
 /*
  * Before a look-up for reading: in migration mode catches up with the owner.
  */
-int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_read(BlockDriverState *bs);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look);
 /*
  * After the data arrived: in migration mode catches up again; *repeat is set
  * when the mapping may have changed, and the data must be read again.
  */
-int coroutine_fn GRAPH_RDLOCK thinvm_mode_end_read(BlockDriverState *bs,
-                                                   bool *repeat);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_end_read(BlockDriverState *bs, const ThinvmLook *look,
+                     bool *repeat);
 /*
  * Before anything that changes the image: ends migration mode (by taking
  * ownership), refuses when ownership is lost.
@@ -203,6 +212,12 @@ int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_write(BlockDriverState *bs);
  */
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_commit(BlockDriverState *bs,
                                                  uint64_t ticket);
+/*
+ * The same at the end of a request that may have executed nothing (@ticket
+ * 0): it relies on mappings whose record may not be written yet.
+ */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_mode_commit_found(BlockDriverState *bs, uint64_t ticket);
 int coroutine_fn GRAPH_RDLOCK thinvm_co_flush_to_os(BlockDriverState *bs);
 /*
  * Something could not be written: is the image still ours?  If not, ownership
