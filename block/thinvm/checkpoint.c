@@ -164,7 +164,7 @@ static int coroutine_fn page_write_entry(AioTask *task)
     PageWrite *w = container_of(task, PageWrite, task);
     int ret = thinvm_store_pwrite(w->st, w->page * THINVM_PAGE_SIZE,
                                   w->nb_pages * THINVM_PAGE_SIZE, w->buf,
-                                  BLKDBG_REFBLOCK_UPDATE_PART);
+                                  BLKDBG_THINVM_PAGE_WRITE);
 
     g_free(w->buf);
     signal_progress(w->st);
@@ -263,9 +263,10 @@ static int coroutine_fn erase_suspect(ThinvmStore *st)
     zeroes = g_malloc0(THINVM_PAGE_SIZE);
     ret = thinvm_store_pwrite(st,
                               thinvm_superblock_offset(!st->bases.newest_slot),
-                              THINVM_PAGE_SIZE, zeroes, BLKDBG_L1_UPDATE);
+                              THINVM_PAGE_SIZE, zeroes,
+                              BLKDBG_THINVM_SUPERBLOCK_WRITE);
     if (ret == 0) {
-        ret = thinvm_journal_flush(st);
+        ret = thinvm_journal_flush(st, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
     }
     if (ret == 0) {
         st->bases.suspect = false;
@@ -294,8 +295,10 @@ static int coroutine_fn write_superblock(ThinvmStore *st)
                              &st->frozen->superblock);
     ret = thinvm_store_pwrite(st,
                               thinvm_superblock_offset(!st->bases.newest_slot),
-                              THINVM_PAGE_SIZE, buf, BLKDBG_L1_UPDATE);
-    return ret < 0 ? ret : thinvm_journal_flush(st);
+                              THINVM_PAGE_SIZE, buf,
+                              BLKDBG_THINVM_SUPERBLOCK_WRITE);
+    return ret < 0 ? ret :
+           thinvm_journal_flush(st, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
 }
 
 /* ------------------------------------------------------------------ */
@@ -321,7 +324,7 @@ static int coroutine_fn write_base(ThinvmStore *st)
         thinvm_frozen_complete(st->state, st->frozen);
         st->frozen_complete = true;
     }
-    ret = thinvm_journal_flush(st);
+    ret = thinvm_journal_flush(st, BLKDBG_THINVM_PAGE_FLUSH);
     if (ret < 0) {
         return ret;
     }

@@ -14,6 +14,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-types-block-core.h"
 #include "block/block_int.h"
 #include "system/block-backend.h"
 #include "thinvm.h"
@@ -25,6 +26,15 @@
 static BlockDriverState *thinvm_device_bs(ThinvmDevice *dev)
 {
     return container_of(dev, BDRVThinvmState, device)->bs;
+}
+
+static void coroutine_fn GRAPH_RDLOCK
+thinvm_node_event(ThinvmDevice *dev, int event)
+{
+    BlockDriverState *bs = thinvm_device_bs(dev);
+
+    trace_thinvm_io_point(bs, BlkdebugEvent_str(event));
+    BLKDBG_CO_EVENT(bs->file, event);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -108,6 +118,7 @@ thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
     if (bytes > INT64_MAX) {
         return -EFBIG;
     }
+    thinvm_node_event(dev, BLKDBG_THINVM_GROW);
     ret = bdrv_co_truncate(bs->file, bytes, false, PREALLOC_MODE_OFF, 0, NULL);
     trace_thinvm_device_grow(bs, length, bytes, ret);
     /* A real I/O error is told as such; "cannot be resized" means full */
@@ -115,12 +126,6 @@ thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
         ret = -ENOSPC;
     }
     return ret < 0 ? ret : 0;
-}
-
-static void coroutine_fn GRAPH_RDLOCK
-thinvm_node_event(ThinvmDevice *dev, int event)
-{
-    BLKDBG_CO_EVENT(thinvm_device_bs(dev)->file, event);
 }
 
 void thinvm_device_init_node(BDRVThinvmState *s)

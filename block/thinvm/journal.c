@@ -274,7 +274,7 @@ static void confirm_flushed(ThinvmJournal *j, uint64_t sequence)
  * write had completed when it was issued.  While records wait to be written
  * again, and when any other flush has failed meanwhile, it confirms nothing.
  */
-int coroutine_fn thinvm_journal_flush(ThinvmStore *st)
+int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event)
 {
     ThinvmJournal *j = &st->journal;
     uint64_t sequence = 0;
@@ -290,9 +290,7 @@ int coroutine_fn thinvm_journal_flush(ThinvmStore *st)
         }
         failures = j->flush_failures;
     }
-    if (st->dev->co_event) {
-        st->dev->co_event(st->dev, BLKDBG_FLUSH_TO_DISK);
-    }
+    thinvm_device_event(st->dev, event);
     ret = st->dev->co_flush(st->dev);
     QEMU_LOCK_GUARD(&st->lock);
     if (ret < 0) {
@@ -322,10 +320,10 @@ static int coroutine_fn record_write(ThinvmStore *st, ThinvmJournalRecord *r)
     trace_thinvm_record_write(st, r->header.sequence, r->header.length,
                               r->header.nb_operations, start);
     ret = thinvm_store_pwrite(st, j->offset + start, first, r->buf,
-                              BLKDBG_L2_UPDATE);
+                              BLKDBG_THINVM_JOURNAL_WRITE);
     if (ret == 0 && first < r->size) {
         ret = thinvm_store_pwrite(st, j->offset, r->size - first,
-                                  r->buf + first, BLKDBG_L2_UPDATE);
+                                  r->buf + first, BLKDBG_THINVM_JOURNAL_WRITE);
     }
     if (ret < 0) {
         trace_thinvm_record_failed(st, r->header.sequence, ret);
@@ -446,7 +444,7 @@ static int coroutine_fn write_round(ThinvmStore *st)
 
     ret = journal_rewrite(st);
     if (ret == 0 && first_sealed(st, cut)) {
-        ret = thinvm_journal_flush(st);
+        ret = thinvm_journal_flush(st, BLKDBG_THINVM_DATA_FLUSH);
         if (ret == 0) {
             ret = journal_write_sealed(st, cut);
         }
@@ -481,7 +479,7 @@ static void coroutine_fn lead_round(ThinvmStore *st, ThinvmRound *round)
 
     if (ret == 0 && round->durable &&
         (round->guest_flush || has_unflushed(st))) {
-        ret = thinvm_journal_flush(st);
+        ret = thinvm_journal_flush(st, BLKDBG_THINVM_JOURNAL_FLUSH);
     }
 
     qemu_mutex_lock(&st->lock);

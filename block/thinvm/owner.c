@@ -29,6 +29,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-types-block-core.h"
 #include "qemu/cutils.h"
 #include "qemu/lockable.h"
 #include "thinvm.h"
@@ -280,6 +281,7 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
     int ret;
 
     memset(view, 0, sizeof(*view));
+    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_READ);
     ret = dev->co_pread(dev, THINVM_CLAIM_OFFSET, THINVM_CLAIM_AREA, area);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot read the claims of ownership "
@@ -376,10 +378,12 @@ static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
     int ret;
 
     thinvm_claim_encode(&s->uuid, (ThinvmClaimLe *)block, claim);
+    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_WRITE);
     ret = dev->co_pwrite(dev, offset, THINVM_PAGE_SIZE, block);
     if (ret < 0) {
         return ret;
     }
+    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_FLUSH);
     return dev->co_flush(dev);
 }
 

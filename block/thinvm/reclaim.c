@@ -28,6 +28,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
+#include "qapi/qapi-types-block-core.h"
 #include "store-int.h"
 #include "trace.h"
 
@@ -285,6 +286,7 @@ static void coroutine_fn discard_ranges(ThinvmStore *st, GArray *ranges)
             return;             /* the clusters may be somebody else's */
         }
         /* It is a hint; when it fails nothing is lost but space below */
+        thinvm_device_event(st->dev, BLKDBG_THINVM_DISCARD);
         st->dev->co_pdiscard(st->dev, r->first << st->cluster_bits,
                              r->nb_clusters << st->cluster_bits);
     }

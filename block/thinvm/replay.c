@@ -72,6 +72,7 @@ static int coroutine_fn slot_read(ThinvmDevice *dev, int nr, Slot *slot)
 {
     g_autofree uint8_t *buf = g_malloc0(THINVM_PAGE_SIZE);
 
+    thinvm_device_event(dev, BLKDBG_THINVM_SUPERBLOCK_READ);
     slot->ret = dev->co_pread(dev, thinvm_superblock_offset(nr),
                               THINVM_PAGE_SIZE, buf);
     if (slot->ret < 0) {
@@ -241,10 +242,10 @@ static int coroutine_fn ring_get(Ring *ring, uint64_t position, uint32_t bytes,
     ring->length = 0;
     first = MIN(window, ring->size - start);
     ret = thinvm_store_pread(ring->st, ring->offset + start, first, ring->buf,
-                             BLKDBG_REFTABLE_LOAD);
+                             BLKDBG_THINVM_JOURNAL_READ);
     if (ret == 0 && first < window) {
         ret = thinvm_store_pread(ring->st, ring->offset, window - first,
-                                 ring->buf + first, BLKDBG_REFTABLE_LOAD);
+                                 ring->buf + first, BLKDBG_THINVM_JOURNAL_READ);
     }
     if (ret == 0) {
         ring->start = position;

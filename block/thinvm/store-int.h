@@ -254,7 +254,8 @@ bool thinvm_journal_has_room(ThinvmStore *st, const ThinvmOp *op);
 uint64_t thinvm_journal_used(ThinvmStore *st);
 /* Too much sealed and not written: whoever adds more commits first */
 bool thinvm_journal_is_behind(ThinvmStore *st);
-int coroutine_fn thinvm_journal_flush(ThinvmStore *st);
+/* @event: BLKDBG_*, what the flush is for */
+int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event);
 int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        ThinvmCommitLevel level,
                                        bool only_metadata);

@@ -45,9 +45,7 @@ static void add_stat(uint64_t *counter, uint64_t bytes)
 int coroutine_fn thinvm_store_pread(ThinvmStore *st, uint64_t offset,
                                     uint64_t bytes, void *buf, int event)
 {
-    if (st->dev->co_event) {
-        st->dev->co_event(st->dev, event);
-    }
+    thinvm_device_event(st->dev, event);
     add_stat(&st->bytes_read, bytes);
     return st->dev->co_pread(st->dev, offset, bytes, buf);
 }
@@ -59,9 +57,7 @@ int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
     if (qatomic_read(&st->poisoned)) {
         return -EIO;
     }
-    if (st->dev->co_event) {
-        st->dev->co_event(st->dev, event);
-    }
+    thinvm_device_event(st->dev, event);
     add_stat(&st->bytes_written, bytes);
     return st->dev->co_pwrite(st->dev, offset, bytes, buf);
 }
@@ -71,12 +67,12 @@ static int page_event(ThinvmPageKind kind)
     switch (kind) {
     case THINVM_PAGE_MAP_LEAF:
     case THINVM_PAGE_MAP_INNER:
-        return BLKDBG_L2_LOAD;
+        return BLKDBG_THINVM_MAP_READ;
     case THINVM_PAGE_COUNT_LEAF:
     case THINVM_PAGE_COUNT_INNER:
-        return BLKDBG_REFBLOCK_LOAD;
+        return BLKDBG_THINVM_COUNT_READ;
     default:
-        return BLKDBG_REFTABLE_LOAD;
+        return BLKDBG_THINVM_PAGE_READ;
     }
 }
 

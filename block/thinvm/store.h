@@ -38,9 +38,18 @@ struct ThinvmDevice {
     int64_t coroutine_fn (*co_length)(ThinvmDevice *dev);
     /* Make it at least this long; -ENOSPC when it cannot be */
     int coroutine_fn (*co_grow)(ThinvmDevice *dev, uint64_t bytes);
-    /* Fault injection and tracing point (BLKDBG_*); may be NULL */
+    /* Comes before each I/O: a point to inject faults at and to trace
+       (BLKDBG_*); may be NULL */
     void coroutine_fn (*co_event)(ThinvmDevice *dev, int event);
 };
+
+static inline void coroutine_fn thinvm_device_event(ThinvmDevice *dev,
+                                                    int event)
+{
+    if (dev->co_event) {
+        dev->co_event(dev, event);
+    }
+}
 
 typedef struct ThinvmStore ThinvmStore;
 
