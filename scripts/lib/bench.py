@@ -1,118 +1,105 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# Measures raw, qcow2 and thinvm beside each other with `qemu-img bench`.
+# Measures ways to store a disk beside each other with `qemu-img bench`.
 #
-# Times on a busy machine mean nothing by themselves, so the formats take
-# turns in one run, each workload several times, and what counts are the
-# ratios of the medians.  Each run of a workload that writes starts from an
-# image of its own.  Says how far the single times were apart.
+# Times on a busy machine mean nothing by themselves.  So
+#  - the formats take turns, in an order that is turned around each round, and
+#    what counts is the median of the ratios within the rounds;
+#  - a run lasts long enough to tell (the number of requests is found out once
+#    for each workload and is the same for all formats);
+#  - before each run what the last one wrote is on the device, and its own
+#    image is new where the workload wants that;
+#  - the table says how far raw's times were apart.  A ratio that differs from
+#    1 by less than that says nothing.
+# Instructions (--instructions) hardly depend on what else the machine does.
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-FORMATS = ('raw', 'qcow2', 'thinvm')
-KIB, MIB = 1024, 1024 * 1024
-
-# name: (bytes of a request, distance of starts, image is written before,
-#        further arguments)
-WORKLOADS = {
-    'write new 4 KiB, sequential': (4 * KIB, 4 * KIB, False, ['-w']),
-    'write new 4 KiB, 1 MiB apart': (4 * KIB, MIB, False, ['-w']),
-    'write new 64 KiB, sequential': (64 * KIB, 64 * KIB, False, ['-w']),
-    'write new 1 MiB, sequential': (MIB, MIB, False, ['-w']),
-    'overwrite 4 KiB, sequential': (4 * KIB, 4 * KIB, True, ['-w']),
-    'overwrite 4 KiB, 68 KiB apart': (4 * KIB, 68 * KIB, True, ['-w']),
-    'read 4 KiB, sequential': (4 * KIB, 4 * KIB, True, []),
-    'read 4 KiB, 68 KiB apart': (4 * KIB, 68 * KIB, True, []),
-    'read 1 MiB, sequential': (MIB, MIB, True, []),
-}
-
-
-class Failure(Exception):
-    """A program did not do what it was to do."""
-
-
-def run(*args):
-    done = subprocess.run([str(a) for a in args], text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise Failure(f'{" ".join(str(a) for a in args)}: exit status '
-                      f'{done.returncode}: {done.stdout.strip()}')
-    return done.stdout
+import bench_instructions
+import bench_report
+from bench_workloads import (MIB, USUAL, VARIANTS, WORKLOADS, Failure, Images,
+                             bench_arguments, can_do, most_requests, run)
 
 
 class Bench:
+    """Runs of workloads, and what they said."""
+
     def __init__(self, args, directory):
         self.img = args.build / 'bin' / 'qemu-img'
-        self.args, self.dir = args, Path(directory)
-        self.size = args.size * MIB
+        self.args = args
+        self.images = Images(self.img, directory, args.size * MIB)
 
-    def image(self, fmt, written):
-        """A new image; a full one is made once and copied."""
-        path = self.dir / f'work.{fmt}'
-        full = self.dir / f'full.{fmt}'
-        path.unlink(missing_ok=True)
-        if not written:
-            run(self.img, 'create', '-q', '-f', fmt, path, self.size)
-            return path
-        if not full.exists():
-            run(self.img, 'create', '-q', '-f', fmt, full, self.size)
-            run(self.img, 'bench', '-q', '-w', '-f', fmt, '-s', MIB,
-                '-c', self.size // MIB, '-d', 8, '--pattern', 85, full)
-        shutil.copyfile(full, path)
-        return path
-
-    def once(self, name, fmt):
-        """Seconds that one run of a workload takes."""
-        size, step, written, more = WORKLOADS[name]
-        path = self.image(fmt, written)
-        count = min(self.args.requests, self.size // step)
-        # Long enough to be measured: round and round, where nothing is new
-        if written:
-            count = self.args.requests
-        os.sync()
-        text = run(self.img, 'bench', '-f', fmt, '-t', self.args.cache,
-                   '-s', size, '-S', step, '-c', count,
-                   '-d', self.args.depth, *more, path)
+    def once(self, name, workload, count):
+        """Seconds that one run takes."""
+        path = self.images.prepare(name, workload)
+        text = run(self.img, *bench_arguments(name, workload, path, self.args,
+                                              count))
+        self.images.clean_up(path, workload)
         found = re.search(r'Run completed in ([0-9.]+) seconds', text)
         if not found:
             raise Failure(f'qemu-img bench says no time: {text}')
-        return float(found.group(1)) / count
+        return max(float(found.group(1)), 0.001)
 
-    def measure(self, name):
-        times = {fmt: [] for fmt in FORMATS}
-        for _ in range(self.args.runs):
-            for fmt in FORMATS:
-                times[fmt].append(self.once(name, fmt))
-        median = {f: statistics.median(t) for f, t in times.items()}
-        return {
-            'name': name,
-            'request_bytes': WORKLOADS[name][0],
-            'seconds_per_request': times,
-            'median_seconds': median,
-            'spread': {f: (max(t) - min(t)) / median[f]
-                       for f, t in times.items()},
-            'speed_against_raw': median['raw'] / median['thinvm'],
-            'speed_against_qcow2': median['qcow2'] / median['thinvm'],
-        }
+    def find_count(self, name, workload):
+        """Requests that make a run last as long as it is to last."""
+        most = most_requests(workload, self.args)
+        count = min(most, 200)
+        while True:
+            seconds = self.once(name, workload, count)
+            if count >= most or seconds >= self.args.seconds / 2:
+                return count
+            factor = min(self.args.seconds / seconds, 20)
+            count = min(most, int(count * max(factor, 1.5)))
+
+    def measure(self, label):
+        workload = WORKLOADS[label]
+        names = [n for n in self.args.formats
+                 if can_do(VARIANTS[n], workload)]
+        if 'thinvm' not in names:
+            return None
+        count = self.find_count(names[0], workload)
+        seconds = {name: [] for name in names}
+        for number in range(self.args.runs):
+            for name in names if number % 2 else reversed(names):
+                seconds[name].append(self.once(name, workload, count))
+        return summary(label, workload, count, seconds)
+
+    def count_instructions(self, label):
+        workload = WORKLOADS[label]
+        return {name: bench_instructions.per_request(self, name, workload)
+                for name in self.args.formats
+                if can_do(VARIANTS[name], workload)}
 
 
-def line(result):
-    rate = {f: 1 / s for f, s in result['median_seconds'].items()}
-    spread = max(result['spread'].values())
-    return (f'{result["name"]:32}' +
-            ''.join(f'{rate[f]:10.0f}' for f in FORMATS) +
-            f'{result["speed_against_qcow2"]:10.2f}'
-            f'{result["speed_against_raw"]:8.2f}{spread:8.0%}')
+def summary(label, workload, count, seconds):
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    against = {}
+    for name in seconds:
+        if name != 'thinvm':
+            ratios = [theirs / ours for theirs, ours in
+                      zip(seconds[name], seconds['thinvm'])]
+            against[name] = {'median': statistics.median(ratios),
+                             'least': min(ratios), 'most': max(ratios)}
+    return {
+        'name': label,
+        'request_bytes': workload.size,
+        'requests': count,
+        'seconds': seconds,
+        'requests_per_second': {n: count / m for n, m in median.items()},
+        'spread': {n: (max(s) - min(s)) / median[n]
+                   for n, s in seconds.items()},
+        # how many times as fast as each of the others thinvm is
+        'thinvm_against': against,
+    }
 
 
 def parse_args():
@@ -120,59 +107,122 @@ def parse_args():
     p = argparse.ArgumentParser(
         prog='bench', description='Speed of thinvm beside raw and qcow2.')
     p.add_argument('--build', type=Path, default=checkout / 'build')
-    p.add_argument('--dir', help='where the images go (default: $TMPDIR)')
+    p.add_argument('--dir', help='where the images go (default: $TMPDIR); '
+                   '/dev/shm shows the cost of the driver without a device')
+    p.add_argument('--formats', default=','.join(USUAL),
+                   help=f'of {", ".join(VARIANTS)} (default: %(default)s)')
     p.add_argument('--runs', type=int, default=5,
-                   help='of each workload and format (default: 5)')
+                   help='of each workload and format (default: %(default)s)')
+    p.add_argument('--seconds', type=float, default=1.0,
+                   help='that a run is to last, about (default: 1)')
     p.add_argument('--size', type=int, default=1024, metavar='MIB',
-                   help='of the disks (default: 1024)')
-    p.add_argument('--requests', type=int, default=20000,
-                   help='of each run, at most (default: 20000)')
+                   help='of the disks, a power of two (default: 1024)')
     p.add_argument('--depth', type=int, default=32,
-                   help='requests at a time (default: 32)')
-    p.add_argument('--cache', default='writeback',
-                   help='cache mode, as for qemu-img bench -t '
-                   '(default: writeback; none measures the device)')
-    p.add_argument('--only', metavar='TEXT',
+                   help='requests at a time, where the workload does not say '
+                   'how many (default: 32)')
+    p.add_argument('--cache', default='none',
+                   help='as for qemu-img bench -t (default: none; writeback '
+                   "goes through the host's page cache)")
+    p.add_argument('--aio', default='native',
+                   help='as for qemu-img bench -i: threads, native or '
+                   'io_uring (default: native; threads without --cache none)')
+    p.add_argument('--only', metavar='TEXT', action='append',
                    help='workloads with this in their name')
+    p.add_argument('--all', action='store_true',
+                   help='also the workloads that are left out by default')
+    p.add_argument('--instructions', action='store_true',
+                   help='count instructions with valgrind instead of time')
+    p.add_argument('--limit', type=float, default=3600, metavar='SECONDS',
+                   help='begin no workload after this time '
+                   '(default: %(default)s)')
     p.add_argument('--json', type=Path, metavar='FILE',
                    help='write all numbers there')
+    p.add_argument('--svg', type=Path, metavar='FILE',
+                   help='draw the ratios there')
+    p.add_argument('--list', action='store_true', help='list the workloads')
     p.add_argument('--quick', action='store_true',
-                   help='small and short: shows that it works, not more')
-    args = p.parse_args()
+                   help='small and short, two minutes at most: shows that it '
+                   'works, not more')
+    return p, p.parse_args()
+
+
+def check_args(p, args):
     if args.quick:
-        args.runs, args.size, args.requests = 5, 128, 1000
-    if min(args.runs, args.size, args.requests, args.depth) < 1:
+        args.runs, args.size, args.seconds = 3, 64, 0.05
+        args.limit = min(args.limit, 100)
+    args.formats = args.formats.split(',')
+    unknown = set(args.formats) - set(VARIANTS)
+    if unknown:
+        p.error(f'no such format: {", ".join(sorted(unknown))}; there are '
+                f'{", ".join(VARIANTS)}')
+    if 'thinvm' not in args.formats:
+        p.error("--formats must name thinvm, which all others are compared "
+                "with")
+    if min(args.runs, args.size, args.depth) < 1 or args.seconds <= 0:
         p.error('numbers must be at least 1')
+    if args.size & (args.size - 1):
+        p.error(f'--size {args.size}: must be a power of two')
     if not (args.build / 'bin' / 'qemu-img').exists():
         p.error(f'no qemu-img in {args.build}/bin: build first, or give '
                 '--build')
-    return args
+    if args.aio == 'native' and args.cache not in ('none', 'directsync'):
+        args.aio = 'threads'
+    if args.instructions and not shutil.which('valgrind'):
+        p.error('--instructions needs valgrind, which is not installed')
+    args.names = [n for n, w in WORKLOADS.items()
+                  if (any(text in n for text in args.only) if args.only
+                      else w.usual or args.all)]
+    if not args.names:
+        p.error('no workload has that in its name; --list lists them')
+
+
+def work(args, directory):
+    """All workloads; returns results and what there was no time for."""
+    bench = Bench(args, directory)
+    end = time.monotonic() + args.limit
+    results, left = [], []
+    print(bench_report.heading(args))
+    for label in args.names:
+        if time.monotonic() > end:
+            left.append(label)
+            continue
+        if args.instructions:
+            result = {'name': label,
+                      'instructions': bench.count_instructions(label)}
+            print(bench_report.instructions_line(args, result), flush=True)
+        else:
+            result = bench.measure(label)
+            if not result:
+                continue
+            print(bench_report.line(args, result), flush=True)
+        results.append(result)
+    return results, left
 
 
 def main():
-    args = parse_args()
-    names = [n for n in WORKLOADS if not args.only or args.only in n]
-    if not names:
-        sys.exit(f'bench: no workload has "{args.only}" in its name')
+    p, args = parse_args()
+    if args.list:
+        print('\n'.join(WORKLOADS))
+        return
+    check_args(p, args)
     directory = tempfile.mkdtemp(prefix='thinvm-bench-', dir=args.dir)
-    results = []
     try:
-        bench = Bench(args, directory)
-        print(f'{"requests per second":32}' +
-              ''.join(f'{f:>10}' for f in FORMATS) +
-              f'{"/qcow2":>10}{"/raw":>8}{"spread":>8}')
-        for name in names:
-            results.append(bench.measure(name))
-            print(line(results[-1]), flush=True)
+        results, left = work(args, directory)
     except (Failure, OSError) as e:
         sys.exit(f'bench: {e}')
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+    for label in left:
+        print(f'no time left for: {label}')
     if args.json:
         args.json.write_text(json.dumps({
             'runs': args.runs, 'disk_mib': args.size, 'depth': args.depth,
-            'requests': args.requests, 'cache': args.cache,
-            'workloads': results}, indent=2) + '\n', encoding='utf-8')
+            'seconds': args.seconds, 'cache': args.cache, 'aio': args.aio,
+            'workloads': results, 'no_time_for': left}, indent=2) + '\n',
+            encoding='utf-8')
+    if args.svg:
+        args.svg.write_text(bench_report.svg(args, results),
+                            encoding='utf-8')
 
 
 if __name__ == '__main__':
