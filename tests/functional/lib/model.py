@@ -146,14 +146,13 @@ class Model:
             result[index] = new
         return result
 
-    def judge(self, found, durable):
-        """Compare what was @found with what must be there.
+    def right(self, durable):
+        """For each lane, block index -> set of right contents.
 
-        @found maps (lane, index) to a content (absent: zeroes).  @durable is
-        'acked', 'flushed', or a list with a sequence number for each lane.
-        Returns a list of texts, one for each block that is wrong.
+        @durable is 'acked', 'flushed', or a list with a sequence number for
+        each lane: so far nothing may be lost.
         """
-        wrong = []
+        result = []
         for number, lane in enumerate(self.lanes):
             if durable == 'acked':
                 sure = lane.acked
@@ -161,19 +160,33 @@ class Model:
                 sure = lane.flushed
             else:
                 sure = durable[number]
-            allowed = self.allowed(number, sure,
-                                   lane.acked + lane.unreported)
+            result.append(self.allowed(number, sure,
+                                       lane.acked + lane.unreported))
+        return result
+
+    def compare(self, found, right):
+        """Compare what was @found with what is @right, see right().
+
+        @found maps (lane, index) to a content (absent: zeroes).  Returns a
+        list of texts, one for each block that is wrong.
+        """
+        wrong = []
+        for number, allowed in enumerate(right):
             for index in range(self.blocks):
                 seq = found.get((number, index), 0)
-                right = allowed.get(index, {0})
+                may_be = allowed.get(index, {0})
                 parts = seq if isinstance(seq, tuple) else (seq,)
-                if not right.issuperset(parts):
+                if not may_be.issuperset(parts):
                     wrong.append(
                         'lane %d block %d (guest offset %d): %s, allowed %s'
                         % (number, index, self.offset(number, index),
                            'not a block of ours' if seq == BAD
-                           else 'content %s' % (seq,), sorted(right)[:8]))
+                           else 'content %s' % (seq,), sorted(may_be)[:8]))
         return wrong
+
+    def judge(self, found, durable):
+        """What is wrong, given what may not be lost: see right()."""
+        return self.compare(found, self.right(durable))
 
     def require(self, found, durable, what):
         """Fail unless everything that must be there is."""
