@@ -171,7 +171,9 @@ int thinvm_count_expect(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
     int ret;
 
     if (nb_clusters > s->device_clusters ||
-        first > s->device_clusters - nb_clusters) {
+        first > s->device_clusters - nb_clusters ||
+        first < s->first_cluster ||
+        thinvm_extents_have_clusters(s, first, nb_clusters)) {
         return -EBADMSG;
     }
     ret = thinvm_count_need(s, first, nb_clusters, needs);
@@ -331,7 +333,7 @@ static int64_t change_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
     unsigned index;
 
     if (thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
-        thinvm_page_resident(s, slot)) {
+        thinvm_page_resident(s, slot, level_kind(level), level)) {
         page = thinvm_page_shadow(s, slot);
     } else {
         page = materialize(s, slot, level, base);
@@ -398,7 +400,8 @@ static void set_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
 {
     uint64_t base = QEMU_ALIGN_DOWN(cluster, level_span(level));
     ThinvmPage *page = thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
-                       thinvm_page_resident(s, slot) ?
+                       thinvm_page_resident(s, slot, level_kind(level),
+                                            level) ?
                        thinvm_page_shadow(s, slot) :
                        materialize(s, slot, level, base);
 
@@ -515,6 +518,20 @@ static int find_in_leaf(ThinvmState *s, ThinvmPage *leaf, uint64_t from,
     return -ENOENT;
 }
 
+/*
+ * A count of 0 may be a lie: data over metadata would be a wrong write, so
+ * nothing more is given away then.
+ */
+static int judge_free(ThinvmState *s, uint64_t first, uint64_t nb_clusters)
+{
+    if (first < s->first_cluster ||
+        thinvm_extents_have_clusters(s, first, nb_clusters)) {
+        s->damaged = true;
+        return -EBADMSG;
+    }
+    return 0;
+}
+
 int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
                            uint64_t *first, uint64_t *nb_clusters,
                            ThinvmNeeds *needs)
@@ -548,7 +565,7 @@ int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
         end = MIN(base + level_span(level), s->device_clusters);
         if (slot_free(s, slot, level, base) &&
             find_in_leaf(s, page, c, end, max, first, nb_clusters) == 0) {
-            return 0;
+            return judge_free(s, *first, *nb_clusters);
         }
         c = base + level_span(level);
     }

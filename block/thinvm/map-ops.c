@@ -244,7 +244,7 @@ static ThinvmPage *writable_child(ThinvmState *s, ThinvmPointerLe *slot,
                                   int level)
 {
     return thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
-           thinvm_page_resident(s, slot) ?
+           thinvm_page_resident(s, slot, thinvm_map_kind(level), level) ?
            thinvm_page_shadow(s, slot) : materialize(s, slot, level);
 }
 
@@ -298,7 +298,7 @@ static void drop_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
             thinvm_page_unref(s, address);
             break;
         }
-        if (!thinvm_page_resident(s, slot)) {
+        if (!thinvm_page_resident(s, slot, thinvm_map_kind(level), level)) {
             break;
         }
         page = thinvm_page_find(s, address);

@@ -393,6 +393,58 @@ bool thinvm_page_unref(ThinvmState *s, uint64_t number)
     return true;
 }
 
+static bool page_names_clusters(ThinvmPage *page, uint64_t first,
+                                uint64_t end)
+{
+    if (page->kind == THINVM_PAGE_MAP_LEAF) {
+        for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
+            uint64_t at = thinvm_entry_physical(le64_to_cpu(page->data[i]));
+
+            if (at >= first && at < end) {
+                return true;
+            }
+        }
+    } else if (page->kind == THINVM_PAGE_MAP_INNER && page->level == 1) {
+        for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+            const ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
+            ThinvmPointerType type = thinvm_slot_type(slot);
+            uint64_t at = thinvm_slot_address(slot);
+
+            if ((type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) &&
+                at < end && at + THINVM_ENTRIES_PER_LEAF > first) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+bool thinvm_pages_name_clusters(ThinvmState *s, uint64_t first,
+                                uint64_t nb_clusters)
+{
+    uint64_t end = first + nb_clusters;
+    ThinvmPage *page;
+
+    QTAILQ_FOREACH(page, &s->clean, link) {
+        if (page_names_clusters(page, first, end)) {
+            return true;
+        }
+    }
+    for (int i = THINVM_RANK_LEAF; i <= THINVM_RANK_INNER1; i++) {
+        QTAILQ_FOREACH(page, &s->dirty[i], link) {
+            if (page_names_clusters(page, first, end)) {
+                return true;
+            }
+        }
+    }
+    for (unsigned i = 0; s->frozen && i < s->frozen->nb_pages; i++) {
+        if (page_names_clusters(s->frozen->pages[i], first, end)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void thinvm_page_thaw(ThinvmState *s, ThinvmPage *page)
 {
     page->dirty = false;
@@ -415,12 +467,16 @@ void thinvm_page_touch(ThinvmState *s, ThinvmPage *page, bool shared)
     }
 }
 
-bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot)
+bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot,
+                          ThinvmPageKind kind, int level)
 {
-    if (thinvm_page_find(s, thinvm_slot_address(slot))) {
+    ThinvmPage *page = thinvm_page_find(s, thinvm_slot_address(slot));
+
+    if (page && page->kind == kind && page->level == level) {
         return true;
     }
-    /* Freed through another pointer of this very operation: a hostile image */
+    /* Freed (and its place perhaps used again) through another pointer of
+       this very operation: a hostile image */
     s->damaged = true;
     thinvm_slot_set(slot, 0, 0, 0);
     return false;

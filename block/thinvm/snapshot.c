@@ -76,7 +76,7 @@ static ThinvmSnapshotLe *writable_record(ThinvmState *s, uint32_t slot)
         ThinvmPage *page;
 
         if (thinvm_slot_type(ptr) == THINVM_PTR_PAGE &&
-            thinvm_page_resident(s, ptr)) {
+            thinvm_page_resident(s, ptr, record_kind(level), level)) {
             page = thinvm_page_shadow(s, ptr);
         } else {
             uint64_t word;

@@ -208,14 +208,24 @@ ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level);
 void thinvm_page_ref(ThinvmState *s, uint64_t number);
 /* true: it was the last one; the page is gone from memory and its place held */
 bool thinvm_page_unref(ThinvmState *s, uint64_t number);
-/* Is the child of a PAGE slot in memory?  If not the image names it twice */
-bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot);
+/*
+ * Is the child of a PAGE slot in memory, and what it has to be?  If not the
+ * image names it twice.
+ */
+bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot,
+                          ThinvmPageKind kind, int level);
 /*
  * The child of @slot (a PAGE), made writable, with @slot pointing to it.
  * Children get references and the shared flag when it was shared.
  */
 ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot);
 void thinvm_pages_evict(ThinvmState *s);
+/*
+ * Does a page in memory map any of these clusters?  Those that are read later
+ * are judged then; this is for clusters that become metadata meanwhile.
+ */
+bool thinvm_pages_name_clusters(ThinvmState *s, uint64_t first,
+                                uint64_t nb_clusters);
 /* A page that nothing names (repair) leaves memory */
 void thinvm_page_forget(ThinvmState *s, uint64_t number);
 void thinvm_pages_forget_clean(ThinvmState *s);

@@ -288,6 +288,13 @@ static int prepare_meta_extend(ThinvmState *s, const ThinvmOp *op,
         error_setg(errp, "metadata extent at cluster %" PRIu64 ": its %"
                    PRIu64 " clusters are not all free", op->physical,
                    op->count);
+    } else if (ret == 0 &&
+               thinvm_pages_name_clusters(s, op->physical, op->count)) {
+        s->damaged = true;
+        error_setg(errp, "metadata extent at cluster %" PRIu64 ": its %"
+                   PRIu64 " clusters have count 0, but are in use",
+                   op->physical, op->count);
+        ret = -EBADMSG;
     }
     return ret;
 }
