@@ -11,6 +11,7 @@
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "thinvm.h"
+#include "handover.h"
 #include "trace.h"
 
 static void thinvm_get_state(ThinvmStore *st, ThinvmInfoState *info)
@@ -137,6 +138,7 @@ ThinvmInfo *thinvm_info(BDRVThinvmState *s)
         .journal_used = stats.journal_used,
         .statistics = statistics,
     };
+    thinvm_pulse_info(s, dst);
     return dst;
 }
 

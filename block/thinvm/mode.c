@@ -44,7 +44,7 @@
 #include "qapi/error.h"
 #include "qapi/qapi-events-thinvm.h"
 #include "qemu/error-report.h"
-#include "thinvm.h"
+#include "handover.h"
 #include "trace.h"
 
 bool (*thinvm_activation_must_succeed)(void);
@@ -98,6 +98,14 @@ static void thinvm_replace_store(BDRVThinvmState *s, ThinvmStore *st)
     if (old && old != st) {
         s->retired = g_slist_prepend(s->retired, old);
     }
+}
+
+static uint64_t thinvm_bytes_read(ThinvmStore *st)
+{
+    ThinvmStoreStats stats;
+
+    thinvm_store_stats(st, &stats);
+    return stats.metadata_bytes_read;
 }
 
 static void thinvm_store_info(ThinvmStore *st, ThinvmInfoState *info)
@@ -241,11 +249,19 @@ int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
 
     qemu_co_mutex_lock(&s->mode_lock);
     if (!s->owner) {
+        int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+        ThinvmStore *before = s->store;
+        uint64_t read = thinvm_bytes_read(before);
+
         ret = thinvm_take_locked(s, fresh, errp);
         if (ret >= 0) {
             s->take_failed = false;
+            thinvm_pulse_took(s, s->store == before, start,
+                              thinvm_bytes_read(s->store) -
+                              (s->store == before ? read : 0));
             thinvm_mode_change(s, thinvm_owner_mode(s), "image taken over");
             thinvm_worker_owner_changed(s);
+            thinvm_pulse_kick(s);
         }
     }
     qemu_co_mutex_unlock(&s->mode_lock);
@@ -304,6 +320,7 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
     thinvm_mode_free_retired(s);
     if (state == THINVM_CLAIM_RELEASED) {
         thinvm_mode_become_follower(s, reason);
+        thinvm_pulse_kick(s);
     }
 out:
     qemu_co_mutex_unlock(&s->mode_lock);
@@ -411,7 +428,12 @@ int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
     if (bdrv_is_read_only(bs)) {
         return thinvm_reader_refresh(bs, errp);
     }
-    ret = thinvm_mode_take(bs, true, &local_err);
+    /*
+     * A follower has all in memory, and goes on with it.  Where the page cache
+     * of this host was in between, the block layer has just dropped that, and
+     * only what is read from now on is true.
+     */
+    ret = thinvm_mode_take(bs, !qatomic_read(&s->follow), &local_err);
     if (ret < 0 && thinvm_activation_must_succeed &&
         thinvm_activation_must_succeed()) {
         thinvm_mode_lose(s, error_get_pretty(local_err));

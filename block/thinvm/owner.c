@@ -32,7 +32,7 @@
 #include "qapi/qapi-types-block-core.h"
 #include "qemu/cutils.h"
 #include "qemu/lockable.h"
-#include "thinvm.h"
+#include "handover.h"
 #include "trace.h"
 
 #define THINVM_CLAIM_AREA   (THINVM_NB_CLAIMS * THINVM_PAGE_SIZE)
@@ -298,13 +298,16 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
         view->unchanged = self && self->claim.epoch &&
             qemu_uuid_is_equal(&view->newest.nonce, &self->claim.nonce);
     }
+    if (self && view->newest_epoch) {
+        thinvm_pulse_saw_claim(self, &view->newest);
+    }
     trace_thinvm_owner_look(self ? self->bs : NULL, view->newest_epoch,
                             view->kind);
     return 0;
 }
 
 /* The name comes from the device: nothing in it may upset a terminal */
-static char *thinvm_claim_host(const ThinvmClaim *claim)
+char *thinvm_owner_host(const ThinvmClaim *claim)
 {
     char *name = g_strndup(claim->host_name, sizeof(claim->host_name));
     char *p;
@@ -321,7 +324,7 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
                            Error **errp)
 {
     ERRP_GUARD();
-    g_autofree char *host = thinvm_claim_host(&view->newest);
+    g_autofree char *host = thinvm_owner_host(&view->newest);
 
     if (view->newest_epoch == UINT64_MAX) {
         error_setg(errp, "The image's epoch of ownership, %" PRIu64 ", "
@@ -442,7 +445,18 @@ int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
     }
     s->claim = claim;
     thinvm_owner_drop(s);
+    thinvm_pulse_saw_claim(s, &claim);
     return 0;
+}
+
+void thinvm_owner_describe_displaced(BDRVThinvmState *s,
+                                     const ThinvmClaim *newest, Error **errp)
+{
+    g_autofree char *host = thinvm_owner_host(newest);
+
+    error_setg(errp, "The image has been claimed by process %" PRIu32
+               " on host '%s' (epoch %" PRIu64 ", ours was %" PRIu64 ")",
+               newest->process, host, newest->epoch, s->claim.epoch);
 }
 
 int coroutine_fn thinvm_owner_verify(BDRVThinvmState *s, Error **errp)
@@ -454,12 +468,7 @@ int coroutine_fn thinvm_owner_verify(BDRVThinvmState *s, Error **errp)
         return ret;
     }
     if (view.kind != THINVM_OWNER_OURS) {
-        g_autofree char *host = thinvm_claim_host(&view.newest);
-
-        error_setg(errp, "The image has been claimed by process %" PRIu32
-                   " on host '%s' (epoch %" PRIu64 ", ours was %" PRIu64 ")",
-                   view.newest.process, host, view.newest_epoch,
-                   s->claim.epoch);
+        thinvm_owner_describe_displaced(s, &view.newest, errp);
         return -EPERM;
     }
     return 0;

@@ -304,6 +304,33 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
     return 0;
 }
 
+ThinvmPage *thinvm_page_adopt(ThinvmState *s, const ThinvmPointerLe *slot,
+                              const ThinvmPage *from)
+{
+    uint64_t number = thinvm_slot_address(slot);
+    uint16_t *count = thinvm_page_count(s, number, NULL);
+    ThinvmPage *page;
+
+    if (!count || !*count ||
+        !thinvm_page_validate(&s->bounds, from->kind, from->level, number,
+                              from->data, NULL)) {
+        return NULL;
+    }
+    page = page_alloc();
+    page->number = number;
+    page->kind = from->kind;
+    page->level = from->level;
+    page->crc = le32_to_cpu(slot->crc_le);
+    page->complete = true;
+    page->count = count;
+    page->touched = qatomic_read(&from->touched);
+    memcpy(page->data, from->data, THINVM_PAGE_SIZE);
+    QTAILQ_INSERT_HEAD(&s->clean, page, link);
+    s->nb_clean++;
+    qht_insert(&s->pages, page, page_hash(page->number), NULL);
+    return page;
+}
+
 ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level)
 {
     ThinvmPage *page = page_alloc();
@@ -314,6 +341,7 @@ ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level)
     page->kind = kind;
     page->level = level;
     page->generation = s->generation;
+    page->changed = s->applying;
     page->dirty = true;
     memset(page->data, 0, THINVM_PAGE_SIZE);
     QTAILQ_INSERT_TAIL(&s->dirty[page_rank(page)], page, link);
@@ -498,6 +526,7 @@ ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot)
     ThinvmPage *copy = page;
 
     assert(page);
+    page->changed = s->applying;
     if (!thinvm_page_writable(s, page)) {
         bool shared = *page->count > 1;
 

@@ -24,6 +24,12 @@
  *    and we start afresh.
  * A state that applied only part of a record is never used again (st->stale).
  *
+ * A fresh start is not a cold one: the new state takes over what the old one
+ * has in memory and the new base names (preload.c).  What following itself
+ * changed may be taken only if the base is of the history that we followed:
+ * st->history knows the checksums of the records applied lately, and the base
+ * states that of its last one.
+ *
  * Before we write ourselves the state must stem from the newest base
  * (thinvm_follow_finish()): only then do we know which pages the two newest
  * bases name, and must not be overwritten.
@@ -50,140 +56,15 @@
 #define THINVM_SCAN_SAMPLE          (64 * KiB)
 #define THINVM_SCAN_STRIDE          (1 * MiB)
 #define THINVM_SCAN_MAX_SAMPLES     64
-/* When we take over after following: the next record at least */
+/*
+ * Where we have followed, each record was seen when it was fresh: the next
+ * one at least
+ */
 #define THINVM_SCAN_FOLLOW          (2 * THINVM_RECORD_MAX_SIZE)
 /* No writer leaves so many pages changed since its older base */
 #define THINVM_MAX_REPLAY_PAGES     65536
 /* Times that we start again because an owner's base has moved on */
 #define THINVM_MAX_RESTARTS         16
-
-/* ------------------------------------------------------------------ */
-/* Superblocks                                                         */
-
-typedef struct Slot {
-    ThinvmSuperblock sb;
-    bool valid;
-    bool blank;                 /* all zeroes: nothing was ever there */
-    int ret;
-    Error *err;
-} Slot;
-
-static int coroutine_fn slot_read(ThinvmDevice *dev, int nr, Slot *slot)
-{
-    g_autofree uint8_t *buf = g_malloc0(THINVM_PAGE_SIZE);
-
-    thinvm_device_event(dev, BLKDBG_THINVM_SUPERBLOCK_READ);
-    slot->ret = dev->co_pread(dev, thinvm_superblock_offset(nr),
-                              THINVM_PAGE_SIZE, buf);
-    if (slot->ret < 0) {
-        error_setg_errno(&slot->err, -slot->ret,
-                         "Could not read superblock %d", nr);
-        return slot->ret;
-    }
-    slot->blank = buffer_is_zero(buf, sizeof(ThinvmSuperblockLe));
-    slot->ret = thinvm_superblock_decode(&slot->sb,
-                                         (ThinvmSuperblockLe *)buf,
-                                         &slot->err);
-    if (slot->ret == 0) {
-        slot->valid = true;
-    } else {
-        error_prepend(&slot->err, "Superblock %d: ", nr);
-    }
-    return slot->ret;
-}
-
-/* Can these be two bases of one image, @b before @a? */
-static bool slots_agree(const ThinvmSuperblock *a, const ThinvmSuperblock *b)
-{
-    return qemu_uuid_is_equal(&a->uuid, &b->uuid) &&
-           a->cluster_bits == b->cluster_bits &&
-           a->journal_offset == b->journal_offset &&
-           a->journal_size == b->journal_size &&
-           a->generation > b->generation && a->sequence >= b->sequence &&
-           a->epoch >= b->epoch;
-}
-
-/* Which error of two invalid slots tells most?  Damage and versions do */
-static int worse_slot(const Slot *slots)
-{
-    return slots[0].ret == -EINVAL && slots[1].ret != -EINVAL ? 1 : 0;
-}
-
-void thinvm_bases_destroy(ThinvmBases *bases)
-{
-    error_free(bases->damage);
-    bases->damage = NULL;
-}
-
-int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
-                                   Error **errp)
-{
-    Slot slots[THINVM_NB_SUPERBLOCKS] = {};
-    int newest, other, ret = 0;
-
-    memset(bases, 0, sizeof(*bases));
-    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
-        slot_read(dev, i, &slots[i]);
-    }
-    if (!slots[0].valid && !slots[1].valid) {
-        int i = worse_slot(slots);
-
-        ret = slots[i].ret;
-        error_propagate(errp, g_steal_pointer(&slots[i].err));
-        goto out;
-    }
-    /* A version or feature that we do not know may be the newer base */
-    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
-        if (slots[i].ret == -ENOTSUP) {
-            ret = -ENOTSUP;
-            error_propagate(errp, g_steal_pointer(&slots[i].err));
-            goto out;
-        }
-    }
-    newest = !slots[0].valid ||
-             (slots[1].valid &&
-              slots[1].sb.generation > slots[0].sb.generation);
-    other = !newest;
-    bases->newest = slots[newest].sb;
-    bases->newest_slot = newest;
-    if (slots[other].valid) {
-        bases->older = slots[other].sb;
-        bases->has_older = slots_agree(&bases->newest, &bases->older);
-        if (!bases->has_older) {
-            bases->suspect = true;
-            error_setg(&bases->damage, "Superblock %d does not belong to the "
-                       "image that superblock %d describes", other, newest);
-        }
-    } else if (!slots[other].blank) {
-        bases->suspect = true;
-        bases->damage = g_steal_pointer(&slots[other].err);
-    }
-out:
-    for (int i = 0; i < THINVM_NB_SUPERBLOCKS; i++) {
-        error_free(slots[i].err);
-    }
-    return ret;
-}
-
-int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
-                                    ThinvmSuperblock *older, bool *has_older,
-                                    Error **errp)
-{
-    ThinvmBases bases;
-    int ret = thinvm_bases_read(dev, &bases, errp);
-
-    if (ret == 0) {
-        *sb = bases.newest;
-        if (older) {
-            *older = bases.older;
-        }
-        if (has_older) {
-            *has_older = bases.has_older;
-        }
-        thinvm_bases_destroy(&bases);
-    }
-    return ret;
-}
 
 /* ------------------------------------------------------------------ */
 /* The ring                                                            */
@@ -435,6 +316,9 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
     uint32_t offset = sizeof(ThinvmRecordLe);
     ssize_t ret = 0;
 
+    thinvm_state_lock(s);
+    thinvm_state_set_applying(s, rec->sequence);
+    thinvm_state_unlock(s);
     trace_thinvm_replay(st, rec->sequence, rec->length, rec->nb_operations);
     for (uint32_t i = 0; i < rec->nb_operations; i++) {
         ThinvmOp op;
@@ -485,6 +369,22 @@ static int coroutine_fn load_base(ThinvmStore *st, ThinvmState *s,
     return ret;
 }
 
+static void history_add(ThinvmHistory *h, const ThinvmRecord *rec)
+{
+    h->record[rec->sequence % THINVM_HISTORY].sequence = rec->sequence;
+    h->record[rec->sequence % THINVM_HISTORY].crc = rec->crc;
+}
+
+/* Is the base @sb one that our state has come by? */
+static bool history_has(const ThinvmStore *st, const ThinvmSuperblock *sb)
+{
+    unsigned i = sb->sequence % THINVM_HISTORY;
+
+    return st->history && !st->stale &&
+           st->history->record[i].sequence == sb->sequence &&
+           st->history->record[i].crc == sb->record_crc;
+}
+
 static void position_init(Position *pos, const ThinvmBases *bases)
 {
     uint64_t size = bases->newest.journal_size;
@@ -503,16 +403,17 @@ static void position_init(Position *pos, const ThinvmBases *bases)
 /* From the base to the end of the journal; an end that is one */
 static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
                                    const ThinvmBases *bases, Position *pos,
-                                   Error **errp)
+                                   ThinvmHistory *history, Error **errp)
 {
     Ring ring;
     ThinvmRecord rec;
     const uint8_t *data;
-    bool again = false;
+    bool followed = st->state, again = false;
     int ret;
 
     position_init(pos, bases);
-    ring_init(&ring, st, &bases->newest, THINVM_RING_WINDOW);
+    ring_init(&ring, st, &bases->newest,
+              followed ? THINVM_RECORD_MAX_SIZE : THINVM_RING_WINDOW);
     for (;;) {
         Error *local_err = NULL;
 
@@ -530,11 +431,13 @@ static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
                 break;
             }
             position_advance(pos, &rec);
+            history_add(history, &rec);
             again = false;
             continue;
         }
-        ret = check_for_damage(&ring, pos, THINVM_SCAN_DENSE, true,
-                               &local_err);
+        ret = check_for_damage(&ring, pos, followed ? THINVM_SCAN_FOLLOW :
+                                                      THINVM_SCAN_DENSE,
+                               !followed, &local_err);
         if (ret != -EBADMSG || again) {
             error_propagate(errp, local_err);
             break;
@@ -581,6 +484,7 @@ static void publish(ThinvmStore *st, ThinvmState *s, const Position *pos)
 static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
                                   Error **errp)
 {
+    g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
     ThinvmState *s;
     Position pos;
     int ret;
@@ -599,8 +503,12 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
                          bases->has_older ? &bases->older : NULL,
                          st->cache_size);
     ret = load_base(st, s, errp);
+    if (ret == 0 && st->state) {
+        thinvm_preload_adopt(st, s, history_has(st, &bases->newest) ?
+                                    bases->newest.sequence : 0);
+    }
     if (ret == 0) {
-        ret = replay_all(st, s, bases, &pos, errp);
+        ret = replay_all(st, s, bases, &pos, history, errp);
     }
     if (ret < 0) {
         thinvm_state_free(s);
@@ -611,7 +519,11 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     st->bases = *bases;
     if (!st->state) {
         thinvm_journal_init(st, &bases->newest);
+    } else {
+        qatomic_set(&st->nb_fresh_starts, st->nb_fresh_starts + 1);
     }
+    g_free(st->history);
+    st->history = g_steal_pointer(&history);
     thinvm_journal_drop(st);
     thinvm_checkpoint_forget(st);
     thinvm_quarantine_drop(st); /* the new state has nothing busy */
@@ -714,6 +626,8 @@ static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
             return ret;
         }
         position_advance(pos, &rec);
+        history_add(st->history, &rec);
+        qatomic_set(&st->nb_followed, st->nb_followed + 1);
         thinvm_state_lock(s);
         thinvm_quarantine_add(st, s, rec.sequence);
         thinvm_state_unlock(s);
@@ -842,6 +756,29 @@ static int coroutine_fn follow_once(ThinvmStore *st, Error **errp)
     return ret;
 }
 
+int coroutine_fn thinvm_store_follow_base(ThinvmStore *st, Error **errp)
+{
+    bool moved = false;
+    int ret = 0;
+
+    follow_enter(st);
+    if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
+        ret = bases_moved(st, 0, &moved, errp);
+        if (ret == 0 && moved) {
+            /* What we lack of its history may still be in the ring */
+            follow_once(st, NULL);
+            ret = bases_moved(st, 0, &moved, errp);
+        }
+        if (ret == 0 && moved) {
+            trace_thinvm_follow_afresh(st, st->bases.newest.generation,
+                                       st->journal.composed_sequence);
+            ret = thinvm_replay_open(st, errp);
+        }
+    }
+    follow_leave(st);
+    return ret;
+}
+
 uint64_t thinvm_store_changes(ThinvmStore *st)
 {
     QEMU_LOCK_GUARD(&st->lock);
@@ -866,6 +803,7 @@ int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
         }
         follow_enter_locked(st);
         st->follow_started++;
+        qatomic_set(&st->nb_catch_ups, st->nb_catch_ups + 1);
         qemu_mutex_unlock(&st->lock);
         ret = follow_once(st, errp);
         thinvm_store_reclaim(st, false);
@@ -933,6 +871,8 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
     int ret;
 
     follow_enter(st);
+    /* Before a fresh start: it takes over only what is of the base's history */
+    follow_once(st, NULL);
     ret = bases_moved(st, 0, &moved, errp);
     if (ret < 0) {
         /* What the bases name must not be overwritten: no guessing */

@@ -3,8 +3,8 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Only page.c, count.c, space.c, map.c, snapshot.c, freeze.c and state.c
- * include this.  See state.h for what the engine promises to others.
+ * Only page.c, count.c, space.c, map.c, adopt.c, snapshot.c, freeze.c and
+ * state.c include this.  See state.h for what the engine promises to others.
  *
  * Copy-on-write.  state->generation is the base that is being built.  A page
  * whose own generation is that one and that one pointer names may be changed
@@ -39,6 +39,8 @@ struct ThinvmPage {
     struct rcu_head rcu;
     uint64_t number;            /* place on the device */
     uint64_t generation;        /* that made it; 0: read from the device */
+    uint64_t changed;           /* by operations of this record at the latest;
+                                   see thinvm_state_set_applying() */
     uint16_t *count;            /* of pointers that name it */
     uint32_t crc;               /* valid once complete */
     uint32_t pins;
@@ -139,6 +141,7 @@ struct ThinvmState {
     bool has_older, loaded;
     /* Counts were met that cannot be: every further change is refused */
     bool damaged;
+    uint64_t applying;          /* sequence of the record being replayed */
     uint64_t new_pages;         /* current prepare: places it may need */
     uint64_t last_count_leaf;   /* current prepare: asked for last */
     uint64_t nb_count_free;     /* clusters with count 0 */
@@ -202,6 +205,9 @@ void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
 /* The count of a page by place, or NULL if it is no metadata page */
 uint16_t *thinvm_page_count(ThinvmState *s, uint64_t number,
                             ThinvmMetaExtent **extent);
+/* A clean copy of another state's page as the one that @slot names; or NULL */
+ThinvmPage *thinvm_page_adopt(ThinvmState *s, const ThinvmPointerLe *slot,
+                              const ThinvmPage *from);
 /* A new page with count 1, zero-filled, dirty.  Places were prepared. */
 ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level);
 /* One reference more to, or less of, the page at @number */

@@ -37,6 +37,7 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
     s->virtual_size = sb->virtual_size;
     s->device_clusters = sb->device_clusters;
     s->search_hint = s->first_cluster;
+    s->applying = UINT64_MAX;
     s->bounds = (ThinvmBounds) {
         .first_cluster = s->first_cluster,
         .device_clusters = s->device_clusters,
@@ -186,6 +187,11 @@ void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info)
         .nb_snapshots = s->nb_snapshots,
         .current_snapshot_id = s->current_snapshot_id,
     };
+}
+
+void thinvm_state_set_applying(ThinvmState *s, uint64_t sequence)
+{
+    s->applying = sequence;
 }
 
 const ThinvmBacking *thinvm_state_backing(ThinvmState *s)

@@ -184,6 +184,47 @@ int thinvm_state_unmap_step(ThinvmState *s, int tree, uint64_t guest,
                             ThinvmSource source, uint64_t *count,
                             bool *nothing, ThinvmNeeds *needs);
 
+/*
+ * The operations applied from now on are those of this record, or of an
+ * earlier one; UINT64_MAX: of any.  For thinvm_state_adopt().
+ */
+void thinvm_state_set_applying(ThinvmState *s, uint64_t sequence);
+
+/* ------------------------------------------------------------------ */
+/* Filling memory ahead of need (adopt.c)                              */
+
+#define THINVM_WARM_TREES   2   /* the disk's mapping, counts of clusters */
+
+/* How far a preload has come; zeroes: not begun */
+typedef struct ThinvmWarmCursor {
+    int tree;
+    uint64_t cluster;
+} ThinvmWarmCursor;
+
+/*
+ * One bounded step: 0 when everything is in memory, or -EAGAIN with at most
+ * @max pages in want[].  Those that are then inserted need no second look.
+ */
+int thinvm_state_preload(ThinvmState *s, ThinvmWarmCursor *c, unsigned max,
+                         ThinvmNeeds *needs);
+unsigned thinvm_state_preload_percent(ThinvmState *s,
+                                      const ThinvmWarmCursor *c);
+/* Would @pages more drive others out? */
+bool thinvm_state_cache_full(ThinvmState *s, unsigned pages);
+
+/*
+ * Take over what @old, an earlier state of the same image, has in memory, as
+ * far as the base of @s names the same pages.  Nothing was applied to @s yet.
+ * @sequence: what the base of @s includes, if @old has the same history up to
+ * there; else 0.  Both locks are held, that of @s was taken first.  0, or
+ * -EAGAIN: pages of inner levels are wanted (insert, call again; or leave it
+ * at that).  Adds to *@adopted.
+ */
+int thinvm_state_adopt(ThinvmState *s, ThinvmState *old, uint64_t sequence,
+                       ThinvmNeeds *needs, uint64_t *adopted);
+/* Statistics go on where those of @old are */
+void thinvm_state_adopt_counters(ThinvmState *s, ThinvmState *old);
+
 /* ------------------------------------------------------------------ */
 /* Space                                                               */
 

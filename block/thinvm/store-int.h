@@ -3,8 +3,8 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Only store.c, journal.c, replay.c, checkpoint.c, reclaim.c and check.c
- * include this.  See store.h for what the layer promises to others.
+ * Only store.c, journal.c, bases.c, replay.c, preload.c, checkpoint.c,
+ * reclaim.c and check.c include this.  See store.h for what the layer promises to others.
  *
  * Locks, in the order in which they are taken:
  *
@@ -144,6 +144,19 @@ typedef struct ThinvmBases {
     Error *damage;              /* why it is suspect, or NULL */
 } ThinvmBases;
 
+/*
+ * The checksums of records applied lately, by which a base proves to be of
+ * our own history (replay.c)
+ */
+#define THINVM_HISTORY  4096
+
+typedef struct ThinvmHistory {
+    struct {
+        uint64_t sequence;
+        uint32_t crc;
+    } record[THINVM_HISTORY];
+} ThinvmHistory;
+
 struct ThinvmStore {
     ThinvmDevice *dev;
     QemuMutex lock;
@@ -193,6 +206,7 @@ struct ThinvmStore {
     bool stale;                 /* memory may not agree with the device */
     uint8_t *head_block;        /* 4 KiB at the head when last looked at */
     bool head_block_valid;
+    ThinvmHistory *history;     /* of the records that state consists of */
 
     void (*kick)(void *opaque);
     void *kick_opaque;
@@ -201,6 +215,7 @@ struct ThinvmStore {
     uint64_t nb_commits, nb_records, nb_operations, nb_checkpoints;
     uint64_t bytes_read, bytes_written;
     uint64_t longest_commit_ns;
+    uint64_t nb_catch_ups, nb_followed, nb_fresh_starts, nb_adopted;
 };
 
 typedef struct ThinvmFrozenPage {
@@ -260,10 +275,12 @@ int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        ThinvmCommitLevel level,
                                        bool only_metadata);
 
-/* ---- replay.c ---- */
+/* ---- bases.c ---- */
 int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
                                    Error **errp);
 void thinvm_bases_destroy(ThinvmBases *bases);
+
+/* ---- replay.c ---- */
 /* Build a state out of base and journal, and put it in the place of st's */
 int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
 /*
@@ -273,6 +290,15 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
 int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp);
 /* A look-up met a damaged page: true if a fresh start was made */
 bool coroutine_fn thinvm_follow_restart(ThinvmStore *st, ThinvmState *old);
+
+/* ---- preload.c ---- */
+/*
+ * Give @s, just loaded from a base, the pages that st->state has in memory.
+ * @sequence: of the base, if st->state is known to have the same history up
+ * to there; else 0.  Between follow_enter() and follow_leave().
+ */
+void coroutine_fn thinvm_preload_adopt(ThinvmStore *st, ThinvmState *s,
+                                       uint64_t sequence);
 
 /* ---- checkpoint.c ---- */
 /* Are dirty pages or the ring above this share of their bounds (of 4)? */

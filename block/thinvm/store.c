@@ -133,6 +133,7 @@ static void store_destroy(ThinvmStore *st)
     thinvm_bases_destroy(&st->bases);
     qemu_mutex_destroy(&st->lock);
     g_free(st->head_block);
+    g_free(st->history);
     g_free(st);
 }
 
@@ -357,6 +358,10 @@ void thinvm_store_stats(ThinvmStore *st, ThinvmStoreStats *stats)
         .journal_used = MIN(j->head - j->tail, j->size),
         .longest_commit_ns = st->longest_commit_ns,
         .pending_operations = qatomic_read(&j->pending_operations),
+        .catch_ups = qatomic_read(&st->nb_catch_ups),
+        .followed_records = qatomic_read(&st->nb_followed),
+        .fresh_starts = qatomic_read(&st->nb_fresh_starts),
+        .adopted_pages = qatomic_read(&st->nb_adopted),
     };
 }
 
@@ -510,6 +515,8 @@ static int try_execute(ThinvmStore *st, ThinvmState *s, ThinvmOp *op,
         ret = thinvm_state_prepare(s, op, false, needs, errp);
     }
     if (ret == 0) {
+        /* At most: the record that gathers now, or the one after it */
+        thinvm_state_set_applying(s, st->journal.next_sequence + 1);
         thinvm_state_apply(s, op);
         thinvm_journal_add(st, op);
         thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));

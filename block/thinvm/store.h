@@ -61,6 +61,7 @@ typedef struct ThinvmStoreStats {
     uint64_t journal_used;      /* bytes, since the older base */
     uint64_t longest_commit_ns;
     uint64_t pending_operations;
+    uint64_t catch_ups, followed_records, fresh_starts, adopted_pages;
 } ThinvmStoreStats;
 
 /* ------------------------------------------------------------------ */
@@ -238,6 +239,39 @@ int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
  * what another reader has applied in between counts too.  Any context.
  */
 uint64_t thinvm_store_changes(ThinvmStore *st);
+
+/*
+ * Go over to the owner's newest base if that has moved on, so that taking
+ * ownership will not have to.  For a follower's background work.
+ */
+int coroutine_fn thinvm_store_follow_base(ThinvmStore *st, Error **errp);
+
+/* ------------------------------------------------------------------ */
+/* Preloading: a follower reads the mapping ahead of need (preload.c)   */
+
+typedef enum ThinvmStorePreloadState {
+    THINVM_STORE_PRELOAD_RUNNING,
+    THINVM_STORE_PRELOAD_COMPLETE,
+    THINVM_STORE_PRELOAD_FULL,          /* the cache holds no more */
+    THINVM_STORE_PRELOAD_FAILED,
+} ThinvmStorePreloadState;
+
+/* Zeroes to begin with.  One coroutine at a time */
+typedef struct ThinvmStorePreload {
+    ThinvmStorePreloadState state;
+    uint64_t pages;                     /* read so far */
+    unsigned percent;
+    uint64_t fresh_starts;
+    ThinvmWarmCursor cursor;
+} ThinvmStorePreload;
+
+/*
+ * One bounded step; whether another one is due.  Begins anew, and then hardly
+ * reads anything, after a fresh start.
+ */
+bool coroutine_fn thinvm_store_preload(ThinvmStore *st, ThinvmStorePreload *p);
+/* After a failure: the next step tries again.  Any context */
+void thinvm_store_preload_retry(ThinvmStorePreload *p);
 
 /* ------------------------------------------------------------------ */
 /* Check                                                               */

@@ -18,7 +18,7 @@
 #include "qemu/error-report.h"
 #include "qemu/module.h"
 #include "block/aio-wait.h"
-#include "thinvm.h"
+#include "handover.h"
 #include "trace.h"
 
 ThinvmNodeList thinvm_nodes = QTAILQ_HEAD_INITIALIZER(thinvm_nodes);
@@ -188,6 +188,7 @@ static void thinvm_free(BlockDriverState *bs)
         QTAILQ_REMOVE(&thinvm_nodes, s, link);
     }
     thinvm_owner_drop(s);
+    thinvm_pulse_destroy(s);
     thinvm_worker_destroy(s);
     thinvm_mode_free_retired(s);
     if (s->store) {
@@ -230,6 +231,7 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     qemu_co_mutex_init(&s->mode_lock);
     thinvm_io_init(s);
     thinvm_worker_init(s);
+    thinvm_pulse_init(s);
 
     ret = thinvm_run(bs, thinvm_co_open, NULL, errp);
     if (ret < 0) {
@@ -240,6 +242,7 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
         return ret;
     }
     QTAILQ_INSERT_TAIL(&thinvm_nodes, s, link);
+    thinvm_pulse_kick(s);
 
     bs->supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
@@ -427,17 +430,20 @@ thinvm_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 
 static void thinvm_detach_aio_context(BlockDriverState *bs)
 {
+    thinvm_pulse_detach(bs->opaque);
     thinvm_worker_detach(bs->opaque);
 }
 
 static void thinvm_attach_aio_context(BlockDriverState *bs, AioContext *ctx)
 {
     thinvm_worker_attach(bs->opaque, ctx);
+    thinvm_pulse_attach(bs->opaque, ctx);
 }
 
 static void thinvm_drain_end(BlockDriverState *bs)
 {
     thinvm_worker_drain_end(bs->opaque);
+    thinvm_pulse_drain_end(bs->opaque);
 }
 
 /* ------------------------------------------------------------------ */

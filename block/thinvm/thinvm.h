@@ -16,6 +16,8 @@
  *   io.c                the data path
  *   mode.c              the mapping-cache modes and the hand-over
  *   owner.c             claims of ownership
+ *   heartbeat.c         heartbeats of owners
+ *   pulse.c             periodic work: heartbeats, following, preloading
  *   worker.c            background commits and checkpoints
  *   thinvm-qmp.c        QMP commands
  *   migration/thinvm.c  migration and reset; in qemu-system only
@@ -38,6 +40,7 @@ typedef struct BDRVThinvmState BDRVThinvmState;
  */
 typedef struct ThinvmInflight ThinvmInflight;
 typedef struct ThinvmWorker ThinvmWorker;
+typedef struct ThinvmPulse ThinvmPulse;
 
 /* options.c: what the user may set when opening and reopening */
 typedef struct ThinvmOptions {
@@ -102,6 +105,7 @@ struct BDRVThinvmState {
     QLIST_ENTRY(BDRVThinvmState) owner_link;
 
     ThinvmWorker *worker;           /* worker.c */
+    ThinvmPulse *pulse;             /* pulse.c */
 
     QTAILQ_ENTRY(BDRVThinvmState) link;     /* in thinvm_nodes */
 };
@@ -306,6 +310,11 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
                                     Error **errp);
 int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
                                       ThinvmClaimState state, Error **errp);
+/* The name of the host that made @claim, fit to be shown; g_free() it */
+char *thinvm_owner_host(const ThinvmClaim *claim);
+/* @errp: our claim is no longer the newest, but @newest is */
+void thinvm_owner_describe_displaced(BDRVThinvmState *s,
+                                     const ThinvmClaim *newest, Error **errp);
 /* Forget the claim without writing */
 void thinvm_owner_drop(BDRVThinvmState *s);
 /* Is the newest claim on the device ours? -EPERM if not */

@@ -132,6 +132,221 @@ static void coroutine_fn test_follow_cut_off(ThinvmSim *sim)
     store_close(follower, true);
 }
 
+/* ------------------------------------------------------------------ */
+/* Warm hand-over                                                      */
+
+#define LEAVES      (VIRTUAL_SIZE / IMAGE_CLUSTER / THINVM_ENTRIES_PER_LEAF)
+
+/* A cluster in each leaf of the disk, so that all of them are needed */
+static void coroutine_fn write_widely(ThinvmSim *sim, ThinvmStore *st,
+                                      uint64_t nth, uint64_t tag)
+{
+    for (uint64_t leaf = 0; leaf < LEAVES; leaf++) {
+        write_one(sim, st, leaf * THINVM_ENTRIES_PER_LEAF + nth, tag + leaf);
+    }
+}
+
+static void coroutine_fn expect_widely(ThinvmSim *sim, ThinvmStore *st,
+                                       uint64_t nth, uint64_t tag)
+{
+    for (uint64_t leaf = 0; leaf < LEAVES; leaf++) {
+        g_assert_cmpuint(image_read_tag(sim, st, leaf *
+                                        THINVM_ENTRIES_PER_LEAF + nth), ==,
+                         tag + leaf);
+    }
+}
+
+static void coroutine_fn preload(ThinvmStore *st, ThinvmStorePreload *p)
+{
+    while (thinvm_store_preload(st, p)) {
+        g_assert_cmpuint(p->percent, <=, 100);
+    }
+}
+
+/* Take over; the bytes of metadata that this, and then @st's work, reads */
+static uint64_t coroutine_fn take_over(ThinvmStore *st)
+{
+    uint64_t before = stats_of(st).metadata_bytes_read;
+
+    thinvm_store_begin_writing(st, info_of(st).epoch + 1, &error_abort);
+    return stats_of(st).metadata_bytes_read - before;
+}
+
+static void coroutine_fn test_preload(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+    uint64_t reads, bytes;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_widely(sim, owner, 0, 1000);
+    store_close(owner, true);
+    owner = image_open(sim);
+
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    preload(follower, &p);
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_COMPLETE);
+    g_assert_cmpuint(p.pages, >=, LEAVES);
+    g_assert_cmpuint(p.percent, ==, 100);
+    bytes = stats_of(follower).metadata_bytes_read;
+    expect_widely(sim, follower, 0, 1000);
+    g_assert_cmpuint(stats_of(follower).metadata_bytes_read, ==, bytes);
+
+    /* only what is new in the journal is read */
+    write_widely(sim, owner, 1, 3000);
+    flush(owner);
+    store_close(owner, false);
+    reads = take_over(follower);
+    g_assert_cmpuint(reads, <, 2 * MiB);
+    bytes = stats_of(follower).metadata_bytes_read;
+    expect_widely(sim, follower, 0, 1000);
+    expect_widely(sim, follower, 1, 3000);
+    write_widely(sim, follower, 2, 5000);
+    g_assert_cmpuint(stats_of(follower).metadata_bytes_read, ==, bytes);
+    image_recount(sim, follower);
+    store_close(follower, true);
+}
+
+/* A cache that is too small: what fits is loaded, and it ends */
+static void coroutine_fn test_preload_small(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_widely(sim, owner, 0, 1000);
+    store_close(owner, true);
+    follower = thinvm_store_open(sim_device(sim), 100 * THINVM_PAGE_SIZE,
+                                 &error_abort);
+    preload(follower, &p);
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_FULL);
+    g_assert_cmpuint(p.percent, >, 0);
+    g_assert_cmpuint(p.percent, <, 100);
+    expect_widely(sim, follower, 0, 1000);
+    thinvm_store_free(follower);
+}
+
+/* A page that cannot be read just now: tried again when told to */
+static void coroutine_fn test_preload_error(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_widely(sim, owner, 0, 1000);
+    store_close(owner, true);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    sim_fail(sim, SIM_READ, 0, UINT64_MAX, 2, EIO, true);
+    preload(follower, &p);
+    g_assert(sim_has_failed(sim));
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_FAILED);
+    sim_fail(sim, 0, 0, 0, 0, 0, false);
+    thinvm_store_preload_retry(&p);
+    preload(follower, &p);
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_COMPLETE);
+    expect_widely(sim, follower, 0, 1000);
+    thinvm_store_free(follower);
+}
+
+/*
+ * The owner's checkpoints move on all the time, the last one right before the
+ * hand-over: what memory has stays, as far as it is the same.
+ */
+static void coroutine_fn test_adopt(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+    uint64_t bytes, before;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    for (unsigned i = 0; i < 8; i++) {
+        write_widely(sim, owner, i, 1000 * (i + 1));
+    }
+    thinvm_store_checkpoint(owner);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    preload(follower, &p);
+    for (unsigned i = 0; i < 12; i++) {
+        /* a few leaves of many are changed, then a base is written */
+        for (unsigned j = 0; j < 10; j++) {
+            write_one(sim, owner, (i * 10 + j) % LEAVES *
+                      THINVM_ENTRIES_PER_LEAF + 9, 50000 + i * 10 + j);
+        }
+        flush(owner);
+        follow(follower, true);
+        thinvm_store_checkpoint(owner);
+        before = stats_of(follower).metadata_bytes_read;
+        thinvm_store_follow_base(follower, &error_abort);
+        g_assert_cmpuint(stats_of(follower).fresh_starts, ==, i + 1);
+        /* inner pages and the space map, but none of the leaves */
+        g_assert_cmpuint(stats_of(follower).metadata_bytes_read - before, <=,
+                         1100 * KiB);
+        before = p.pages;
+        preload(follower, &p);
+        g_assert_cmpuint(p.pages - before, <=, 2);
+    }
+    g_assert_cmpuint(stats_of(follower).adopted_pages, >=, 12 * LEAVES);
+
+    /* and one that the follower has not seen when it takes over */
+    write_widely(sim, owner, 10, 90000);
+    flush(owner);
+    follow(follower, true);
+    store_close(owner, true);
+    take_over(follower);
+    bytes = stats_of(follower).metadata_bytes_read;
+    for (unsigned i = 0; i < 8; i++) {
+        expect_widely(sim, follower, i, 1000 * (i + 1));
+    }
+    expect_widely(sim, follower, 10, 90000);
+    g_assert_cmpuint(stats_of(follower).metadata_bytes_read - bytes, ==, 0);
+    write_widely(sim, follower, 11, 70000);
+    image_recount(sim, follower);
+    image_check(follower);
+    store_close(follower, true);
+}
+
+/*
+ * A base of another history, in which a record that we had followed does not
+ * exist: none of what that record changed is taken over.
+ */
+static void coroutine_fn test_adopt_cut_off(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+    uint64_t at;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_widely(sim, owner, 0, 1000);
+    thinvm_store_checkpoint(owner);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    preload(follower, &p);
+    at = head_of(owner);
+    write_one(sim, owner, 5, 4711);
+    write_one(sim, owner, 7, 4712);
+    thinvm_store_commit(owner, THINVM_COMMIT_RECORD, true);
+    follow(follower, true);
+    g_assert_cmpuint(image_read_tag(sim, follower, 5), ==, 4711);
+    store_die(owner);
+    flip(sim, at);
+    owner = image_open(sim);
+    write_one(sim, owner, 6, 6000);
+    thinvm_store_checkpoint(owner);
+    thinvm_store_follow_base(follower, &error_abort);
+    g_assert_cmpuint(image_read_tag(sim, follower, 5), ==, TAG_ZERO);
+    g_assert_cmpuint(image_read_tag(sim, follower, 7), ==, TAG_ZERO);
+    g_assert_cmpuint(image_read_tag(sim, follower, 6), ==, 6000);
+    expect_widely(sim, follower, 0, 1000);
+    store_close(owner, false);
+    take_over(follower);
+    expect_widely(sim, follower, 0, 1000);
+    image_recount(sim, follower);
+    store_close(follower, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -140,5 +355,10 @@ int main(int argc, char **argv)
 
     add("/thinvm/follow/owner", test_follow);
     add("/thinvm/follow/cut-off", test_follow_cut_off);
+    add("/thinvm/follow/preload", test_preload);
+    add("/thinvm/follow/preload-small", test_preload_small);
+    add("/thinvm/follow/preload-error", test_preload_error);
+    add("/thinvm/follow/adopt", test_adopt);
+    add("/thinvm/follow/adopt-cut-off", test_adopt_cut_off);
     return g_test_run();
 }

@@ -1,0 +1,74 @@
+/*
+ * thinvm driver layer: what a node does while it owns, or follows an owner
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ *   pulse.c       the periodic work of a node: an owner's heartbeats, a
+ *                 follower's catching up and preloading
+ *   heartbeat.c   heartbeats: writing one's own, watching another's, and
+ *                 looking whether one's own claim still stands
+ *
+ * mode.c and owner.c decide; what is here tells them, and does the work that
+ * takes time.
+ */
+#ifndef BLOCK_THINVM_HANDOVER_H
+#define BLOCK_THINVM_HANDOVER_H
+
+#include "thinvm.h"
+
+/* An owner's counter rises this often, milliseconds */
+#define THINVM_HEARTBEAT_MS         2000
+/* One that stood for so long is taken for dead, or paused */
+#define THINVM_HEARTBEAT_DEAD_MS    (2 * THINVM_HEARTBEAT_MS + 1000)
+
+/* ------------------------------------------------------------------ */
+/* heartbeat.c                                                         */
+
+/* Another's heartbeat, as we have seen it on our own monotonic clock */
+typedef struct ThinvmBeat {
+    bool known;                 /* the owner has written one */
+    uint64_t counter;
+    uint64_t unchanged_ms;      /* that we have seen it stand */
+} ThinvmBeat;
+
+/* Write the next heartbeat of the claim that we hold */
+int coroutine_fn thinvm_heartbeat_write(BDRVThinvmState *s, uint64_t counter);
+/*
+ * Look at the blocks in which a claim that displaces ours would be.  0: ours
+ * stands; -EPERM with @errp: it does not; else it could not be read.
+ */
+int coroutine_fn thinvm_heartbeat_check_claim(BDRVThinvmState *s,
+                                              Error **errp);
+/* What the owner of @claim has written.  Remembers since when it stands */
+int coroutine_fn thinvm_heartbeat_look(ThinvmDevice *dev, const QemuUUID *uuid,
+                                       const ThinvmClaim *claim,
+                                       ThinvmBeat *beat);
+/*
+ * Watch it until it moves, or has stood for long enough to be sure that it
+ * does not.  Whether it moved.
+ */
+bool coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
+                                         const QemuUUID *uuid,
+                                         const ThinvmClaim *claim,
+                                         ThinvmBeat *beat);
+
+/* ------------------------------------------------------------------ */
+/* pulse.c                                                             */
+
+void thinvm_pulse_init(BDRVThinvmState *s);
+void thinvm_pulse_destroy(BDRVThinvmState *s);      /* drained */
+void thinvm_pulse_attach(BDRVThinvmState *s, AioContext *ctx);
+void thinvm_pulse_detach(BDRVThinvmState *s);       /* drained */
+void thinvm_pulse_drain_end(BDRVThinvmState *s);
+/* The node has become an owner or a follower.  Any thread */
+void thinvm_pulse_kick(BDRVThinvmState *s);
+/* The newest claim was read.  Any thread */
+void thinvm_pulse_saw_claim(BDRVThinvmState *s, const ThinvmClaim *claim);
+/* The node took ownership.  @start: of that, by qemu_clock_get_ns(REALTIME);
+   @read: bytes of metadata that it read */
+void thinvm_pulse_took(BDRVThinvmState *s, bool warm, int64_t start,
+                       uint64_t read);
+/* Fill in what all this tells */
+void thinvm_pulse_info(BDRVThinvmState *s, ThinvmInfo *dst);
+
+#endif
