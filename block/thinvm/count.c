@@ -81,57 +81,91 @@ int thinvm_count_load(ThinvmState *s, ThinvmNeeds *needs)
 /* ------------------------------------------------------------------ */
 /* prepare                                                             */
 
-/* The path to the leaf of @cluster will be changed */
-static int need_leaf(ThinvmState *s, uint64_t cluster, ThinvmNeeds *needs)
+/* Clusters [first, end) that lie in the range of @level at @base */
+static void clip(int level, uint64_t base, uint64_t *first, uint64_t *end)
 {
-    const ThinvmPointerLe *slot = &s->count_root;
-
-    if (cluster >> LEAF_BITS == s->last_count_leaf) {
-        return 0;
-    }
-    for (int level = THINVM_INNER_LEVELS; level >= 0; level--) {
-        ThinvmPage *page;
-
-        if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
-            s->new_pages += level + 1;
-            break;
-        }
-        page = thinvm_page_get(s, slot, level_kind(level), level, needs);
-        if (!page) {
-            return -EAGAIN;
-        }
-        thinvm_page_touch(s, page, false);
-        if (level) {
-            slot = &thinvm_page_slots(page)[child_index(cluster, level)];
-        }
-    }
-    s->last_count_leaf = cluster >> LEAF_BITS;
-    return 0;
+    *first = MAX(*first, base);
+    *end = MIN(*end, base + level_span(level));
 }
 
-int thinvm_count_need(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+/*
+ * Pages that take the place of a pointer of @level when the counts of a part
+ * of its range change: a path to each end of the part.
+ */
+static uint64_t split_pages(int level, uint64_t base, uint64_t first,
+                            uint64_t end)
+{
+    if (end - first == level_span(level)) {
+        return 0;
+    }
+    if (first >> LEAF_BITS == (end - 1) >> LEAF_BITS || first == base ||
+        end == base + level_span(level)) {
+        return level + 1;
+    }
+    return 2 * (level + 1);
+}
+
+static int need_below(ThinvmState *s, const ThinvmPointerLe *slot, int level,
+                      uint64_t base, uint64_t first, uint64_t end,
                       ThinvmNeeds *needs)
 {
-    uint64_t end = first + nb_clusters;
+    ThinvmPage *page;
     int ret = 0;
 
-    for (uint64_t c = first; c < end;
-         c = QEMU_ALIGN_DOWN(c, level_span(0)) + level_span(0)) {
-        if (need_leaf(s, c, needs) < 0) {
+    clip(level, base, &first, &end);
+    if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
+        s->new_pages += split_pages(level, base, first, end);
+        return 0;
+    }
+    page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+    if (!page) {
+        return -EAGAIN;
+    }
+    thinvm_page_touch(s, page, false);
+    if (level == 0) {
+        return 0;
+    }
+    for (unsigned i = child_index(first, level);
+         i <= child_index(end - 1, level); i++) {
+        if (need_below(s, &thinvm_page_slots(page)[i], level - 1,
+                       base + i * level_span(level - 1), first, end,
+                       needs) < 0) {
             ret = -EAGAIN;
         }
     }
     return ret;
 }
 
+int thinvm_count_need(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                      ThinvmNeeds *needs)
+{
+    uint64_t leaf = first >> LEAF_BITS;
+    /* Single clusters one after the other, as fragmented leaves have them */
+    bool in_leaf = (first + nb_clusters - 1) >> LEAF_BITS == leaf &&
+                   nb_clusters < level_span(0);
+    int ret;
+
+    if (in_leaf && leaf == s->last_count_leaf) {
+        return 0;
+    }
+    ret = need_below(s, &s->count_root, THINVM_INNER_LEVELS, 0, first,
+                     first + nb_clusters, needs);
+    if (ret == 0 && in_leaf) {
+        s->last_count_leaf = leaf;
+    }
+    return ret;
+}
+
 /*
- * The count of @cluster and how many from there on are known to be the same
- * by way of a pointer (1 for a leaf).
+ * The count of @cluster, and how many from there on are seen at once to have
+ * the same; at most @max.
  */
-static int count_lookup(ThinvmState *s, uint64_t cluster, uint16_t *count,
-                        uint64_t *same, ThinvmNeeds *needs)
+static int count_lookup(ThinvmState *s, uint64_t cluster, uint64_t max,
+                        uint16_t *count, uint64_t *same, ThinvmNeeds *needs)
 {
     const ThinvmPointerLe *slot = &s->count_root;
+    unsigned index = cluster & (THINVM_COUNTS_PER_LEAF - 1);
+    const uint16_t *counts;
     ThinvmPage *page;
 
     for (int level = THINVM_INNER_LEVELS; level >= 0; level--) {
@@ -139,6 +173,7 @@ static int count_lookup(ThinvmState *s, uint64_t cluster, uint16_t *count,
             *count = thinvm_slot_type(slot) == THINVM_PTR_NONE ? 0 :
                      thinvm_slot_address(slot);
             *same = level_span(level) - (cluster & (level_span(level) - 1));
+            *same = MIN(*same, max);
             return 0;
         }
         page = thinvm_page_get(s, slot, level_kind(level), level, needs);
@@ -149,9 +184,13 @@ static int count_lookup(ThinvmState *s, uint64_t cluster, uint16_t *count,
             slot = &thinvm_page_slots(page)[child_index(cluster, level)];
         }
     }
-    *count = lduw_le_p((uint16_t *)page->data +
-                       (cluster & (THINVM_COUNTS_PER_LEAF - 1)));
+    counts = (const uint16_t *)page->data;
+    *count = le16_to_cpu(counts[index]);
     *same = 1;
+    max = MIN(max, THINVM_COUNTS_PER_LEAF - index);
+    while (*same < max && counts[index + *same] == counts[index]) {
+        (*same)++;
+    }
     return 0;
 }
 
@@ -160,7 +199,7 @@ int thinvm_count_get(ThinvmState *s, uint64_t cluster, uint16_t *count,
 {
     uint64_t same;
 
-    return count_lookup(s, cluster, count, &same, needs);
+    return count_lookup(s, cluster, 1, count, &same, needs);
 }
 
 int thinvm_count_expect(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
@@ -181,7 +220,8 @@ int thinvm_count_expect(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
         return ret;
     }
     for (uint64_t c = first; c < first + nb_clusters; c += same) {
-        ret = count_lookup(s, c, &count, &same, needs);
+        ret = count_lookup(s, c, first + nb_clusters - c, &count, &same,
+                           needs);
         if (ret < 0) {
             return ret;
         }
@@ -318,58 +358,65 @@ static void collapse(ThinvmState *s, ThinvmPointerLe *slot, ThinvmPage *page)
     thinvm_page_unref(s, page->number);
 }
 
+/* All counts below a pointer that stands for them change */
+static int64_t change_uniform(ThinvmState *s, ThinvmPointerLe *slot, int level,
+                              uint64_t base, ThinvmCountChange change)
+{
+    uint16_t old = thinvm_slot_type(slot) == THINVM_PTR_NONE ? 0 :
+                   thinvm_slot_address(slot);
+    uint16_t new = count_changed(s, old, change);
+
+    thinvm_slot_set(slot, new ? thinvm_slot_make(THINVM_PTR_UNIFORM, new) : 0,
+                    0, 0);
+    if (old && !new) {
+        thinvm_space_freed(s, base, level_span(level));
+    }
+    return ((new == 0) - (old == 0)) * (int64_t)level_span(level);
+}
+
 /*
- * Change the counts [first, first + nb), which lie within one leaf, below
- * @slot, whose range begins at @base.  Returns by how much the free clusters
- * grew.
+ * Change those of the counts [first, end) that are below @slot, whose range
+ * begins at @base.  Returns by how much the free clusters grew.
  */
 static int64_t change_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
-                            uint64_t base, uint64_t first, uint64_t nb,
+                            uint64_t base, uint64_t first, uint64_t end,
                             ThinvmCountChange change)
 {
     ThinvmPage *page;
-    ThinvmPointerLe *child;
-    int64_t delta;
-    unsigned index;
+    int64_t delta = 0;
 
+    clip(level, base, &first, &end);
     if (thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
         thinvm_page_resident(s, slot, level_kind(level), level)) {
         page = thinvm_page_shadow(s, slot);
+    } else if (end - first == level_span(level)) {
+        return change_uniform(s, slot, level, base, change);
     } else {
         page = materialize(s, slot, level, base);
     }
     if (level == 0) {
-        delta = change_leaf(s, page, first, nb, change);
+        delta = change_leaf(s, page, first, end - first, change);
     } else {
-        index = child_index(first, level);
-        child = &thinvm_page_slots(page)[index];
-        delta = change_below(s, child, level - 1,
-                             base + index * level_span(level - 1),
-                             first, nb, change);
+        for (unsigned i = child_index(first, level);
+             i <= child_index(end - 1, level); i++) {
+            delta += change_below(s, &thinvm_page_slots(page)[i], level - 1,
+                                  base + i * level_span(level - 1), first, end,
+                                  change);
+        }
     }
     if (level < THINVM_INNER_LEVELS) {
         thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
                         le32_to_cpu(slot->extra_le) + delta);
     }
-    if (level == 0 || thinvm_slot_type(child) != THINVM_PTR_PAGE) {
-        collapse(s, slot, page);
-    }
+    collapse(s, slot, page);
     return delta;
 }
 
 void thinvm_count_change(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
                          ThinvmCountChange change)
 {
-    while (nb_clusters) {
-        uint64_t rest = level_span(0) - (first & (level_span(0) - 1));
-        uint64_t nb = MIN(nb_clusters, rest);
-
-        s->nb_count_free += change_below(s, &s->count_root,
-                                         THINVM_INNER_LEVELS, 0, first, nb,
-                                         change);
-        first += nb;
-        nb_clusters -= nb;
-    }
+    s->nb_count_free += change_below(s, &s->count_root, THINVM_INNER_LEVELS, 0,
+                                     first, first + nb_clusters, change);
 }
 
 /* ------------------------------------------------------------------ */
@@ -429,7 +476,7 @@ int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
     s->mark++;
     s->new_pages = 0;
     s->last_count_leaf = UINT64_MAX;
-    ret = need_leaf(s, cluster, needs);
+    ret = thinvm_count_need(s, cluster, 1, needs);
     if (ret < 0) {
         return ret;
     }
@@ -447,7 +494,7 @@ int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
 
 int thinvm_count_need_grow(ThinvmState *s, ThinvmNeeds *needs)
 {
-    return need_leaf(s, s->device_clusters, needs);
+    return thinvm_count_need(s, s->device_clusters, 1, needs);
 }
 
 /*
@@ -486,19 +533,19 @@ void thinvm_count_grow(ThinvmState *s, uint64_t device_clusters)
 /* ------------------------------------------------------------------ */
 /* Finding space                                                       */
 
-/* Free and not busy clusters from @c to @end, at most @max */
-static uint64_t run_length(ThinvmState *s, ThinvmPage *leaf, uint64_t c,
-                           uint64_t end, uint64_t max)
+/* Free ones from @c to @end, at most @max, that have no page or this leaf */
+static uint64_t run_length(ThinvmPage *leaf, uint64_t c, uint64_t end,
+                           uint64_t max)
 {
     const uint16_t *counts = leaf ? (uint16_t *)leaf->data : NULL;
     uint64_t n = 0;
 
-    while (n < max && c + n < end &&
-           !(counts && counts[(c + n) & (THINVM_COUNTS_PER_LEAF - 1)]) &&
-           !thinvm_space_is_busy(s, c + n)) {
+    max = MIN(max, end - c);
+    while (counts && n < max &&
+           !counts[(c + n) & (THINVM_COUNTS_PER_LEAF - 1)]) {
         n++;
     }
-    return n;
+    return counts ? n : max;
 }
 
 /* In one leaf's range: 0 if found, -ENOENT if not */
@@ -506,13 +553,19 @@ static int find_in_leaf(ThinvmState *s, ThinvmPage *leaf, uint64_t from,
                         uint64_t end, uint64_t max, uint64_t *first,
                         uint64_t *nb_clusters)
 {
-    for (uint64_t c = from; c < end; c++) {
-        uint64_t n = run_length(s, leaf, c, end, max);
+    uint64_t c = from;
 
-        if (n) {
-            *first = c;
-            *nb_clusters = n;
-            return 0;
+    while ((c = thinvm_space_next_idle(s, c, end)) < end) {
+        uint64_t idle_end = thinvm_space_next_busy(s, c, end);
+
+        for (; c < idle_end; c++) {
+            uint64_t n = run_length(leaf, c, idle_end, max);
+
+            if (n) {
+                *first = c;
+                *nb_clusters = n;
+                return 0;
+            }
         }
     }
     return -ENOENT;
@@ -532,13 +585,14 @@ static int judge_free(ThinvmState *s, uint64_t first, uint64_t nb_clusters)
     return 0;
 }
 
-int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
-                           uint64_t *first, uint64_t *nb_clusters,
-                           ThinvmNeeds *needs)
+/* @exact: only what begins at @from; else -ENOSPC */
+static int find_piece(ThinvmState *s, uint64_t from, bool exact, uint64_t max,
+                      uint64_t *first, uint64_t *nb_clusters,
+                      ThinvmNeeds *needs)
 {
     uint64_t c = from;
 
-    while (c < s->device_clusters) {
+    while (c < s->device_clusters && (c == from || !exact)) {
         const ThinvmPointerLe *slot = &s->count_root;
         uint64_t base = 0, end;
         ThinvmPage *page = NULL;
@@ -565,9 +619,33 @@ int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
         end = MIN(base + level_span(level), s->device_clusters);
         if (slot_free(s, slot, level, base) &&
             find_in_leaf(s, page, c, end, max, first, nb_clusters) == 0) {
-            return judge_free(s, *first, *nb_clusters);
+            return exact && *first != from ? -ENOSPC :
+                   judge_free(s, *first, *nb_clusters);
         }
         c = base + level_span(level);
     }
     return -ENOSPC;
+}
+
+int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
+                           uint64_t *first, uint64_t *nb_clusters,
+                           ThinvmNeeds *needs)
+{
+    int ret = find_piece(s, from, false, max, first, nb_clusters, needs);
+
+    /* It may go on behind the range of a leaf: only thus are runs found */
+    while (ret == 0 && *nb_clusters < max &&
+           !((*first + *nb_clusters) & (level_span(0) - 1))) {
+        uint64_t next, nb;
+
+        ret = find_piece(s, *first + *nb_clusters, true, max - *nb_clusters,
+                         &next, &nb, needs);
+        if (ret == -ENOSPC) {
+            return 0;
+        }
+        if (ret == 0) {
+            *nb_clusters += nb;
+        }
+    }
+    return ret;
 }

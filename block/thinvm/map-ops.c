@@ -22,10 +22,7 @@
 /* ------------------------------------------------------------------ */
 /* Ranges of clusters that entries name                                */
 
-typedef int (*ThinvmRangeFn)(ThinvmState *s, uint64_t first, uint64_t nb,
-                             ThinvmNeeds *needs);
-
-static int range_dec(ThinvmState *s, uint64_t first, uint64_t nb,
+int thinvm_range_dec(ThinvmState *s, uint64_t first, uint64_t nb,
                      ThinvmNeeds *needs)
 {
     thinvm_count_change(s, first, nb, THINVM_COUNT_DEC);
@@ -39,30 +36,46 @@ static int range_inc(ThinvmState *s, uint64_t first, uint64_t nb,
     return 0;
 }
 
+int thinvm_gather_end(ThinvmGather *g)
+{
+    if (g->nb && g->fn(g->s, g->first, g->nb, g->needs) < 0) {
+        g->ret = -EAGAIN;
+    }
+    g->nb = 0;
+    return g->ret;
+}
+
+void thinvm_gather(ThinvmGather *g, uint64_t first, uint64_t nb)
+{
+    if (g->nb && first == g->first + g->nb) {
+        g->nb += nb;
+        return;
+    }
+    thinvm_gather_end(g);
+    g->first = first;
+    g->nb = nb;
+}
+
+void thinvm_gather_leaf(ThinvmGather *g, ThinvmPage *leaf, unsigned from,
+                        unsigned to)
+{
+    for (unsigned i = from; i < to; i++) {
+        uint64_t c = thinvm_entry_physical(le64_to_cpu(leaf->data[i]));
+
+        if (c) {
+            thinvm_gather(g, c, 1);
+        }
+    }
+}
+
 /* Call @fn for each contiguous range that entries [from, to) name */
 static int leaf_ranges(ThinvmState *s, ThinvmPage *leaf, unsigned from,
                        unsigned to, ThinvmRangeFn fn, ThinvmNeeds *needs)
 {
-    uint64_t first = 0, nb = 0;
-    int ret = 0;
+    ThinvmGather g = { .s = s, .fn = fn, .needs = needs };
 
-    for (unsigned i = from; i < to; i++) {
-        uint64_t c = thinvm_entry_physical(le64_to_cpu(leaf->data[i]));
-
-        if (c && nb && c == first + nb) {
-            nb++;
-            continue;
-        }
-        if (nb && fn(s, first, nb, needs) < 0) {
-            ret = -EAGAIN;
-        }
-        first = c;
-        nb = c ? 1 : 0;
-    }
-    if (nb && fn(s, first, nb, needs) < 0) {
-        ret = -EAGAIN;
-    }
-    return ret;
+    thinvm_gather_leaf(&g, leaf, from, to);
+    return thinvm_gather_end(&g);
 }
 
 /* ------------------------------------------------------------------ */
@@ -71,22 +84,20 @@ static int leaf_ranges(ThinvmState *s, ThinvmPage *leaf, unsigned from,
 static int page_ranges(ThinvmState *s, ThinvmPage *page, ThinvmRangeFn fn,
                        ThinvmNeeds *needs)
 {
-    int ret = 0;
+    ThinvmGather g = { .s = s, .fn = fn, .needs = needs };
 
     if (page->level == 0) {
-        return leaf_ranges(s, page, 0, THINVM_ENTRIES_PER_LEAF, fn, needs);
+        thinvm_gather_leaf(&g, page, 0, THINVM_ENTRIES_PER_LEAF);
     }
-    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+    for (unsigned i = 0; page->level && i < THINVM_POINTERS_PER_PAGE; i++) {
         const ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
-        ThinvmPointerType type = thinvm_slot_type(slot);
 
-        if ((type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) &&
-            fn(s, thinvm_slot_address(slot), THINVM_ENTRIES_PER_LEAF,
-               needs) < 0) {
-            ret = -EAGAIN;
+        if (thinvm_slot_is_run(thinvm_slot_type(slot))) {
+            thinvm_gather(&g, thinvm_slot_address(slot),
+                          THINVM_ENTRIES_PER_LEAF);
         }
     }
-    return ret;
+    return thinvm_gather_end(&g);
 }
 
 int thinvm_map_need_copy(ThinvmState *s, ThinvmPage *page, ThinvmNeeds *needs)
@@ -125,7 +136,7 @@ void thinvm_map_mark_shared(ThinvmPage *page, bool pages_too)
         ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
         ThinvmPointerType type = thinvm_slot_type(slot);
 
-        if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN ||
+        if (thinvm_slot_is_run(type) ||
             (pages_too && type == THINVM_PTR_PAGE)) {
             qatomic_set(&slot->word_le, slot->word_le |
                         cpu_to_le64(THINVM_PTR_SHARED_BELOW));
@@ -210,7 +221,7 @@ static int need_end_counts(ThinvmState *s, const PathEnd *end, unsigned from,
         return leaf_ranges(s, end->leaf, from, to, thinvm_count_need, needs);
     }
     type = thinvm_slot_type(end->slot);
-    if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) {
+    if (thinvm_slot_is_run(type)) {
         return thinvm_count_need(s, thinvm_slot_address(end->slot) + from,
                                  to - from, needs);
     }
@@ -240,8 +251,8 @@ static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
     return page;
 }
 
-static ThinvmPage *writable_child(ThinvmState *s, ThinvmPointerLe *slot,
-                                  int level)
+ThinvmPage *thinvm_map_writable_child(ThinvmState *s, ThinvmPointerLe *slot,
+                                      int level)
 {
     return thinvm_slot_type(slot) == THINVM_PTR_PAGE &&
            thinvm_page_resident(s, slot, thinvm_map_kind(level), level) ?
@@ -256,7 +267,7 @@ static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
     ThinvmPage *page;
 
     for (int level = THINVM_INNER_LEVELS; ; level--) {
-        page = writable_child(s, slot, level);
+        page = thinvm_map_writable_child(s, slot, level);
         if (level == bottom) {
             break;
         }
@@ -265,348 +276,6 @@ static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
     page->guest = guest & ~(thinvm_map_span(bottom) - 1);
     page->tree = tree;
     return page;
-}
-
-/* ------------------------------------------------------------------ */
-/* UNMAP                                                               */
-
-static uint64_t range_word(ThinvmSource source)
-{
-    return source == THINVM_SOURCE_ZERO ?
-           thinvm_slot_make(THINVM_PTR_ZERO, 0) : 0;
-}
-
-static bool slot_has_pages(ThinvmPointerType type)
-{
-    return type != THINVM_PTR_NONE && type != THINVM_PTR_ZERO;
-}
-
-/* Everything below @slot goes; apply half */
-static void drop_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
-                       uint64_t word)
-{
-    uint64_t address = thinvm_slot_address(slot);
-    ThinvmPage *page;
-
-    switch (thinvm_slot_type(slot)) {
-    case THINVM_PTR_RUN:
-    case THINVM_PTR_UNWRITTEN_RUN:
-        range_dec(s, address, THINVM_ENTRIES_PER_LEAF, NULL);
-        break;
-    case THINVM_PTR_PAGE:
-        if (*thinvm_page_count(s, address, NULL) > 1) {
-            thinvm_page_unref(s, address);
-            break;
-        }
-        if (!thinvm_page_resident(s, slot, thinvm_map_kind(level), level)) {
-            break;
-        }
-        page = thinvm_page_find(s, address);
-        if (level == 0) {
-            leaf_ranges(s, page, 0, THINVM_ENTRIES_PER_LEAF, range_dec, NULL);
-        }
-        for (unsigned i = 0; level && i < THINVM_POINTERS_PER_PAGE; i++) {
-            /* A copy of the slot: the page itself may be frozen */
-            ThinvmPointerLe child = thinvm_page_slots(page)[i];
-
-            if (slot_has_pages(thinvm_slot_type(&child))) {
-                drop_below(s, &child, level - 1, word);
-            }
-        }
-        thinvm_page_unref(s, address);
-        break;
-    default:
-        break;
-    }
-    thinvm_slot_set(slot, word, 0, 0);
-}
-
-static int need_drop(ThinvmState *s, const ThinvmPointerLe *slot, int level,
-                     bool shared, ThinvmNeeds *needs)
-{
-    ThinvmPointerType type = thinvm_slot_type(slot);
-    ThinvmPage *page;
-    uint16_t *count;
-    int ret = 0;
-
-    if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) {
-        return thinvm_count_need(s, thinvm_slot_address(slot),
-                                 THINVM_ENTRIES_PER_LEAF, needs);
-    }
-    if (type != THINVM_PTR_PAGE) {
-        return 0;
-    }
-    count = thinvm_page_count(s, thinvm_slot_address(slot), NULL);
-    if (shared || (count && *count > 1)) {
-        return 0;
-    }
-    page = thinvm_page_get(s, slot, thinvm_map_kind(level), level, needs);
-    if (!page) {
-        return -EAGAIN;
-    }
-    if (level == 0) {
-        return thinvm_map_need_copy(s, page, needs);
-    }
-    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
-        if (need_drop(s, &thinvm_page_slots(page)[i], level - 1, false,
-                      needs) < 0) {
-            ret = -EAGAIN;
-        }
-    }
-    return ret;
-}
-
-/* Back to a pointer where all of a page reads alike and names nothing */
-static void collapse(ThinvmState *s, ThinvmPointerLe *slot, ThinvmPage *page)
-{
-    uint64_t word = 0;
-
-    if (page->level) {
-        const ThinvmPointerLe *slots = thinvm_page_slots(page);
-
-        for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
-            if (slots[i].word_le != slots[0].word_le ||
-                slot_has_pages(thinvm_slot_type(&slots[i]))) {
-                return;
-            }
-        }
-        word = thinvm_slot_word(&slots[0]);
-    } else {
-        uint64_t first = le64_to_cpu(page->data[0]);
-
-        for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
-            if (page->data[i] != page->data[0] ||
-                thinvm_entry_physical(first)) {
-                return;
-            }
-        }
-        word = range_word(thinvm_entry_source(first));
-    }
-    thinvm_slot_set(slot, word, 0, 0);
-    thinvm_page_unref(s, page->number);
-}
-
-/* [from, to) below @slot, whose range begins at @base, become @word */
-static void unmap_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
-                        uint64_t base, uint64_t from, uint64_t to,
-                        ThinvmSource source, int tree)
-{
-    uint64_t span = thinvm_map_span(level), word = range_word(source);
-    ThinvmPage *page;
-
-    from = MAX(from, base);
-    to = MIN(to, base + span);
-    if (from == base && to == base + span) {
-        drop_below(s, slot, level, word);
-        return;
-    }
-    if (thinvm_slot_word(slot) == word) {
-        return;
-    }
-    page = writable_child(s, slot, level);
-    page->guest = base;
-    page->tree = tree;
-    if (level == 0) {
-        leaf_ranges(s, page, from - base, to - base, range_dec, NULL);
-        for (uint64_t i = from - base; i < to - base; i++) {
-            qatomic_set(&page->data[i],
-                        cpu_to_le64(thinvm_entry(0, 0, source)));
-        }
-    } else {
-        for (unsigned i = thinvm_map_index(from, level);
-             i <= thinvm_map_index(to - 1, level); i++) {
-            unmap_below(s, &thinvm_page_slots(page)[i], level - 1,
-                        base + i * thinvm_map_span(level - 1), from, to,
-                        source, tree);
-        }
-    }
-    collapse(s, slot, page);
-}
-
-static int need_unmap(ThinvmState *s, const ThinvmPointerLe *slot, int level,
-                      uint64_t base, uint64_t from, uint64_t to,
-                      ThinvmSource source, bool shared, ThinvmNeeds *needs)
-{
-    uint64_t span = thinvm_map_span(level);
-    PathEnd end = { .slot = slot, .level = level };
-    int ret = 0;
-
-    from = MAX(from, base);
-    to = MIN(to, base + span);
-    if (from == base && to == base + span) {
-        return need_drop(s, slot, level, shared, needs);
-    }
-    if (thinvm_slot_word(slot) == range_word(source)) {
-        return 0;
-    }
-    if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
-        s->new_pages += 2 * (level + 1);
-        return level ? 0 : need_end_counts(s, &end, from - base, to - base,
-                                           needs);
-    }
-    end.leaf = thinvm_page_get(s, slot, thinvm_map_kind(level), level, needs);
-    if (!end.leaf) {
-        return -EAGAIN;
-    }
-    shared |= *end.leaf->count > 1;
-    thinvm_page_touch(s, end.leaf, shared);
-    if (shared) {
-        ret = thinvm_map_need_copy(s, end.leaf, needs);
-    }
-    if (level == 0) {
-        return need_end_counts(s, &end, from - base, to - base, needs) < 0 ?
-               -EAGAIN : ret;
-    }
-    for (unsigned i = thinvm_map_index(from, level);
-         i <= thinvm_map_index(to - 1, level); i++) {
-        if (need_unmap(s, &thinvm_page_slots(end.leaf)[i], level - 1,
-                       base + i * thinvm_map_span(level - 1), from, to,
-                       source, shared, needs) < 0) {
-            ret = -EAGAIN;
-        }
-    }
-    return ret;
-}
-
-/* How many of the entries from @index on, at most @max, are @target? */
-static uint64_t leaf_same(ThinvmPage *leaf, unsigned index, uint64_t max,
-                          uint64_t target)
-{
-    uint64_t n = 0;
-
-    max = MIN(max, THINVM_ENTRIES_PER_LEAF - index);
-    while (n < max && le64_to_cpu(leaf->data[index + n]) == target) {
-        n++;
-    }
-    return n;
-}
-
-int thinvm_state_unmap_step(ThinvmState *s, int tree, uint64_t guest,
-                            ThinvmSource source, uint64_t *count,
-                            bool *nothing, ThinvmNeeds *needs)
-{
-    const ThinvmPointerLe *slot = &s->root[tree], *slots = NULL;
-    unsigned index = 0;
-    bool shared = false;
-
-    needs->nb_want = 0;
-    *nothing = false;
-    for (int level = THINVM_INNER_LEVELS; ; level--) {
-        uint64_t span = thinvm_map_span(level);
-        uint64_t offset = guest & (span - 1);
-        ThinvmPointerType type = thinvm_slot_type(slot);
-        uint64_t same;
-        ThinvmPage *page;
-        uint16_t *refs;
-
-        if (!slot_has_pages(type)) {
-            unsigned n = 1;
-
-            while (slots && index + n < THINVM_POINTERS_PER_PAGE &&
-                   thinvm_slot_type(&slots[index + n]) == type) {
-                n++;
-            }
-            *nothing = thinvm_slot_word(slot) == range_word(source);
-            *count = MIN(*count, n * span - offset);
-            return 0;
-        }
-        refs = thinvm_page_count(s, thinvm_slot_address(slot), NULL);
-        if (type != THINVM_PTR_PAGE ||
-            (offset == 0 && *count >= span &&
-             (shared || (refs && *refs > 1)))) {
-            *count = MIN(*count, span - offset);
-            return 0;
-        }
-        page = thinvm_page_get(s, slot, thinvm_map_kind(level), level, needs);
-        if (!page) {
-            return -EAGAIN;
-        }
-        shared |= *page->count > 1;
-        if (level == 0) {
-            same = leaf_same(page, offset, *count,
-                             thinvm_entry(0, 0, source));
-            *nothing = same > 0;
-            *count = MIN(*count, same ? same : span - offset);
-            return 0;
-        }
-        slots = thinvm_page_slots(page);
-        index = thinvm_map_index(guest, level);
-        slot = &slots[index];
-    }
-}
-
-/* ------------------------------------------------------------------ */
-/* Freeing a tree in bounded steps                                     */
-
-/* The first slot that names something, or NULL */
-static ThinvmPointerLe *first_used(ThinvmPage *page)
-{
-    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
-        ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
-
-        if (slot_has_pages(thinvm_slot_type(slot))) {
-            return slot;
-        }
-    }
-    return NULL;
-}
-
-/* Is the page that @slot names one unit: shared, a leaf, or empty? */
-static int drop_unit(ThinvmState *s, const ThinvmPointerLe *slot, int level,
-                     ThinvmPage **page, ThinvmNeeds *needs)
-{
-    uint16_t *count;
-
-    *page = NULL;
-    if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
-        return 1;
-    }
-    count = thinvm_page_count(s, thinvm_slot_address(slot), NULL);
-    if (count && *count > 1) {
-        return 1;
-    }
-    *page = needs ? thinvm_page_get(s, slot, thinvm_map_kind(level), level,
-                                    needs)
-                  : thinvm_page_find(s, thinvm_slot_address(slot));
-    if (!*page) {
-        return -EAGAIN;
-    }
-    return level == 0 || !first_used(*page);
-}
-
-int thinvm_map_need_drop_step(ThinvmState *s, const ThinvmPointerLe *root,
-                              ThinvmNeeds *needs)
-{
-    const ThinvmPointerLe *slot = root;
-
-    for (int level = THINVM_INNER_LEVELS; ; level--) {
-        ThinvmPage *page;
-        int ret = drop_unit(s, slot, level, &page, needs);
-
-        if (ret < 0) {
-            return ret;
-        }
-        if (ret) {
-            return need_drop(s, slot, level, false, needs);
-        }
-        thinvm_page_touch(s, page, false);
-        slot = first_used(page);
-    }
-}
-
-void thinvm_map_drop_step(ThinvmState *s, ThinvmPointerLe *root)
-{
-    ThinvmPointerLe *slot = root;
-
-    for (int level = THINVM_INNER_LEVELS; ; level--) {
-        ThinvmPage *page;
-
-        if (drop_unit(s, slot, level, &page, NULL)) {
-            drop_below(s, slot, level, 0);
-            return;
-        }
-        slot = first_used(thinvm_page_shadow(s, slot));
-    }
 }
 
 /* ------------------------------------------------------------------ */
@@ -652,7 +321,7 @@ static void apply_map(ThinvmState *s, const ThinvmOp *op)
     ThinvmPage *leaf = writable_path(s, op->tree, op->guest, 0);
     unsigned index = op->guest & LEAF_MASK;
 
-    leaf_ranges(s, leaf, index, index + op->count, range_dec, NULL);
+    leaf_ranges(s, leaf, index, index + op->count, thinvm_range_dec, NULL);
     for (uint64_t i = 0; i < op->count; i++) {
         uint64_t entry = canonical_entry(op->physical + i, op->valid,
                                          op->source);
@@ -663,7 +332,7 @@ static void apply_map(ThinvmState *s, const ThinvmOp *op)
     thinvm_space_clear_busy(s, op->physical, op->count);
 }
 
-/* The entry that a VALIDATE or INVALIDATE leaves; the same if it changes none */
+/* The entry that a VALIDATE or INVALIDATE leaves; the same if nothing changes */
 static uint64_t entry_after(const ThinvmOp *op, uint64_t entry)
 {
     uint16_t valid = thinvm_entry_valid(entry);
@@ -725,7 +394,7 @@ static int prepare_map_run(ThinvmState *s, const ThinvmOp *op,
     if (ret < 0 || !end.leaf) {
         return ret;
     }
-    return need_drop(s, &thinvm_page_slots(end.leaf)
+    return thinvm_map_need_drop(s, &thinvm_page_slots(end.leaf)
                      [thinvm_map_index(op->guest, 1)], 0, end.shared, needs);
 }
 
@@ -735,7 +404,7 @@ static void apply_map_run(ThinvmState *s, const ThinvmOp *op)
     ThinvmPointerLe *slot =
         &thinvm_page_slots(page)[thinvm_map_index(op->guest, 1)];
 
-    drop_below(s, slot, 0, 0);
+    thinvm_map_drop(s, slot, 0);
     thinvm_slot_set(slot, thinvm_slot_make(op->valid ? THINVM_PTR_RUN :
                                            THINVM_PTR_UNWRITTEN_RUN,
                                            op->physical), 0, 0);
@@ -754,9 +423,7 @@ int thinvm_map_prepare(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs,
     } else if (op->type == THINVM_OP_MAP) {
         ret = prepare_map(s, op, needs);
     } else if (op->type == THINVM_OP_UNMAP) {
-        ret = need_unmap(s, &s->root[op->tree], THINVM_INNER_LEVELS, 0,
-                         op->guest, op->guest + op->count, op->source, false,
-                         needs);
+        ret = thinvm_map_prepare_unmap(s, op, needs);
     } else if (op->type == THINVM_OP_MAP_RUN) {
         ret = prepare_map_run(s, op, needs);
     } else {
@@ -782,8 +449,7 @@ void thinvm_map_apply(ThinvmState *s, const ThinvmOp *op)
         apply_valid_bits(s, op);
         break;
     case THINVM_OP_UNMAP:
-        unmap_below(s, &s->root[op->tree], THINVM_INNER_LEVELS, 0, op->guest,
-                    op->guest + op->count, op->source, op->tree);
+        thinvm_map_apply_unmap(s, op);
         break;
     case THINVM_OP_MAP_RUN:
         apply_map_run(s, op);

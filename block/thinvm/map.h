@@ -1,9 +1,9 @@
 /*
- * thinvm metadata engine: geometry of mapping trees
+ * thinvm metadata engine: what the files on mapping trees share
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * For map.c (look-up) and map-ops.c (changes) only.
+ * For map.c (look-up), map-ops.c and map-unmap.c (changes) only.
  */
 #ifndef BLOCK_THINVM_MAP_H
 #define BLOCK_THINVM_MAP_H
@@ -39,5 +39,58 @@ static inline uint64_t thinvm_run_entry(uint64_t word, unsigned index)
     return word & THINVM_PTR_SHARED_BELOW ? entry | THINVM_ENTRY_SHARED
                                           : entry;
 }
+
+static inline bool thinvm_slot_is_run(ThinvmPointerType type)
+{
+    return type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN;
+}
+
+static inline bool thinvm_slot_names_something(ThinvmPointerType type)
+{
+    return type != THINVM_PTR_NONE && type != THINVM_PTR_ZERO;
+}
+
+/* ---- map-ops.c ---- */
+
+typedef int (*ThinvmRangeFn)(ThinvmState *s, uint64_t first, uint64_t nb,
+                             ThinvmNeeds *needs);
+
+/* A reference less to each of these clusters */
+int thinvm_range_dec(ThinvmState *s, uint64_t first, uint64_t nb,
+                     ThinvmNeeds *needs);
+
+/*
+ * A walk that meets clusters, and calls @fn for each contiguous range of
+ * them.  Both halves of a change gather alike: what a prepare found to be one
+ * range, for which pointers of the count tree may do, is one in its apply.
+ */
+typedef struct ThinvmGather {
+    ThinvmState *s;
+    ThinvmRangeFn fn;
+    ThinvmNeeds *needs;
+    uint64_t first, nb;
+    int ret;
+} ThinvmGather;
+
+void thinvm_gather(ThinvmGather *g, uint64_t first, uint64_t nb);
+void thinvm_gather_leaf(ThinvmGather *g, ThinvmPage *leaf, unsigned from,
+                        unsigned to);
+/* 0, or -EAGAIN if @fn said so for any */
+int thinvm_gather_end(ThinvmGather *g);
+
+/* The page that @slot leads to, writable; made if @slot stands for a range */
+ThinvmPage *thinvm_map_writable_child(ThinvmState *s, ThinvmPointerLe *slot,
+                                      int level);
+
+/* ---- map-unmap.c ---- */
+
+/* Everything below @slot goes, which becomes NONE: prepare and apply */
+int thinvm_map_need_drop(ThinvmState *s, const ThinvmPointerLe *slot,
+                         int level, bool shared, ThinvmNeeds *needs);
+void thinvm_map_drop(ThinvmState *s, ThinvmPointerLe *slot, int level);
+
+int thinvm_map_prepare_unmap(ThinvmState *s, const ThinvmOp *op,
+                             ThinvmNeeds *needs);
+void thinvm_map_apply_unmap(ThinvmState *s, const ThinvmOp *op);
 
 #endif

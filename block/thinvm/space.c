@@ -17,92 +17,104 @@
 #include "qemu/osdep.h"
 #include "state-int.h"
 
-#define CHUNK_BITS  11
-#define CHUNK       (1 << CHUNK_BITS)
-
-typedef struct ThinvmBusy {
-    uint32_t nb;
-    DECLARE_BITMAP(bits, CHUNK);
-} ThinvmBusy;
-
+/*
+ * Busy clusters are kept as intervals that neither touch nor overlap, so that
+ * a mapped TiB that was discarded is one of them, not 16 million bits.
+ */
 void thinvm_space_init(ThinvmState *s)
 {
-    s->busy = g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free,
-                                    g_free);
     s->freed = g_array_new(false, false, sizeof(ThinvmFreedRange));
 }
 
 void thinvm_space_destroy(ThinvmState *s)
 {
-    g_hash_table_unref(s->busy);
+    thinvm_space_clear_busy(s, 0, UINT64_MAX);
     g_array_unref(s->freed);
 }
 
 bool thinvm_space_is_busy(ThinvmState *s, uint64_t cluster)
 {
-    int64_t key = cluster >> CHUNK_BITS;
-    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
-
-    return chunk && test_bit(cluster & (CHUNK - 1), chunk->bits);
+    return interval_tree_iter_first(&s->busy, cluster, cluster);
 }
 
-static void set_chunk(ThinvmState *s, uint64_t first, uint64_t nb)
+uint64_t thinvm_space_next_idle(ThinvmState *s, uint64_t from, uint64_t end)
 {
-    int64_t key = first >> CHUNK_BITS;
-    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
+    IntervalTreeNode *node = interval_tree_iter_first(&s->busy, from, from);
 
-    if (!chunk) {
-        int64_t *own = g_new(int64_t, 1);
-
-        *own = key;
-        chunk = g_new0(ThinvmBusy, 1);
-        g_hash_table_insert(s->busy, own, chunk);
-    }
-    bitmap_set(chunk->bits, first & (CHUNK - 1), nb);
-    chunk->nb += nb;
-    s->nb_busy += nb;
+    return MIN(node ? node->last + 1 : from, end);
 }
 
-static void clear_chunk(ThinvmState *s, uint64_t first, uint64_t nb)
+uint64_t thinvm_space_next_busy(ThinvmState *s, uint64_t from, uint64_t end)
 {
-    int64_t key = first >> CHUNK_BITS;
-    ThinvmBusy *chunk = g_hash_table_lookup(s->busy, &key);
+    IntervalTreeNode *node = from < end ?
+        interval_tree_iter_first(&s->busy, from, end - 1) : NULL;
 
-    if (!chunk) {
-        return;
-    }
-    for (uint64_t i = first; i < first + nb; i++) {
-        if (test_and_clear_bit(i & (CHUNK - 1), chunk->bits)) {
-            chunk->nb--;
-            s->nb_busy--;
-        }
-    }
-    if (!chunk->nb) {
-        g_hash_table_remove(s->busy, &key);
-    }
+    return node ? MAX(node->start, from) : end;
 }
 
-static void each_chunk(ThinvmState *s, uint64_t first, uint64_t nb,
-                       void (*act)(ThinvmState *, uint64_t, uint64_t))
+static void busy_insert(ThinvmState *s, uint64_t first, uint64_t last)
 {
-    while (nb) {
-        uint64_t n = MIN(nb, CHUNK - (first & (CHUNK - 1)));
+    IntervalTreeNode *node = g_new0(IntervalTreeNode, 1);
 
-        act(s, first, n);
-        first += n;
-        nb -= n;
-    }
+    node->start = first;
+    node->last = last;
+    interval_tree_insert(node, &s->busy);
+}
+
+static void busy_remove(ThinvmState *s, IntervalTreeNode *node)
+{
+    interval_tree_remove(node, &s->busy);
+    g_free(node);
 }
 
 /* None of them may be busy */
 void thinvm_space_set_busy(ThinvmState *s, uint64_t first, uint64_t nb)
 {
-    each_chunk(s, first, nb, set_chunk);
+    uint64_t last = first + nb - 1;
+    IntervalTreeNode *node;
+
+    thinvm_space_clear_busy(s, first, nb);  /* an image that lies */
+    s->nb_busy += nb;
+    node = first ? interval_tree_iter_first(&s->busy, first - 1, first - 1)
+                 : NULL;
+    if (node) {
+        first = node->start;
+        busy_remove(s, node);
+    }
+    node = interval_tree_iter_first(&s->busy, last + 1, last + 1);
+    if (node) {
+        last = node->last;
+        busy_remove(s, node);
+    }
+    busy_insert(s, first, last);
 }
 
+/* Some of them need not be busy */
 void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb)
 {
-    each_chunk(s, first, nb, clear_chunk);
+    uint64_t last = first + nb - 1;
+    IntervalTreeNode *node;
+
+    if (!nb) {
+        return;
+    }
+    while ((node = interval_tree_iter_first(&s->busy, first, last))) {
+        uint64_t node_first = node->start, node_last = node->last;
+
+        s->nb_busy -= MIN(node_last, last) - MAX(node_first, first) + 1;
+        if (node_first >= first && node_last > last) {
+            /* The most frequent case; the node stays where it is */
+            node->start = last + 1;
+            return;
+        }
+        busy_remove(s, node);
+        if (node_first < first) {
+            busy_insert(s, node_first, first - 1);
+        }
+        if (node_last > last) {
+            busy_insert(s, last + 1, node_last);
+        }
+    }
 }
 
 void thinvm_space_unbusy(ThinvmState *s, uint64_t first, uint64_t nb_clusters)

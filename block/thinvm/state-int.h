@@ -23,6 +23,7 @@
 #include "qemu/qht.h"
 #include "qemu/seqlock.h"
 #include "qemu/bitmap.h"
+#include "qemu/interval-tree.h"
 #include "state.h"
 
 /* Dirty pages at which a checkpoint must have been written; clamp */
@@ -129,7 +130,7 @@ struct ThinvmState {
     GArray *held_new, *held_frozen, *held_old;
 
     /* Space of data clusters */
-    GHashTable *busy;           /* cluster / 2048 -> ThinvmBusy; space.c */
+    IntervalTreeRoot busy;      /* of clusters; space.c */
     uint64_t nb_busy;
     uint64_t search_hint;       /* no free cluster below that is not busy */
     uint64_t window_first, window_nb;
@@ -292,6 +293,9 @@ int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
 void thinvm_space_init(ThinvmState *s);
 void thinvm_space_destroy(ThinvmState *s);
 bool thinvm_space_is_busy(ThinvmState *s, uint64_t cluster);
+/* The first cluster in [from, end) that is not busy, or is; @end: none */
+uint64_t thinvm_space_next_idle(ThinvmState *s, uint64_t from, uint64_t end);
+uint64_t thinvm_space_next_busy(ThinvmState *s, uint64_t from, uint64_t end);
 void thinvm_space_set_busy(ThinvmState *s, uint64_t first, uint64_t nb);
 /* Clear without making them searchable again: they are in use now */
 void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb);

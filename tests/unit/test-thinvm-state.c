@@ -17,12 +17,13 @@
 
 #define CLUSTER_BITS    16
 #define NB_AREAS        4
-#define AREA            1024        /* clusters; multiple of 512 */
+#define AREA            4096        /* clusters; multiple of 512 */
+#define DEVICE          20000       /* clusters, at first */
 
 static const uint64_t area_start[NB_AREAS] = {
     0,
-    (1ULL << 17) - 512,             /* across two pages of level 1 */
-    (1ULL << 25) - 512,             /* across two pages of level 2 */
+    (1ULL << 17) - 1536,            /* across two pages of level 1 */
+    (1ULL << 25) - 1536,            /* across two pages of level 2 */
     THINVM_MAX_GUEST_CLUSTERS - AREA,
 };
 
@@ -576,12 +577,12 @@ static void random_valid_bits(Fixture *f)
     }
 }
 
-static void random_unmap(Fixture *f)
+/* Returns how many operations it took */
+static unsigned unmap(Fixture *f, uint64_t guest, uint64_t nb,
+                      ThinvmSource source)
 {
-    int a = below(f, NB_AREAS);
-    uint64_t i = below(f, AREA), nb = 1 + below(f, AREA - i);
-    uint64_t guest = area_start[a] + i, end = guest + nb;
-    ThinvmSource source = below(f, 2);
+    uint64_t end = guest + nb;
+    unsigned operations = 0;
 
     while (guest < end) {
         uint64_t count = end - guest;
@@ -605,23 +606,35 @@ static void random_unmap(Fixture *f)
             };
 
             g_assert_cmpint(execute(f, &op), ==, 0);
+            operations++;
         }
         guest += count;
     }
+    return operations;
+}
+
+static void random_unmap(Fixture *f)
+{
+    int a = below(f, NB_AREAS);
+    uint64_t i = below(f, AREA);
+    uint64_t nb = 1 + below(f, below(f, 3) ? AREA - i : MIN(AREA - i, 600));
+    ThinvmSource source = below(f, 2);
+
+    unmap(f, area_start[a] + i, nb, source);
     for (uint64_t j = i; j < i + nb; j++) {
         f->model->entry[a][j] = thinvm_entry(0, 0, source);
     }
 }
 
-static void random_run(Fixture *f)
+/* false: no run could be had */
+static bool map_run(Fixture *f, int a, uint64_t i, bool written,
+                    uint64_t *goal)
 {
-    int a = below(f, NB_AREAS);
-    uint64_t i = below(f, AREA / 512) * 512, first, nb;
-    bool written = below(f, 2);
+    uint64_t first, nb;
     ThinvmOp op;
 
-    if (reserve(f, 0, 512, &first, &nb) < 0) {
-        return;
+    if (reserve(f, *goal, 512, &first, &nb) < 0) {
+        return false;
     }
     op = (ThinvmOp) {
         .type = THINVM_OP_MAP_RUN, .guest = area_start[a] + i,
@@ -631,11 +644,30 @@ static void random_run(Fixture *f)
         thinvm_state_lock(f->s);
         thinvm_space_unbusy(f->s, first, nb);
         thinvm_state_unlock(f->s);
-        return;
+        return false;
     }
     for (int j = 0; j < 512; j++) {
         f->model->entry[a][i + j] = thinvm_entry(first + j, op.valid,
                                                  THINVM_SOURCE_ZERO);
+    }
+    *goal = first + nb;
+    return true;
+}
+
+/* Several in a row, mostly next to each other on the device too */
+static void random_run(Fixture *f)
+{
+    int a = below(f, NB_AREAS);
+    unsigned first = below(f, AREA / 512);
+    unsigned end = first + 1 + below(f, AREA / 512 - first);
+    bool written = below(f, 2);
+    uint64_t goal = 0;
+
+    for (unsigned i = first; i < end; i++) {
+        if (!map_run(f, a, i * 512, written, &goal)) {
+            return;
+        }
+        goal = below(f, 6) ? goal : 0;
     }
 }
 
@@ -722,7 +754,7 @@ static void random_scalar(Fixture *f)
         op.backing = &backing;
         break;
     default:
-        if (info.device_clusters > 20000) {
+        if (info.device_clusters > DEVICE + 4000) {
             return;
         }
         op.type = THINVM_OP_GROW;
@@ -767,7 +799,7 @@ static void fixture_init(Fixture *f, uint32_t seed)
         .journal_offset = THINVM_JOURNAL_OFFSET,
         .journal_size = THINVM_MIN_JOURNAL_SIZE,
         .virtual_size = THINVM_MAX_GUEST_CLUSTERS << CLUSTER_BITS,
-        .device_clusters = 6000,
+        .device_clusters = DEVICE,
     };
 
     memset(f, 0, sizeof(*f));
@@ -850,6 +882,60 @@ static void test_full_device(void)
     fixture_destroy(&f);
 }
 
+/*
+ * More than what one page of level 1 of the count tree, and several of the
+ * mapping tree, stand for: made, shared, and unmapped again by few operations.
+ */
+static void test_bulk(void)
+{
+    const unsigned runs = 2 * 1024 + 100;
+    const uint64_t end = runs * 512;
+    ThinvmOp grow = { .type = THINVM_OP_GROW, .value = 3ULL << 20 };
+    ThinvmOp op = { .type = THINVM_OP_MAP_RUN };
+    uint64_t goal = 0, nb;
+    ThinvmInfoState info;
+    ModelSnapshot *m;
+    Fixture f;
+
+    fixture_init(&f, 3);
+    execute(&f, &grow);
+    for (unsigned i = 0; i < runs; i++) {
+        g_assert_cmpint(reserve(&f, goal, 512, &op.physical, &nb), ==, 0);
+        op.guest = i * 512;
+        g_assert_cmpint(execute(&f, &op), ==, 0);
+        goal = op.physical + 512;
+    }
+    for (int i = 0; i < 2 * AREA; i++) {
+        ThinvmMapping found;
+
+        lookup(&f, NULL, area_start[i / AREA] + i % AREA, 1, false, &found);
+        f.model->entry[i / AREA][i % AREA] =
+            thinvm_entry(found.physical, 0, THINVM_SOURCE_ZERO);
+    }
+    random_snapshot_create(&f);
+    checkpoint(&f);
+
+    /* The snapshot keeps what the disk gives up, in a copied page too */
+    g_assert_cmpuint(unmap(&f, 1000, end - 2000, THINVM_SOURCE_ZERO), <, 400);
+    for (int i = 1000; i < 2 * AREA; i++) {
+        f.model->entry[i / AREA][i % AREA] =
+            thinvm_entry(0, 0, THINVM_SOURCE_ZERO);
+    }
+    reopen(&f, 0);
+    compare(&f);
+    m = g_ptr_array_index(f.snapshots, 0);
+    delete_steps(&f, m->slot, m->id, -1);
+    g_ptr_array_set_size(f.snapshots, 0);
+    compare(&f);
+    unmap(&f, 0, end, THINVM_SOURCE_BACKING);
+    memset(f.model, 0, sizeof(*f.model));
+    thinvm_state_info(f.s, &info);
+    g_assert_cmpuint(info.allocated_clusters, ==, 0);
+    reopen(&f, 0);
+    compare(&f);
+    fixture_destroy(&f);
+}
+
 static void test_bad_operations(void)
 {
     static const ThinvmOp bad[] = {
@@ -857,7 +943,7 @@ static void test_bad_operations(void)
           .valid = 1 },
         { .type = THINVM_OP_MAP, .guest = 0, .count = 1, .physical = 0,
           .valid = 1 },
-        { .type = THINVM_OP_MAP, .guest = 0, .count = 1, .physical = 6000,
+        { .type = THINVM_OP_MAP, .guest = 0, .count = 1, .physical = DEVICE,
           .valid = 1 },
         { .type = THINVM_OP_MAP, .guest = THINVM_MAX_GUEST_CLUSTERS,
           .count = 1, .physical = 5000, .valid = 1 },
@@ -865,8 +951,8 @@ static void test_bad_operations(void)
           .physical = 5000, .valid = 1 },
         { .type = THINVM_OP_UNMAP, .guest = 1, .count = UINT64_MAX },
         { .type = THINVM_OP_MAP_RUN, .guest = 1, .physical = 5000 },
-        { .type = THINVM_OP_MAP_RUN, .guest = 0, .physical = 5999 },
-        { .type = THINVM_OP_GROW, .value = 5999 },
+        { .type = THINVM_OP_MAP_RUN, .guest = 0, .physical = DEVICE - 1 },
+        { .type = THINVM_OP_GROW, .value = DEVICE - 1 },
         { .type = THINVM_OP_GROW, .value = UINT64_MAX },
         { .type = THINVM_OP_META_EXTEND, .physical = 0, .count = 1 },
         { .type = THINVM_OP_META_EXTEND, .physical = 5000, .count = 128 },
@@ -907,6 +993,7 @@ int main(int argc, char **argv)
     }
     g_test_add_func("/thinvm/state/every-prefix", test_every_prefix);
     g_test_add_func("/thinvm/state/full-device", test_full_device);
+    g_test_add_func("/thinvm/state/bulk", test_bulk);
     g_test_add_func("/thinvm/state/bad-operations", test_bad_operations);
     return g_test_run();
 }
