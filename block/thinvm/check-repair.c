@@ -4,15 +4,17 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Durability layer.  The trees are what counts: recorded numbers are set to
- * what the walk of all trees has counted.  What cannot be read or is out of
- * bounds stays as it is; there is nothing to make it right from.
+ * what the walk of all trees has counted.  Trees that cannot be read as a whole
+ * are rebuilt before that (check-rewrite.c), and walked again.
  *
  * A count that is too high is lowered only after a walk that has seen all:
  * below a page that could not be read there may be users that nobody counted.
  * All corrections become durable at once, with the superblock of a checkpoint
- * (invariant 4 of the design, section 4).
+ * (invariant 4 of the design, section 4); a power cut before it leaves the
+ * image as it was.
  */
 #include "qemu/osdep.h"
+#include "qapi/error.h"
 #include "check.h"
 
 static int coroutine_fn set_cluster_count(ThinvmCheck *c, uint64_t cluster,
@@ -55,23 +57,29 @@ static int coroutine_fn apply_fix(ThinvmCheck *c, const ThinvmCheckFix *fix)
     return ret < 0 ? ret : set_cluster_count(c, fix->number, count);
 }
 
-int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
+/* Correct what the last walk has found.  @all: nothing may be left out */
+static int coroutine_fn apply_fixes(ThinvmCheck *c, int fix, bool all,
+                                    bool *changed)
 {
-    bool distrust = false, changed = false;
-    int ret;
+    bool distrust = c->nb_unflagged || g_hash_table_size(c->duplicates);
 
     for (unsigned i = 0; i < c->fixes->len; i++) {
         const ThinvmCheckFix *f = &g_array_index(c->fixes, ThinvmCheckFix, i);
+        int ret;
 
         if (!(fix & (f->leak ? THINVM_FIX_LEAKS : THINVM_FIX_ERRORS)) ||
             (f->leak && c->incomplete)) {
             continue;
         }
-        if (apply_fix(c, f) < 0) {
+        ret = apply_fix(c, f);
+        if (ret < 0) {
             c->result->check_errors++;
+            if (all) {
+                return ret;
+            }
             continue;
         }
-        changed = true;
+        *changed = true;
         if (f->leak) {
             c->result->leaks_fixed++;
         } else {
@@ -79,13 +87,52 @@ int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
             distrust = true;
         }
     }
-    if (!changed) {
-        return 0;
-    }
-    if (distrust) {
+    if (distrust && (fix & THINVM_FIX_ERRORS)) {
         thinvm_state_lock(c->s);
         thinvm_repair_distrust(c->s);
         thinvm_state_unlock(c->s);
+        c->result->corruptions_fixed += c->nb_unflagged;
+        *changed = true;
+    }
+    return 0;
+}
+
+/*
+ * After a walk, with the checkpoint mutex held, which is released.  If a tree
+ * was rebuilt all of its counts must become right, or nothing durable.
+ */
+static int coroutine_fn repair_round(ThinvmCheck *c, int fix, GArray *spare,
+                                     Error **errp)
+{
+    ERRP_GUARD();
+    bool rebuild = (fix & THINVM_FIX_ERRORS) && (c->damaged || spare);
+    bool changed = rebuild;
+    int ret = 0;
+
+    if (rebuild) {
+        uint64_t nb_unflagged = c->nb_unflagged;
+
+        ret = thinvm_check_rewrite(c, spare, errp);
+        if (ret == 0) {
+            c->quiet = true;
+            thinvm_check_all(c);
+            c->nb_unflagged = MAX(c->nb_unflagged, nb_unflagged);
+        }
+    }
+    if (ret == 0) {
+        ret = apply_fixes(c, fix, rebuild, &changed);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not correct all reference "
+                             "counts");
+        }
+    }
+    if (ret < 0) {
+        error_append_hint(errp, "Nothing was changed.\n");
+        thinvm_store_poison(c->st);
+    }
+    qemu_co_mutex_unlock(&c->st->checkpoint_lock);
+    if (ret < 0 || !changed) {
+        return ret;
     }
     /* The second one is for the older base, which may be what is left */
     ret = thinvm_store_checkpoint(c->st);
@@ -93,7 +140,65 @@ int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
         ret = thinvm_store_checkpoint(c->st);
     }
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write the repaired counts");
+        error_setg_errno(errp, -ret, "Could not write what was repaired");
+    }
+    return ret;
+}
+
+/* Free clusters, for those that share one with another place of the disk */
+static GArray *coroutine_fn reserve_spare(ThinvmCheck *c)
+{
+    GArray *spare = g_array_new(false, false, sizeof(uint64_t));
+    uint64_t wanted = g_hash_table_size(c->duplicates);
+
+    while (spare->len < wanted) {
+        uint64_t first, nb;
+
+        if (thinvm_store_reserve(c->st, 0, wanted - spare->len, &first,
+                                 &nb) < 0) {
+            g_autofree char *message = g_strdup_printf("%" PRIu64 " clusters "
+                "with two users cannot be copied: no space is left; they stay "
+                "shared", wanted - spare->len);
+
+            c->report(c->opaque, message);
+            break;
+        }
+        for (uint64_t n = first; n < first + nb; n++) {
+            g_array_append_val(spare, n);
+        }
+    }
+    return spare;
+}
+
+/*
+ * Only now that the counts are right: the device may have to grow, and free
+ * clusters must be free.
+ */
+static int coroutine_fn separate(ThinvmCheck *c, int fix, Error **errp)
+{
+    GArray *spare = reserve_spare(c);
+    int ret = 0;
+
+    if (spare->len) {
+        qemu_co_mutex_lock(&c->st->checkpoint_lock);
+        c->quiet = true;
+        thinvm_check_all(c);
+        ret = repair_round(c, fix, spare, errp);
+    }
+    for (unsigned i = 0; i < spare->len; i++) {
+        thinvm_store_unreserve(c->st, g_array_index(spare, uint64_t, i), 1);
+    }
+    g_array_unref(spare);
+    return ret;
+}
+
+int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
+{
+    int ret = repair_round(c, fix, NULL, errp);
+
+    if (ret == 0 && (fix & THINVM_FIX_ERRORS) &&
+        g_hash_table_size(c->duplicates)) {
+        ret = separate(c, fix, errp);
     }
     return ret;
 }

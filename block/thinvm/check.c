@@ -17,10 +17,15 @@
  *
  * check-repair.c sets counts to what was counted.
  *
- * The state must not change meanwhile.  Memory: two bytes for each cluster
- * in use within a window of the device, and for each metadata page.
+ * Also what counts alone cannot tell: that each cluster and each page belongs
+ * to one place (a snapshot has it in the same), and that where nothing says
+ * that a cluster is shared, it is not.
+ *
+ * The state must not change meanwhile.  Memory: ten bytes for each cluster in
+ * use within a window of the device, and for each metadata page.
  */
 #include "qemu/osdep.h"
+#include "qapi/qapi-types-block-core.h"
 #include "check.h"
 
 static void G_GNUC_PRINTF(2, 0) report(ThinvmCheck *c, const char *fmt,
@@ -28,6 +33,9 @@ static void G_GNUC_PRINTF(2, 0) report(ThinvmCheck *c, const char *fmt,
 {
     g_autofree char *message = NULL;
 
+    if (c->quiet) {
+        return;
+    }
     if (c->nb_reports++ < THINVM_CHECK_MAX_REPORTS) {
         message = g_strdup_vprintf(fmt, ap);
         c->report(c->opaque, message);
@@ -40,7 +48,7 @@ void thinvm_check_corruption(ThinvmCheck *c, const char *fmt, ...)
 {
     va_list ap;
 
-    c->result->corruptions++;
+    c->result->corruptions += !c->quiet;
     va_start(ap, fmt);
     report(c, fmt, ap);
     va_end(ap);
@@ -50,7 +58,7 @@ void thinvm_check_leak(ThinvmCheck *c, const char *fmt, ...)
 {
     va_list ap;
 
-    c->result->leaks++;
+    c->result->leaks += !c->quiet;
     va_start(ap, fmt);
     report(c, fmt, ap);
     va_end(ap);
@@ -106,6 +114,23 @@ uint16_t thinvm_check_count(GHashTable *counts, uint64_t number)
     return *count == UINT16_MAX ? *count : (*count)++;
 }
 
+uint64_t thinvm_check_own(GHashTable *owners, uint64_t number, uint64_t place)
+{
+    int64_t key = number / THINVM_CHECK_CHUNK;
+    uint64_t *chunk = g_hash_table_lookup(owners, &key);
+    uint64_t *owner;
+
+    if (!chunk) {
+        chunk = g_new0(uint64_t, THINVM_CHECK_CHUNK);
+        g_hash_table_insert(owners, g_memdup2(&key, sizeof(key)), chunk);
+    }
+    owner = &chunk[number % THINVM_CHECK_CHUNK];
+    if (!*owner) {
+        *owner = place;
+    }
+    return *owner;
+}
+
 static uint16_t counted(GHashTable *counts, uint64_t number)
 {
     uint16_t *chunk = thinvm_check_chunk(counts, number);
@@ -139,6 +164,53 @@ int coroutine_fn thinvm_check_recorded(ThinvmCheck *c, uint64_t cluster,
 /* ------------------------------------------------------------------ */
 /* Pages                                                               */
 
+typedef struct BadItem {
+    ThinvmCheck *c;
+    const ThinvmPageRef *ref;
+    const char *what;
+} BadItem;
+
+static void report_bad_item(void *opaque, unsigned index, const char *why)
+{
+    BadItem *bad = opaque;
+    ThinvmCheck *c = bad->c;
+    const ThinvmPageRef *ref = bad->ref;
+    g_autofree char *place = NULL;
+
+    if (ref->kind == THINVM_PAGE_MAP_LEAF) {
+        place = g_strdup_printf("%s, guest offset 0x%" PRIx64, c->tree,
+                                (c->guest + index) << c->info.cluster_bits);
+    } else if (ref->kind == THINVM_PAGE_MAP_INNER) {
+        uint64_t span = (uint64_t)THINVM_ENTRIES_PER_LEAF <<
+                        (8 * (ref->level - 1));
+
+        place = thinvm_check_guest_range(c, c->guest + index * span,
+                                         ref->level - 1);
+    }
+    if (c->rewriting) {
+        thinvm_check_lost(c, place ?: bad->what, place != NULL);
+    } else if (c->first_walk) {
+        thinvm_check_corruption(c, "%s: %s", place ?: bad->what, why);
+    }
+}
+
+/* Its checksum may be right, and only some of what is in it wrong */
+static int coroutine_fn read_in_part(ThinvmCheck *c, const ThinvmPageRef *ref,
+                                     void *buf, const char *what)
+{
+    BadItem bad = { .c = c, .ref = ref, .what = what };
+    int ret = thinvm_store_pread(c->st, ref->page * THINVM_PAGE_SIZE,
+                                 THINVM_PAGE_SIZE, buf,
+                                 BLKDBG_THINVM_PAGE_READ);
+
+    if (ret == 0) {
+        thinvm_state_lock(c->s);
+        ret = thinvm_repair_salvage(c->s, ref, buf, report_bad_item, &bad);
+        thinvm_state_unlock(c->s);
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
                                         const ThinvmPageRef *ref, void *buf,
                                         const char *what)
@@ -162,6 +234,13 @@ int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
     thinvm_needs_destroy(c->s, &needs);
     thinvm_state_unlock(c->s);
 
+    if (ret == -EBADMSG) {
+        c->damaged = true;
+        if (read_in_part(c, ref, buf, what) == 0) {
+            error_free(err);
+            return 1;
+        }
+    }
     c->incomplete |= ret < 0;
     if (ret < 0 && c->first_walk) {
         const char *why = err ? error_get_pretty(err) :
@@ -172,8 +251,12 @@ int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
             thinvm_check_corruption(c, "%s: metadata page %" PRIu64 ": %s",
                                     what, ref->page, why);
         } else {
-            c->result->check_errors++;
-            c->report(c->opaque, why);
+            c->result->check_errors += !c->quiet;
+            if (!c->quiet) {
+                g_autofree char *message = g_strdup_printf("%s: %s", what,
+                                                           why);
+                c->report(c->opaque, message);
+            }
         }
     }
     error_free(err);
@@ -191,8 +274,9 @@ static int recorded_page(ThinvmCheck *c, uint64_t page, uint16_t *count)
 }
 
 bool thinvm_check_enter_page(ThinvmCheck *c, const ThinvmPointer *ptr,
-                             const char *what)
+                             uint64_t place, const char *what)
 {
+    uint64_t first;
     uint16_t recorded;
 
     if (recorded_page(c, ptr->address, &recorded) < 0) {
@@ -204,38 +288,74 @@ bool thinvm_check_enter_page(ThinvmCheck *c, const ThinvmPointer *ptr,
         }
         return false;
     }
+    if (!recorded) {
+        /* It can be read, and is not given away, only if it is in use */
+        if (c->first_walk) {
+            thinvm_check_corruption(c, "%s: metadata page %" PRIu64 " is in "
+                                    "use, but its reference count is 0", what,
+                                    ptr->address);
+        }
+        thinvm_state_lock(c->s);
+        thinvm_repair_page_count(c->s, ptr->address, 1);
+        thinvm_state_unlock(c->s);
+        add_fix(c, (ThinvmCheckFix) {
+            .page = true, .number = ptr->address, .count = 1,
+        });
+    }
+    first = thinvm_check_own(c->places, ptr->address, place);
+    if (first != place) {
+        c->damaged = true;
+        if (c->first_walk) {
+            thinvm_check_corruption(c, "%s: metadata page %" PRIu64 " is used "
+                                    "in another place, too", what,
+                                    ptr->address);
+        }
+    }
     return thinvm_check_count(c->pages, ptr->address) == 0;
 }
 
-/* The pages of a cluster that is marked as metadata */
-static void compare_pages(ThinvmCheck *c, uint64_t cluster)
+static void compare_page(ThinvmCheck *c, uint64_t page)
+{
+    uint16_t recorded, references = counted(c->pages, page);
+
+    if (recorded_page(c, page, &recorded) < 0 || recorded == references) {
+        return;
+    }
+    fix_count(c, true, page, recorded, references);
+    if (recorded < references) {
+        thinvm_check_corruption(c, "metadata page %" PRIu64 " has %u users, "
+                                "but its reference count is %u", page,
+                                references, recorded);
+    } else {
+        thinvm_check_leak(c, "metadata page %" PRIu64 " has reference count "
+                          "%u, but %u users", page, recorded, references);
+    }
+}
+
+static void compare_all_pages(ThinvmCheck *c)
 {
     unsigned bits = c->info.cluster_bits - THINVM_PAGE_BITS;
-    uint64_t page;
 
-    for (page = cluster << bits; page < (cluster + 1) << bits; page++) {
-        uint16_t recorded, references = counted(c->pages, page);
+    for (unsigned i = 0; i < c->extents->len; i++) {
+        ThinvmFreedRange *e = &g_array_index(c->extents, ThinvmFreedRange, i);
 
-        if (recorded_page(c, page, &recorded) < 0) {
-            thinvm_check_corruption(c, "cluster %" PRIu64 " is marked as "
-                                    "metadata, but is in no metadata extent",
-                                    cluster);
-            fix_count(c, false, cluster, THINVM_COUNT_METADATA,
-                      counted(c->clusters, cluster));
-            return;
+        for (uint64_t n = 0; n < e->nb_clusters << bits; n++) {
+            compare_page(c, (e->first << bits) + n);
         }
-        if (recorded != references) {
-            fix_count(c, true, page, recorded, references);
-        }
-        if (recorded < references) {
-            thinvm_check_corruption(c, "metadata page %" PRIu64 " has %u "
-                                    "users, but its reference count is %u",
-                                    page, references, recorded);
-        } else if (recorded > references) {
-            thinvm_check_leak(c, "metadata page %" PRIu64 " has reference "
-                              "count %u, but %u users", page, recorded,
-                              references);
-        }
+    }
+}
+
+/* A cluster that is marked as metadata */
+static void compare_metadata(ThinvmCheck *c, uint64_t cluster)
+{
+    unsigned bits = c->info.cluster_bits - THINVM_PAGE_BITS;
+    uint16_t recorded;
+
+    if (recorded_page(c, cluster << bits, &recorded) < 0) {
+        thinvm_check_corruption(c, "cluster %" PRIu64 " is marked as metadata, "
+                                "but is in no metadata extent", cluster);
+        fix_count(c, false, cluster, THINVM_COUNT_METADATA,
+                  counted(c->clusters, cluster));
     }
 }
 
@@ -257,9 +377,12 @@ static void compare_cluster(ThinvmCheck *c, uint64_t cluster,
             thinvm_check_corruption(c, "cluster %" PRIu64 " belongs to the "
                                     "header, but its reference count is %u",
                                     cluster, recorded);
+            add_fix(c, (ThinvmCheckFix) {
+                .number = cluster, .count = THINVM_COUNT_METADATA,
+            });
         }
     } else if (recorded == THINVM_COUNT_METADATA) {
-        compare_pages(c, cluster);
+        compare_metadata(c, cluster);
     } else if (recorded > references) {
         thinvm_check_leak(c, "cluster %" PRIu64 " (device offset 0x%" PRIx64
                           ") has reference count %u, but %u users", cluster,
@@ -372,7 +495,8 @@ static uint64_t coroutine_fn compare_counts(ThinvmCheck *c,
 
 /* The pages of the tree of counts name each other, too */
 static void coroutine_fn count_count_pages(ThinvmCheck *c,
-                                           const ThinvmPointer *ptr, int level)
+                                           const ThinvmPointer *ptr, int level,
+                                           uint64_t first)
 {
     g_autofree uint8_t *buf = NULL;
     ThinvmPageRef ref = {
@@ -383,7 +507,10 @@ static void coroutine_fn count_count_pages(ThinvmCheck *c,
     };
 
     if (ptr->type != THINVM_PTR_PAGE ||
-        !thinvm_check_enter_page(c, ptr, "reference counts") || !level) {
+        !thinvm_check_enter_page(c, ptr,
+                                 thinvm_check_place(THINVM_CHECK_COUNTS, level,
+                                                    first),
+                                 "reference counts") || !level) {
         return;
     }
     buf = g_malloc(THINVM_PAGE_SIZE);
@@ -394,7 +521,8 @@ static void coroutine_fn count_count_pages(ThinvmCheck *c,
         ThinvmPointer child;
 
         thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);
-        count_count_pages(c, &child, level - 1);
+        count_count_pages(c, &child, level - 1,
+                          first + i * count_span(level - 1));
     }
 }
 
@@ -429,15 +557,48 @@ static void coroutine_fn check_window(ThinvmCheck *c)
 
     c->clusters = counts_new();
     c->pages = counts_new();
+    c->owners = counts_new();
+    c->places = counts_new();
     thinvm_state_lock(c->s);
     thinvm_state_roots(c->s, &map, &vmstate, &count, &snapshot, &backing);
     thinvm_state_unlock(c->s);
 
     thinvm_check_walk(c);
-    count_count_pages(c, &count, THINVM_INNER_LEVELS);
+    count_count_pages(c, &count, THINVM_INNER_LEVELS, 0);
     compare_counts(c, &count, THINVM_INNER_LEVELS, 0);
+    if (c->first_walk) {
+        compare_all_pages(c);
+    }
     g_hash_table_unref(c->clusters);
     g_hash_table_unref(c->pages);
+    g_hash_table_unref(c->owners);
+    g_hash_table_unref(c->places);
+}
+
+void coroutine_fn thinvm_check_all(ThinvmCheck *c)
+{
+    c->s = thinvm_store_state(c->st);
+    thinvm_state_lock(c->s);
+    thinvm_state_info(c->s, &c->info);
+    thinvm_state_unlock(c->s);
+    c->extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    if (c->fixes) {
+        g_array_set_size(c->fixes, 0);
+    }
+    g_hash_table_remove_all(c->duplicates);
+    c->incomplete = c->damaged = false;
+    c->nb_unflagged = 0;
+    c->window_start = 0;
+    c->first_walk = true;
+    do {
+        c->window_end = MIN(c->window_start + THINVM_CHECK_WINDOW,
+                            c->info.device_clusters);
+        check_window(c);
+        c->window_start = c->window_end;
+        c->first_walk = false;
+    } while (c->window_start < c->info.device_clusters);
+    compare_extents(c);
+    g_array_unref(c->extents);
 }
 
 int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
@@ -456,42 +617,25 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
     int ret = 0;
 
     *result = (ThinvmCheckResult) { };
-    if (thinvm_store_writable(st)) {
-        /* what follows must find the same on the device and in memory */
-        ret = thinvm_store_checkpoint(st);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write a checkpoint");
-            return ret;
-        }
-    }
-
-    token = thinvm_store_request_begin(st);
-    c.s = thinvm_store_state(st);
-    thinvm_state_lock(c.s);
-    thinvm_state_info(c.s, &c.info);
-    thinvm_state_unlock(c.s);
-    c.extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    c.duplicates = g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free,
+                                         NULL);
     if (fix) {
         c.fixes = g_array_new(false, false, sizeof(ThinvmCheckFix));
+        /*
+         * No checkpoint before the counts are right: it would put pages where
+         * a wrong count says that there is room.
+         */
+        qemu_co_mutex_lock(&st->checkpoint_lock);
     }
+    token = thinvm_store_request_begin(st);
+    thinvm_check_all(&c);
     result->total_clusters = DIV_ROUND_UP(c.info.virtual_size,
                                           1ULL << c.info.cluster_bits);
-    c.first_walk = true;
-    do {
-        c.window_end = MIN(c.window_start + THINVM_CHECK_WINDOW,
-                           c.info.device_clusters);
-        check_window(&c);
-        c.window_start = c.window_end;
-        c.first_walk = false;
-    } while (c.window_start < c.info.device_clusters);
-    compare_extents(&c);
-    if (c.fixes) {
-        if (c.fixes->len) {
-            ret = thinvm_check_repair(&c, fix, errp);
-        }
+    thinvm_store_request_end(st, token);
+    if (fix) {
+        ret = thinvm_check_repair(&c, fix, errp);
         g_array_unref(c.fixes);
     }
-    g_array_unref(c.extents);
-    thinvm_store_request_end(st, token);
+    g_hash_table_unref(c.duplicates);
     return ret;
 }

@@ -17,7 +17,7 @@
 #include "qobject/qdict.h"
 #include "block/qdict.h"
 #include "system/block-backend.h"
-#include "thinvm.h"
+#include "driver-snapshot.h"
 
 #define THINVM_OPT_JOURNAL_SIZE "journal_size"
 
@@ -207,6 +207,9 @@ int coroutine_fn thinvm_co_create(BlockdevCreateOptions *options, Error **errp)
     blk_set_allow_write_beyond_eof(blk, true);
 
     ret = thinvm_create_check_owner(blk, errp);
+    if (ret >= 0) {
+        ret = thinvm_clone_begin(params.backing.name, errp);
+    }
     if (ret >= 0) {
         thinvm_device_init_blk(&d, blk);
         ret = thinvm_store_create(&d.device, &params, errp);

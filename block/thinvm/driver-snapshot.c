@@ -4,11 +4,14 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The callbacks behind qemu-img snapshot, savevm, loadvm and the transaction
- * commands.  A snapshot is one operation of the engine (snapshot.c there);
- * deleting one, or the disk that a "goto" leaves behind, takes as many bounded
- * steps as its tree needs.  Records that are being deleted are hidden; if a
- * crash interrupts that, the worker of the next owner goes on
- * (thinvm_snapshot_collect).
+ * commands, but for deletion (snapshot-delete.c).  A snapshot is one operation
+ * of the engine (snapshot.c there), whatever the size of the disk.  The disk
+ * that is left by going back to a snapshot is freed as a deleted snapshot is.
+ *
+ * A node may show a snapshot instead of the disk: opened so (option
+ * "snapshot"), or told so later (bdrv_snapshot_load_tmp).  It is read-only,
+ * and while another node or process writes the image it follows the journal;
+ * a read counts if the snapshot is still there afterwards (invariant 2).
  *
  * Callbacks run in the main loop, so there is one of them at a time.  The
  * worker's steps may come between theirs; a step names slot and id of its
@@ -22,70 +25,13 @@
 #include "qemu/error-report.h"
 #include "block/snapshot.h"
 #include "system/block-backend.h"
-#include "thinvm.h"
+#include "driver-snapshot.h"
 #include "trace.h"
 
-#define THINVM_SNAPSHOT_HIDDEN (THINVM_SNAPSHOT_DELETED | \
-                                THINVM_SNAPSHOT_TRASH)
-
 /* ------------------------------------------------------------------ */
-/* Reading records                                                     */
+/* Finding                                                             */
 
-static int coroutine_fn GRAPH_RDLOCK
-thinvm_read_pages(BDRVThinvmState *s, ThinvmState *state, ThinvmNeeds *needs,
-                  Error **errp)
-{
-    g_autofree uint8_t *buf = g_malloc(THINVM_PAGE_SIZE);
-    unsigned i;
-    int ret;
-
-    for (i = 0; i < needs->nb_want; i++) {
-        ThinvmPageRef ref = needs->want[i];
-
-        ret = s->device.co_pread(&s->device, ref.page * THINVM_PAGE_SIZE,
-                                 THINVM_PAGE_SIZE, buf);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Cannot read metadata page %" PRIu64,
-                             ref.page);
-            return ret;
-        }
-        thinvm_state_lock(state);
-        ret = thinvm_state_insert_page(state, &ref, buf, needs, errp);
-        thinvm_state_unlock(state);
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
-}
-
-/* -ENOENT, without @errp: the slot is free */
-static int coroutine_fn GRAPH_RDLOCK
-thinvm_read_snapshot(BDRVThinvmState *s, uint32_t slot, ThinvmSnapshot *snap,
-                     Error **errp)
-{
-    ThinvmState *state = thinvm_store_state(s->store);
-    ThinvmNeeds needs;
-    int ret;
-
-    thinvm_needs_init(&needs);
-    do {
-        thinvm_state_lock(state);
-        ret = thinvm_snapshot_read(state, slot, snap, &needs, errp);
-        thinvm_state_unlock(state);
-        if (ret != -EAGAIN) {
-            break;
-        }
-        ret = thinvm_read_pages(s, state, &needs, errp);
-    } while (ret == 0);
-
-    thinvm_state_lock(state);
-    thinvm_needs_destroy(state, &needs);
-    thinvm_state_unlock(state);
-    return ret;
-}
-
-static uint32_t thinvm_nb_slots(BDRVThinvmState *s)
+uint32_t thinvm_nb_slots(BDRVThinvmState *s)
 {
     ThinvmState *state = thinvm_store_state(s->store);
     uint32_t nb;
@@ -107,16 +53,12 @@ static uint64_t thinvm_next_id(BDRVThinvmState *s)
     return id;
 }
 
-static void thinvm_id_str(const ThinvmSnapshot *snap, char *buf, size_t size)
+void thinvm_id_str(const ThinvmSnapshot *snap, char *buf, size_t size)
 {
     snprintf(buf, size, "%" PRIu64, snap->id);
 }
 
-/*
- * The first listed snapshot that has this id (if given) and this name (if
- * given).  -ENOENT, without @errp, if there is none.
- */
-static int coroutine_fn GRAPH_RDLOCK
+int coroutine_fn GRAPH_RDLOCK
 thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
                      ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
 {
@@ -125,7 +67,7 @@ thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
     int ret;
 
     for (*slot = 0; *slot < nb; (*slot)++) {
-        ret = thinvm_read_snapshot(s, *slot, snap, errp);
+        ret = thinvm_store_read_snapshot(s->store, *slot, snap, errp);
         if (ret == -ENOENT) {
             continue;
         }
@@ -142,6 +84,19 @@ thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
     return -ENOENT;
 }
 
+int coroutine_fn GRAPH_RDLOCK
+thinvm_require_snapshot(BDRVThinvmState *s, const char *id, const char *name,
+                        ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
+{
+    int ret = thinvm_find_snapshot(s, id, name, snap, slot, errp);
+
+    if (ret == -ENOENT) {
+        error_setg(errp, "There is no snapshot with %s '%s'",
+                   id ? "id" : "name", id ?: name);
+    }
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_find_by_either(BDRVThinvmState *s, const char *id_or_name,
                       ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
@@ -154,7 +109,7 @@ thinvm_find_by_either(BDRVThinvmState *s, const char *id_or_name,
     return ret;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
+int coroutine_fn GRAPH_RDLOCK
 thinvm_snapshot_settle(BDRVThinvmState *s, Error **errp)
 {
     int ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
@@ -165,90 +120,6 @@ thinvm_snapshot_settle(BDRVThinvmState *s, Error **errp)
     return ret;
 }
 
-/* ------------------------------------------------------------------ */
-/* Deleting                                                            */
-
-static bool thinvm_snapshot_has_tree(const ThinvmSnapshot *snap)
-{
-    return snap->root.type == THINVM_PTR_PAGE ||
-           snap->vmstate_root.type == THINVM_PTR_PAGE;
-}
-
-/*
- * Go on with the deletion of one record until it is gone, until it is hidden
- * and can only wait for its children, or until *@budget steps were done.
- */
-static int coroutine_fn GRAPH_RDLOCK
-thinvm_delete_steps(BDRVThinvmState *s, uint32_t slot, uint64_t id,
-                    unsigned *budget, bool *gone, Error **errp)
-{
-    ThinvmOp op = {
-        .type = THINVM_OP_SNAPSHOT_DELETE_STEP,
-        .guest = slot,
-        .value = id,
-    };
-    ThinvmSnapshot snap;
-    bool waits = false;
-    int ret;
-
-    for (; *budget; (*budget)--) {
-        ret = thinvm_read_snapshot(s, slot, &snap, errp);
-        *gone = ret == -ENOENT || (ret == 0 && snap.id != id);
-        if (*gone) {
-            return 0;
-        }
-        if (ret < 0) {
-            return ret;
-        }
-        if ((snap.flags & THINVM_SNAPSHOT_HIDDEN) == THINVM_SNAPSHOT_DELETED &&
-            !thinvm_snapshot_has_tree(&snap)) {
-            if (waits) {
-                return 0;       /* a step made no difference */
-            }
-            waits = true;
-        }
-        ret = thinvm_store_execute(s->store, &op, NULL, errp);
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
-}
-
-/* One record that is gone may set its parent free, so until nothing changes */
-int coroutine_fn thinvm_snapshot_collect(BlockDriverState *bs,
-                                         unsigned *budget, Error **errp)
-{
-    BDRVThinvmState *s = bs->opaque;
-    ThinvmSnapshot snap;
-    bool again, gone = false;
-    uint32_t slot;
-    int ret;
-
-    do {
-        again = false;
-        for (slot = 0; slot < thinvm_nb_slots(s) && *budget; slot++) {
-            ret = thinvm_read_snapshot(s, slot, &snap, errp);
-            if (ret == -ENOENT) {
-                continue;
-            }
-            if (ret < 0) {
-                return ret;
-            }
-            if (snap.flags & THINVM_SNAPSHOT_HIDDEN) {
-                ret = thinvm_delete_steps(s, slot, snap.id, budget, &gone,
-                                          errp);
-                if (ret < 0) {
-                    return ret;
-                }
-                again |= gone;
-                trace_thinvm_snapshot_collect(bs, snap.id, gone);
-            }
-        }
-    } while (again && *budget);
-    return 0;
-}
-
 typedef struct ThinvmSnapshotCo {
     QEMUSnapshotInfo *info;
     QEMUSnapshotInfo *list;
@@ -256,51 +127,6 @@ typedef struct ThinvmSnapshotCo {
     const char *id, *name;
     ThinvmSnapshot snap;
 } ThinvmSnapshotCo;
-
-static int coroutine_fn GRAPH_RDLOCK
-thinvm_co_snapshot_delete(BlockDriverState *bs, void *opaque, Error **errp)
-{
-    BDRVThinvmState *s = bs->opaque;
-    ThinvmSnapshotCo *c = opaque;
-    unsigned budget = UINT_MAX;
-    bool gone = false;
-    uint32_t slot;
-    int ret;
-
-    ret = thinvm_mode_begin_write(bs);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the image");
-        return ret;
-    }
-    ret = thinvm_find_snapshot(s, c->id, c->name, &c->snap, &slot, errp);
-    if (ret == -ENOENT) {
-        error_setg(errp, "There is no snapshot with %s '%s'",
-                   c->id ? "id" : "name", c->id ?: c->name);
-    }
-    if (ret < 0) {
-        return ret;
-    }
-    ret = thinvm_delete_steps(s, slot, c->snap.id, &budget, &gone, errp);
-    if (ret >= 0) {
-        ret = thinvm_snapshot_collect(bs, &budget, errp);
-    }
-    if (ret >= 0) {
-        ret = thinvm_snapshot_settle(s, errp);
-    }
-    trace_thinvm_snapshot_delete(bs, c->snap.id, gone, ret);
-    return ret;
-}
-
-int thinvm_snapshot_delete(BlockDriverState *bs, const char *snapshot_id,
-                           const char *name, Error **errp)
-{
-    ThinvmSnapshotCo c = {
-        .id = snapshot_id,
-        .name = name,
-    };
-
-    return thinvm_run(bs, thinvm_co_snapshot_delete, &c, errp);
-}
 
 /* ------------------------------------------------------------------ */
 /* Creating                                                            */
@@ -376,7 +202,6 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
     ThinvmOp op = {
         .type = THINVM_OP_SNAPSHOT_GOTO,
     };
-    unsigned budget = UINT_MAX;
     uint32_t slot;
     int ret;
 
@@ -400,9 +225,7 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
         return ret;
     }
     /* The disk that was left; if this fails, the next owner repeats it */
-    if (thinvm_snapshot_collect(bs, &budget, NULL) >= 0) {
-        thinvm_snapshot_settle(s, NULL);
-    }
+    thinvm_snapshot_clean_up(bs, NULL);
     return 0;
 }
 
@@ -474,7 +297,7 @@ thinvm_co_snapshot_list(BlockDriverState *bs, void *opaque, Error **errp)
     int ret;
 
     for (slot = 0; slot < thinvm_nb_slots(s); slot++) {
-        ret = thinvm_read_snapshot(s, slot, &snap, errp);
+        ret = thinvm_store_read_snapshot(s->store, slot, &snap, errp);
         if (ret == -ENOENT) {
             continue;
         }
@@ -512,23 +335,20 @@ thinvm_co_snapshot_load(BlockDriverState *bs, void *opaque, Error **errp)
     uint32_t slot;
     int ret;
 
-    ret = thinvm_find_snapshot(s, c->id, c->name, &c->snap, &slot, errp);
-    if (ret == -ENOENT) {
-        error_setg(errp, "There is no snapshot with %s '%s'",
-                   c->id ? "id" : "name", c->id ?: c->name);
-    }
+    ret = thinvm_require_snapshot(s, c->id, c->name, &c->snap, &slot, errp);
     if (ret < 0) {
         return ret;
     }
     g_free(s->view);
     s->view = g_memdup2(&c->snap, sizeof(c->snap));
-    s->view_root = &s->view->root;
+    s->view_name = (ThinvmSnapshotName) { .slot = slot, .id = c->snap.id };
     bs->total_sectors = s->view->virtual_size / BDRV_SECTOR_SIZE;
     return 0;
 }
 
-int thinvm_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id,
-                             const char *name, Error **errp)
+int coroutine_mixed_fn
+thinvm_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id,
+                         const char *name, Error **errp)
 {
     ThinvmSnapshotCo c = {
         .id = snapshot_id,
@@ -536,4 +356,23 @@ int thinvm_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id,
     };
 
     return thinvm_run(bs, thinvm_co_snapshot_load, &c, errp);
+}
+
+/* What was read of it is right if it is still there now */
+int coroutine_fn thinvm_snapshot_still_there(BlockDriverState *bs,
+                                             ThinvmStore *st)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret = thinvm_store_have_snapshot(st, &s->view_name);
+
+    if (ret == -ENOENT) {
+        if (!qatomic_xchg(&s->view_gone, true)) {
+            error_report("thinvm node '%s': snapshot %" PRIu64 " '%s' was "
+                         "deleted while it was being read",
+                         bdrv_get_device_or_node_name(bs), s->view->id,
+                         s->view->name);
+        }
+        ret = -EIO;
+    }
+    return ret;
 }

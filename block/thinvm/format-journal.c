@@ -69,6 +69,9 @@ static const OpShape op_shapes[THINVM_OP__MAX] = {
         "SNAPSHOT_GOTO", USES_GUEST | USES_PHYSICAL | USES_VALUE,
     },
     [THINVM_OP_VMSTATE_SIZE] = { "VMSTATE_SIZE", USES_VALUE },
+    [THINVM_OP_SNAPSHOT_PROTECT] = {
+        "SNAPSHOT_PROTECT", USES_GUEST | USES_COUNT | USES_VALUE,
+    },
 };
 QEMU_BUILD_BUG_ON(offsetof(ThinvmBackingLe, unused) !=
                   THINVM_OP_BACKING_PAYLOAD);
@@ -222,6 +225,9 @@ static const char *judge_snapshot_op(const ThinvmOp *op)
         (op->physical <= op->value || op->physical > THINVM_COUNTER_MAX)) {
         return "id of the former tree's record";
     }
+    if (op->type == THINVM_OP_SNAPSHOT_PROTECT && op->count > 1) {
+        return "count";
+    }
     return NULL;
 }
 
@@ -251,6 +257,7 @@ static const char *judge_op(const ThinvmOp *op)
         return op->value && op->value <= THINVM_COUNTER_MAX ? NULL : "epoch";
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
+    case THINVM_OP_SNAPSHOT_PROTECT:
         return judge_snapshot_op(op);
     default:
         return NULL;

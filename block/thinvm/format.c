@@ -56,7 +56,9 @@ void thinvm_pointer_decode(ThinvmPointer *dst, const ThinvmPointerLe *src)
 /* ------------------------------------------------------------------ */
 /* Snapshots                                                           */
 
-#define SNAPSHOT_FLAGS_KNOWN (THINVM_SNAPSHOT_DELETED | THINVM_SNAPSHOT_TRASH)
+#define SNAPSHOT_FLAGS_KNOWN (THINVM_SNAPSHOT_DELETED | \
+                              THINVM_SNAPSHOT_TRASH | \
+                              THINVM_SNAPSHOT_PROTECTED)
 
 /* Is it a string, then zeroes up to the end, with one zero at least? */
 static bool is_padded_string(const uint8_t *buf, size_t size)

@@ -277,6 +277,9 @@ QEMU_BUILD_BUG_ON(sizeof(ThinvmSpaceBlockLe) != THINVM_PAGE_SIZE);
 #define THINVM_MAX_SNAPSHOT_SLOTS   (256 * 256 * THINVM_SNAPSHOTS_PER_LEAF)
 #define THINVM_SNAPSHOT_DELETED     (1u << 0)   /* hidden; children remain */
 #define THINVM_SNAPSHOT_TRASH       (1u << 1)   /* hidden; tree being freed */
+#define THINVM_SNAPSHOT_PROTECTED   (1u << 2)   /* must not be deleted */
+#define THINVM_SNAPSHOT_HIDDEN      (THINVM_SNAPSHOT_DELETED | \
+                                     THINVM_SNAPSHOT_TRASH)
 
 typedef struct QEMU_PACKED ThinvmSnapshotLe {
     uint64_t id_le;                 /* never 0 in use, never reused */
@@ -525,6 +528,8 @@ typedef enum ThinvmOpType {
     THINVM_OP_SNAPSHOT_GOTO = 13,
     /* value: bytes of the active VM state */
     THINVM_OP_VMSTATE_SIZE = 14,
+    /* guest: slot, value: id; count: 1 protects from deletion, 0 ends that */
+    THINVM_OP_SNAPSHOT_PROTECT = 15,
     THINVM_OP__MAX
 } ThinvmOpType;
 

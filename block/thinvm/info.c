@@ -9,8 +9,9 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-types-block-core.h"
 #include "qemu/error-report.h"
-#include "thinvm.h"
+#include "driver-snapshot.h"
 #include "handover.h"
 #include "trace.h"
 
@@ -68,12 +69,19 @@ ImageInfoSpecific *thinvm_get_specific_info(BlockDriverState *bs, Error **errp)
         .free_clusters = info.free_clusters,
         .metadata_pages = info.metadata_pages,
         .snapshots = info.nb_snapshots,
+        .has_snapshot_tree = info.nb_snapshots && !thinvm_in_background,
         .compatible_features = s->compatible,
         .readonly_compatible_features = s->readonly_compatible,
         .incompatible_features = s->incompatible,
     };
     spec->type = IMAGE_INFO_SPECIFIC_KIND_THINVM;
     spec->u.thinvm.data = data;
+    if (data->has_snapshot_tree &&
+        !thinvm_snapshot_tree(bs, UINT_MAX, &data->snapshot_tree, errp)) {
+        data->has_snapshot_tree = false;
+        qapi_free_ImageInfoSpecific(spec);
+        return NULL;
+    }
     return spec;
 }
 
@@ -117,10 +125,12 @@ ThinvmInfo *thinvm_info(BDRVThinvmState *s)
     ThinvmStatistics *statistics = g_new0(ThinvmStatistics, 1);
     ThinvmInfoState info;
     ThinvmStoreStats stats;
+    ThinvmSpace space;
 
     thinvm_get_state(s->store, &info);
     thinvm_store_stats(s->store, &stats);
     thinvm_statistics(s, statistics, &info);
+    thinvm_volume_space(s, &space);
     *dst = (ThinvmInfo) {
         .mapping_cache_mode = thinvm_shown_mode(s),
         .configured_mode =
@@ -136,6 +146,11 @@ ThinvmInfo *thinvm_info(BDRVThinvmState *s)
         .epoch = info.epoch,
         .journal_size = s->journal_size,
         .journal_used = stats.journal_used,
+        .device_size = space.size,
+        .device_free = space.free,
+        .space_watermark = space.watermark,
+        .space_low = space.low,
+        .allocation_rate = space.rate,
         .statistics = statistics,
     };
     thinvm_pulse_info(s, dst);
@@ -165,14 +180,16 @@ int coroutine_fn thinvm_co_check(BlockDriverState *bs, BdrvCheckResult *result,
     if (fix & BDRV_FIX_ERRORS) {
         store_fix |= THINVM_FIX_ERRORS;
     }
-    if (store_fix) {
-        ret = thinvm_mode_begin_write(bs);
-        if (ret < 0) {
-            return ret;
-        }
+    /* Nobody goes on deleting snapshots meanwhile */
+    qatomic_inc(&s->nb_delete_jobs);
+    ret = store_fix ? thinvm_mode_begin_write(bs) : 0;
+    if (ret < 0) {
+        qatomic_dec(&s->nb_delete_jobs);
+        return ret;
     }
     ret = thinvm_store_check(s->store, store_fix, thinvm_check_report, NULL,
                              &res, &local_err);
+    qatomic_dec(&s->nb_delete_jobs);
     if (ret < 0) {
         if (local_err) {
             error_report_err(local_err);

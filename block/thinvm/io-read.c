@@ -230,13 +230,12 @@ read_pieces(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
     return ret;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
-          uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
-          BdrvRequestFlags flags)
+/* What one I/O on the file does not serve: mixed, zeroes, backing, several */
+static int coroutine_fn GRAPH_RDLOCK G_GNUC_NO_INLINE
+read_other(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
+           uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+           BdrvRequestFlags flags, const ThinvmMapping *m)
 {
-    BDRVThinvmState *s = bs->opaque;
-    ThinvmMapping m;
     ReadPiece p = {
         .bs = bs,
         .tree = tree,
@@ -246,16 +245,36 @@ read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
         .qiov_offset = qiov_offset,
         .flags = flags,
     };
+
+    choose_piece(&p, m, true);
+    if (p.bytes == bytes) {
+        return read_piece(&p);
+    }
+    return read_pieces(bs, st, tree, offset, bytes, qiov, qiov_offset, flags);
+}
+
+/* Most reads are of what one mapping covers, all valid */
+static int coroutine_fn GRAPH_RDLOCK
+read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
+          uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+          BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmMapping m;
     int ret = thinvm_lookup(s, st, tree, offset, bytes, false, &m);
 
     if (ret < 0) {
         return ret;
     }
-    choose_piece(&p, &m, true);
-    if (p.bytes == bytes) {
-        return read_piece(&p);
+    if (likely(m.type == THINVM_MAPPING_DATA && m.valid == THINVM_ALL_VALID &&
+               thinvm_clamp(s, offset, bytes, m.count) == bytes)) {
+        BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
+        return bdrv_co_preadv_part(bs->file,
+                                   thinvm_device_offset(s, &m, offset), bytes,
+                                   qiov, qiov_offset, flags);
     }
-    return read_pieces(bs, st, tree, offset, bytes, qiov, qiov_offset, flags);
+    return read_other(bs, st, tree, offset, bytes, qiov, qiov_offset, flags,
+                      &m);
 }
 
 int coroutine_fn GRAPH_RDLOCK

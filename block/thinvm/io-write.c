@@ -205,8 +205,8 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
 
     shorten(c, MIN(c->old.count, THINVM_ENTRIES_PER_LEAF -
                                  c->first % THINVM_ENTRIES_PER_LEAF));
-    ret = thinvm_store_reserve(s->store, goal(c), c->count, &c->physical,
-                               &c->count);
+    ret = thinvm_volume_reserve(s, s->store, goal(c), c->count,
+                                &c->physical, &c->count);
     if (ret < 0) {
         c->r->no_space = ret == -ENOSPC;
         return ret;

@@ -115,12 +115,18 @@ static inline int coroutine_fn
 thinvm_lookup(BDRVThinvmState *s, ThinvmStore *st, int tree, uint64_t offset,
               uint64_t bytes, bool for_write, ThinvmMapping *m)
 {
-    const ThinvmPointer *root = tree == THINVM_TREE_DISK ? s->view_root : NULL;
+    uint64_t guest = offset >> s->cluster_bits;
+    uint64_t count = thinvm_clusters_touched(s, offset, bytes);
     int ret;
 
-    ret = thinvm_store_lookup(st, tree, root, offset >> s->cluster_bits,
-                              thinvm_clusters_touched(s, offset, bytes),
-                              for_write, m);
+    if (unlikely(s->view && tree == THINVM_TREE_DISK)) {
+        ret = thinvm_store_lookup_snapshot(st, &s->view_name, guest, count, m);
+        if (ret == -ENOENT) {
+            ret = thinvm_snapshot_still_there(s->bs, st);
+        }
+    } else {
+        ret = thinvm_store_lookup(st, tree, NULL, guest, count, for_write, m);
+    }
     if (ret == 0 && thinvm_mapping_mixed(m)) {
         /* there may be more that look the same; they are taken one by one */
         m->count = 1;

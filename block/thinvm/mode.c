@@ -173,7 +173,7 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
         return -EIO;
     }
     if (info.epoch >= s->claim.epoch) {
-        if (info.epoch == UINT64_MAX) {
+        if (info.epoch >= THINVM_COUNTER_MAX / 2) {
             error_setg(errp, "The journal's epoch of ownership cannot be "
                        "raised any more");
             ret = -EOVERFLOW;
@@ -355,6 +355,14 @@ void coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
 /* ------------------------------------------------------------------ */
 /* Opening and activation                                              */
 
+/* Nobody deletes a protected snapshot, so there is nothing to ask about */
+static void thinvm_reader_of_snapshot(BDRVThinvmState *s)
+{
+    if (s->view && (s->view->flags & THINVM_SNAPSHOT_PROTECTED)) {
+        s->follow = false;
+    }
+}
+
 int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
@@ -375,13 +383,20 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    if (!wished && view.kind != THINVM_OWNER_OTHER &&
+    if (!wished && !s->view && view.kind != THINVM_OWNER_OTHER &&
         view.kind != THINVM_OWNER_NODE) {
         return 0;
     }
     s->mode = THINVM_CACHE_MODE_MIGRATION;
     s->follow = thinvm_device_coherent(bs);
     if (s->follow || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
+        thinvm_reader_of_snapshot(s);
+        return 0;
+    }
+    if (s->view && !wished && view.kind != THINVM_OWNER_OTHER) {
+        /* This host's page cache is no obstacle: nobody else writes */
+        s->follow = true;
+        thinvm_reader_of_snapshot(s);
         return 0;
     }
     if (wished) {
@@ -482,6 +497,10 @@ int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
         return 0;
     }
     ret = thinvm_store_catch_up(look->store, NULL, NULL);
+    if (s->view) {
+        /* It never changes: all that can happen to it is that it goes */
+        return ret < 0 ? ret : thinvm_snapshot_still_there(bs, look->store);
+    }
     *repeat = thinvm_store_changes(look->store) != look->changes;
     return ret;
 }

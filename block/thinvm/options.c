@@ -31,6 +31,8 @@ const char *const thinvm_mutable_options[] = {
     THINVM_OPT_FLUSH_INTERVAL,
     THINVM_OPT_FORCE_TAKEOVER,
     THINVM_OPT_RESERVATION,
+    THINVM_OPT_WATERMARK,
+    THINVM_OPT_WATERMARK_PERCENT,
     NULL
 };
 
@@ -62,6 +64,24 @@ static QemuOptsList thinvm_runtime_opts = {
             .type = QEMU_OPT_STRING,
             .help = "SCSI persistent reservation: auto, on or off "
                     "(default: auto)",
+        }, {
+            .name = THINVM_OPT_SNAPSHOT_ID,
+            .type = QEMU_OPT_STRING,
+            .help = "Id of an internal snapshot to show, read-only",
+        }, {
+            .name = THINVM_OPT_SNAPSHOT_NAME,
+            .type = QEMU_OPT_STRING,
+            .help = "Name of an internal snapshot to show, read-only",
+        }, {
+            .name = THINVM_OPT_WATERMARK,
+            .type = QEMU_OPT_SIZE,
+            .help = "Free bytes of the device below which THINVM_SPACE_LOW "
+                    "is emitted (default: 0, never)",
+        }, {
+            .name = THINVM_OPT_WATERMARK_PERCENT,
+            .type = QEMU_OPT_NUMBER,
+            .help = "The same as a share of the device, 0 to 100 "
+                    "(default: 0)",
         },
         { /* end of list */ }
     },
@@ -113,6 +133,52 @@ static bool thinvm_parse_numbers(ThinvmOptions *dst, QemuOpts *opts,
     return true;
 }
 
+static bool thinvm_parse_watermarks(ThinvmOptions *dst, QemuOpts *opts,
+                                    Error **errp)
+{
+    uint64_t percent = qemu_opt_get_number(opts, THINVM_OPT_WATERMARK_PERCENT,
+                                           0);
+
+    dst->space_watermark = qemu_opt_get_size(opts, THINVM_OPT_WATERMARK, 0);
+    if (dst->space_watermark > INT64_MAX) {
+        error_setg(errp, "Option '%s' is %" PRIu64 "; it must be less than "
+                   "8 EiB", THINVM_OPT_WATERMARK, dst->space_watermark);
+        return false;
+    }
+    if (percent > 100) {
+        error_setg(errp, "Option '%s' is %" PRIu64 "; it must be from 0 to "
+                   "100", THINVM_OPT_WATERMARK_PERCENT, percent);
+        return false;
+    }
+    dst->space_watermark_percent = percent;
+    return true;
+}
+
+static bool thinvm_parse_string(const char *name, const char *value,
+                                char *dst, size_t size, Error **errp)
+{
+    if (value && (!*value || strlen(value) >= size)) {
+        error_setg(errp, "Option '%s' has %zu bytes; it must have from 1 to "
+                   "%zu", name, strlen(value), size - 1);
+        return false;
+    }
+    pstrcpy(dst, size, value ?: "");
+    return true;
+}
+
+static bool thinvm_parse_snapshot(ThinvmOptions *dst, QemuOpts *opts,
+                                  Error **errp)
+{
+    return thinvm_parse_string(THINVM_OPT_SNAPSHOT_ID,
+                               qemu_opt_get(opts, THINVM_OPT_SNAPSHOT_ID),
+                               dst->snapshot_id, sizeof(dst->snapshot_id),
+                               errp) &&
+           thinvm_parse_string(THINVM_OPT_SNAPSHOT_NAME,
+                               qemu_opt_get(opts, THINVM_OPT_SNAPSHOT_NAME),
+                               dst->snapshot_name, sizeof(dst->snapshot_name),
+                               errp);
+}
+
 bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp)
 {
     QemuOpts *opts = qemu_opts_create(&thinvm_runtime_opts, NULL, 0,
@@ -145,7 +211,9 @@ bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp)
                    THINVM_OPT_RESERVATION);
         goto out;
     }
-    if (!thinvm_parse_numbers(dst, opts, errp)) {
+    if (!thinvm_parse_numbers(dst, opts, errp) ||
+        !thinvm_parse_watermarks(dst, opts, errp) ||
+        !thinvm_parse_snapshot(dst, opts, errp)) {
         goto out;
     }
     dst->mode = mode;

@@ -326,7 +326,7 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
     ERRP_GUARD();
     g_autofree char *host = thinvm_owner_host(&view->newest);
 
-    if (view->newest_epoch == UINT64_MAX) {
+    if (view->newest_epoch >= THINVM_COUNTER_MAX / 2) {
         error_setg(errp, "The image's epoch of ownership, %" PRIu64 ", "
                    "cannot be raised any more; the claim is damaged",
                    view->newest_epoch);

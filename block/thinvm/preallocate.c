@@ -122,8 +122,8 @@ allocate_registered(Preallocation *p, uint64_t first, uint64_t *count,
     if (m.type == THINVM_MAPPING_DATA) {
         return 0;
     }
-    ret = thinvm_store_reserve(s->store, p->goal, *count, &physical,
-                               &nb_clusters);
+    ret = thinvm_volume_reserve(s, s->store, p->goal, *count, &physical,
+                                &nb_clusters);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not reserve %" PRIu64
                          " clusters for preallocation", *count);

@@ -410,12 +410,21 @@ static uint64_t device_clusters(ThinvmStore *st)
     return info.device_clusters;
 }
 
+/* grow_lock is held; the device has so many */
+static int coroutine_fn use_clusters(ThinvmStore *st, uint64_t clusters,
+                                     Error **errp)
+{
+    ThinvmOp op = { .type = THINVM_OP_GROW, .value = clusters };
+
+    trace_thinvm_grow(st, device_clusters(st), clusters);
+    return thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
+}
+
 /* Enlarge by @clusters, or less if the device is longer by less anyway */
 static int coroutine_fn grow_by(ThinvmStore *st, uint64_t clusters)
 {
     uint64_t before = device_clusters(st);
     uint64_t after = MIN(before + clusters, THINVM_MAX_CLUSTERS);
-    ThinvmOp op = { .type = THINVM_OP_GROW };
     int64_t length;
     int ret;
 
@@ -427,9 +436,39 @@ static int coroutine_fn grow_by(ThinvmStore *st, uint64_t clusters)
     if (length < 0 || after <= before) {
         return ret < 0 ? ret : -ENOSPC;
     }
-    op.value = after;
-    trace_thinvm_grow(st, before, after);
-    return thinvm_store_execute_internal(st, &op, false, true, NULL, NULL);
+    return use_clusters(st, after, NULL);
+}
+
+int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
+                                   Error **errp)
+{
+    uint64_t before;
+    int64_t length;
+    int ret;
+
+    if (size > THINVM_MAX_CLUSTERS << st->cluster_bits) {
+        error_setg(errp, "The device cannot grow to %" PRIu64 " bytes; at "
+                   "most %" PRIu64 " can be used", size,
+                   (uint64_t)THINVM_MAX_CLUSTERS << st->cluster_bits);
+        return -EFBIG;
+    }
+    qemu_co_mutex_lock(&st->grow_lock);
+    ret = size ? st->dev->co_grow(st->dev, size) : 0;
+    length = st->dev->co_length(st->dev);
+    before = device_clusters(st);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The device has %" PRIi64 " bytes and "
+                         "cannot be enlarged to %" PRIu64 "; extend it first",
+                         length, size);
+    } else if (length < 0) {
+        ret = length;
+        error_setg_errno(errp, -ret, "Cannot tell the size of the device");
+    } else if (length >> st->cluster_bits > before) {
+        ret = use_clusters(st, MIN(length >> st->cluster_bits,
+                                   THINVM_MAX_CLUSTERS), errp);
+    }
+    qemu_co_mutex_unlock(&st->grow_lock);
+    return ret;
 }
 
 /* grow_lock is held.  0: there is more space now */

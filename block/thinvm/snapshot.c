@@ -19,6 +19,8 @@
  *   TRASH with nothing left: the record goes
  *
  * The active disk is a child of the snapshot that it was made from.
+ *
+ * A protected snapshot is not deleted; whoever wants to must end that first.
  */
 #include "qemu/osdep.h"
 #include "map.h"
@@ -270,6 +272,8 @@ static void apply_goto(ThinvmState *s, const ThinvmOp *op)
     ThinvmSnapshot trash = {
         .id = op->physical,
         .flags = THINVM_SNAPSHOT_TRASH,
+        .virtual_size = s->virtual_size,
+        .vmstate_size = s->vmstate_size,
         .icount = UINT64_MAX,
     };
 
@@ -346,6 +350,11 @@ static int prepare_delete(ThinvmState *s, const ThinvmOp *op,
 
     if (ret < 0) {
         return ret;
+    }
+    if (snap.flags & THINVM_SNAPSHOT_PROTECTED) {
+        error_setg(errp, "Snapshot %" PRIu64 " '%s' is protected", snap.id,
+                   snap.name);
+        return -EPERM;
     }
     if (!(snap.flags & THINVM_SNAPSHOT_TRASH)) {
         ret = find_children(s, op->value, needs, &children);
@@ -426,6 +435,38 @@ static void apply_delete(ThinvmState *s, const ThinvmOp *op)
     }
 }
 
+/* ------------------------------------------------------------------ */
+/* Protect                                                             */
+
+static int prepare_protect(ThinvmState *s, const ThinvmOp *op,
+                           ThinvmNeeds *needs, Error **errp)
+{
+    ThinvmSnapshot snap;
+    int ret = need_record(s, op->guest, op->value, &snap, needs, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (snap.flags & (THINVM_SNAPSHOT_DELETED | THINVM_SNAPSHOT_TRASH)) {
+        error_setg(errp, "Snapshot %" PRIu64 " '%s' is being deleted",
+                   snap.id, snap.name);
+        return -ENOENT;
+    }
+    return !(snap.flags & THINVM_SNAPSHOT_PROTECTED) == !op->count ?
+           -EALREADY : 0;
+}
+
+static void apply_protect(ThinvmState *s, const ThinvmOp *op)
+{
+    ThinvmSnapshotLe *record = writable_record(s, op->guest);
+
+    if (op->count) {
+        record->flags_le |= cpu_to_le32(THINVM_SNAPSHOT_PROTECTED);
+    } else {
+        record->flags_le &= ~cpu_to_le32(THINVM_SNAPSHOT_PROTECTED);
+    }
+}
+
 int thinvm_snapshot_prepare(ThinvmState *s, const ThinvmOp *op,
                             ThinvmNeeds *needs, Error **errp)
 {
@@ -434,6 +475,8 @@ int thinvm_snapshot_prepare(ThinvmState *s, const ThinvmOp *op,
         return prepare_create(s, op, needs, errp);
     case THINVM_OP_SNAPSHOT_GOTO:
         return prepare_goto(s, op, needs, errp);
+    case THINVM_OP_SNAPSHOT_PROTECT:
+        return prepare_protect(s, op, needs, errp);
     default:
         return prepare_delete(s, op, needs, errp);
     }
@@ -447,6 +490,9 @@ void thinvm_snapshot_apply(ThinvmState *s, const ThinvmOp *op)
         break;
     case THINVM_OP_SNAPSHOT_GOTO:
         apply_goto(s, op);
+        break;
+    case THINVM_OP_SNAPSHOT_PROTECT:
+        apply_protect(s, op);
         break;
     default:
         apply_delete(s, op);

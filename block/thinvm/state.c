@@ -160,6 +160,14 @@ static uint64_t metadata_clusters(ThinvmState *s)
            (s->nb_meta_pages >> (s->cluster_bits - THINVM_PAGE_BITS));
 }
 
+/* The window is set aside for whoever comes next */
+static uint64_t available_clusters(ThinvmState *s)
+{
+    uint64_t available = s->nb_count_free + s->window_nb;
+
+    return available > s->nb_busy ? available - s->nb_busy : 0;
+}
+
 void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info)
 {
     *info = (ThinvmInfoState) {
@@ -175,6 +183,7 @@ void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info)
                               metadata_clusters(s),
         .free_clusters = s->nb_count_free,
         .busy_clusters = s->nb_busy,
+        .available_clusters = available_clusters(s),
         .metadata_pages = s->nb_meta_pages,
         .free_metadata_pages = s->nb_meta_free,
         .dirty_pages = s->nb_dirty,
@@ -339,6 +348,7 @@ static int prepare_by_type(ThinvmState *s, const ThinvmOp *op,
     case THINVM_OP_SNAPSHOT_CREATE:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
+    case THINVM_OP_SNAPSHOT_PROTECT:
         return thinvm_snapshot_prepare(s, op, needs, errp);
     default:
         error_setg(errp, "operation %d is unknown", op->type);
@@ -421,6 +431,7 @@ void thinvm_state_apply(ThinvmState *s, const ThinvmOp *op)
     case THINVM_OP_SNAPSHOT_CREATE:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
+    case THINVM_OP_SNAPSHOT_PROTECT:
         thinvm_snapshot_apply(s, op);
         break;
     default:

@@ -107,6 +107,7 @@ typedef struct ThinvmInfoState {
     uint64_t allocated_clusters;    /* of data, snapshots included */
     uint64_t free_clusters;         /* count 0, busy ones included */
     uint64_t busy_clusters;         /* reserved, or freed but not reusable */
+    uint64_t available_clusters;    /* that a reservation can have at once */
     uint64_t metadata_pages, free_metadata_pages, dirty_pages, dirty_bound;
     uint64_t cached_pages, cache_limit;     /* pages */
     uint64_t cache_hits, cache_misses;
@@ -297,6 +298,24 @@ int thinvm_snapshot_read(ThinvmState *s, uint32_t slot, ThinvmSnapshot *snap,
 uint32_t thinvm_snapshot_nb_slots(ThinvmState *s);
 /* The id that the next SNAPSHOT_CREATE must carry */
 uint64_t thinvm_snapshot_next_id(ThinvmState *s);
+
+/* What would come free if a tree went: what no other tree uses */
+typedef struct ThinvmExclusive {
+    uint64_t clusters, pages;
+} ThinvmExclusive;
+/*
+ * Adds to @sum what the piece of the tree below @root that begins at *guest
+ * holds alone, and advances *guest to the next piece; the tree ends at
+ * THINVM_MAX_GUEST_CLUSTERS.  0, -EAGAIN, -EBADMSG.
+ */
+int thinvm_map_exclusive_step(ThinvmState *s, const ThinvmPointer *root,
+                              uint64_t *guest, ThinvmExclusive *sum,
+                              ThinvmNeeds *needs);
+/*
+ * About the first guest cluster below @root that names something, as far as
+ * pages in memory tell: how far a deletion has come.
+ */
+uint64_t thinvm_map_first_used(ThinvmState *s, const ThinvmPointer *root);
 
 /* ------------------------------------------------------------------ */
 /* Check (qemu-img check): walks everything, through the needs loop     */

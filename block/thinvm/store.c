@@ -230,6 +230,34 @@ static int coroutine_fn clear_unknown_autoclear(ThinvmStore *st)
     return ret;
 }
 
+/*
+ * Numbers that only go up end at THINVM_COUNTER_MAX.  No honest image comes
+ * near it; one that is there would have to write what nobody can read.
+ */
+static int check_counters(ThinvmStore *st, uint64_t epoch, Error **errp)
+{
+    uint64_t sequence, id;
+    ThinvmInfoState info;
+
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    id = thinvm_snapshot_next_id(st->state);
+    thinvm_state_unlock(st->state);
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        sequence = st->journal.next_sequence;
+    }
+    if (MAX(MAX(info.generation, sequence), MAX(epoch, id)) >
+        THINVM_COUNTER_MAX / 2) {
+        error_setg(errp, "Generation %" PRIu64 ", journal sequence %" PRIu64
+                   ", epoch %" PRIu64 " and snapshot id %" PRIu64 " must be "
+                   "at most %llu for the image to be written", info.generation,
+                   sequence, epoch, id,
+                   (unsigned long long)THINVM_COUNTER_MAX / 2);
+        return -EINVAL;
+    }
+    return 0;
+}
+
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp)
 {
@@ -250,6 +278,9 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
         return ret;
     }
     ret = check_own_length(st, errp);
+    if (ret == 0) {
+        ret = check_counters(st, epoch, errp);
+    }
     if (ret < 0) {
         goto fail;
     }

@@ -164,6 +164,12 @@ int coroutine_fn thinvm_store_reserve(ThinvmStore *st, uint64_t goal,
                                       uint64_t *nb_clusters);
 void thinvm_store_unreserve(ThinvmStore *st, uint64_t first,
                             uint64_t nb_clusters);
+/*
+ * Take into use all that the device has become longer by; @size (bytes): make
+ * it at least this long before.  -ENOSPC if it stays shorter.
+ */
+int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
+                                   Error **errp);
 
 /*
  * Apply one operation and put it into the pending record.  Data that it
@@ -272,6 +278,39 @@ typedef struct ThinvmStorePreload {
 bool coroutine_fn thinvm_store_preload(ThinvmStore *st, ThinvmStorePreload *p);
 /* After a failure: the next step tries again.  Any context */
 void thinvm_store_preload_retry(ThinvmStorePreload *p);
+
+/* ------------------------------------------------------------------ */
+/* Snapshots; store-snapshot.c                                         */
+
+/* A snapshot, for as long as it exists */
+typedef struct ThinvmSnapshotName {
+    uint32_t slot;
+    uint64_t id;
+} ThinvmSnapshotName;
+
+/* The record in @slot.  -ENOENT, without @errp: the slot is free */
+int coroutine_fn thinvm_store_read_snapshot(ThinvmStore *st, uint32_t slot,
+                                            ThinvmSnapshot *snap,
+                                            Error **errp);
+/*
+ * As thinvm_store_lookup(), in the disk that a snapshot holds.  -ENOENT: it is
+ * not there any more, or being deleted.  Within a request.
+ */
+int coroutine_fn thinvm_store_lookup_snapshot(ThinvmStore *st,
+                                              const ThinvmSnapshotName *name,
+                                              uint64_t guest, uint64_t count,
+                                              ThinvmMapping *mapping);
+/* Is it there still?  0, -ENOENT, or an error of reading.  In a request */
+int coroutine_fn thinvm_store_have_snapshot(ThinvmStore *st,
+                                            const ThinvmSnapshotName *name);
+/*
+ * What the snapshot alone holds.  Takes one off *budget for each piece of
+ * its tree; -ETIME when that was not enough.
+ */
+int coroutine_fn thinvm_store_exclusive(ThinvmStore *st,
+                                        const ThinvmSnapshotName *name,
+                                        unsigned *budget,
+                                        ThinvmExclusive *sum, Error **errp);
 
 /* ------------------------------------------------------------------ */
 /* Check                                                               */

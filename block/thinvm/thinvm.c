@@ -21,6 +21,9 @@
 #include "handover.h"
 #include "trace.h"
 
+/* Steps of deleting snapshots that closing a node may take */
+#define THINVM_CLOSE_STEPS  256
+
 ThinvmNodeList thinvm_nodes = QTAILQ_HEAD_INITIALIZER(thinvm_nodes);
 
 /* ------------------------------------------------------------------ */
@@ -145,6 +148,11 @@ static int thinvm_open_backing_name(BlockDriverState *bs, Error **errp)
     return 0;
 }
 
+static const char *thinvm_given(const char *option)
+{
+    return *option ? option : NULL;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
 {
@@ -172,6 +180,11 @@ thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
         return -EINVAL;
     }
     ret = thinvm_open_backing_name(bs, errp);
+    if (ret >= 0 && thinvm_options_snapshot(&s->options)) {
+        ret = thinvm_snapshot_load_tmp(bs, thinvm_given(s->options.snapshot_id),
+                                       thinvm_given(s->options.snapshot_name),
+                                       errp);
+    }
     if (ret < 0) {
         return ret;
     }
@@ -223,6 +236,16 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     if (!thinvm_options_parse(&s->options, options, errp)) {
         return -EINVAL;
     }
+    if (thinvm_options_snapshot(&s->options)) {
+        bdrv_graph_rdlock_main_loop();
+        ret = bdrv_apply_auto_read_only(bs, "A snapshot can only be read; "
+                                        "open the node with read-only=on",
+                                        errp);
+        bdrv_graph_rdunlock_main_loop();
+        if (ret < 0) {
+            return ret;
+        }
+    }
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
         return ret;
@@ -249,11 +272,26 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     return 0;
 }
 
+/* What the worker had no time for, if it is not much; else the next owner */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_finish_deletions(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    unsigned budget = THINVM_CLOSE_STEPS;
+
+    if (!thinvm_worker_has_to_collect(bs->opaque)) {
+        return 0;
+    }
+    return thinvm_snapshot_collect(bs, &budget, errp);
+}
+
 static void GRAPH_UNLOCKED thinvm_close(BlockDriverState *bs)
 {
     BDRVThinvmState *s = bs->opaque;
     Error *local_err = NULL;
 
+    if (s->owner) {
+        thinvm_run(bs, thinvm_co_finish_deletions, NULL, NULL);
+    }
     if (s->owner &&
         thinvm_give_up(bs, THINVM_CLAIM_CLOSED, &local_err) < 0) {
         error_reportf_err(local_err, "thinvm node '%s' was not closed "
@@ -298,6 +336,16 @@ thinvm_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
 
     if (!thinvm_options_parse(&r->options, state->options, errp)) {
         return -EINVAL;
+    }
+    if (strcmp(r->options.snapshot_id, s->options.snapshot_id) ||
+        strcmp(r->options.snapshot_name, s->options.snapshot_name)) {
+        error_setg(errp, "Option 'snapshot' cannot be changed; open another "
+                   "node");
+        return -EINVAL;
+    }
+    if (s->view && will_write) {
+        error_setg(errp, "A snapshot can only be read");
+        return -EACCES;
     }
     if (!writes && will_write) {
         if (unknown) {
@@ -449,7 +497,10 @@ static void thinvm_drain_end(BlockDriverState *bs)
 /* ------------------------------------------------------------------ */
 /* Properties                                                          */
 
-/* A follower must let the owner that it follows write and grow the file */
+/*
+ * A follower must let the owner that it follows write and grow the file.  So
+ * must who shows a snapshot, be it that there is no owner yet.
+ */
 static void GRAPH_RDLOCK
 thinvm_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                   BlockReopenQueue *queue, uint64_t perm, uint64_t shared,
@@ -459,7 +510,8 @@ thinvm_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 
     bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
     if ((role & BDRV_CHILD_IMAGE) && !(role & BDRV_CHILD_COW) &&
-        s->options.mode == THINVM_CACHE_MODE_MIGRATION &&
+        (s->options.mode == THINVM_CACHE_MODE_MIGRATION ||
+         thinvm_options_snapshot(&s->options)) &&
         !(*nperm & BLK_PERM_WRITE)) {
         *nshared |= BLK_PERM_WRITE | BLK_PERM_RESIZE;
     }
@@ -482,6 +534,12 @@ thinvm_co_getlength(BlockDriverState *bs)
     return thinvm_virtual_size(bs->opaque);
 }
 
+/* What a file name must tell beside the file */
+static const char *const thinvm_strong_options[] = {
+    "snapshot.",
+    NULL
+};
+
 static BlockDriver bdrv_thinvm = {
     .format_name                = "thinvm",
     .instance_size              = sizeof(BDRVThinvmState),
@@ -490,6 +548,7 @@ static BlockDriver bdrv_thinvm = {
     .create_opts                = &thinvm_create_opts,
     .amend_opts                 = &thinvm_amend_opts,
     .mutable_opts               = thinvm_mutable_options,
+    .strong_runtime_opts        = thinvm_strong_options,
 
     .bdrv_probe                 = thinvm_probe,
     .bdrv_open                  = thinvm_open,

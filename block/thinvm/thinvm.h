@@ -18,6 +18,7 @@
  *   owner.c             claims of ownership
  *   heartbeat.c         heartbeats of owners
  *   pulse.c             periodic work: heartbeats, following, preloading
+ *   volume.c            free space of the device, and its growth
  *   worker.c            background commits and checkpoints
  *   thinvm-qmp.c        QMP commands
  *   migration/thinvm.c  migration and reset; in qemu-system only
@@ -29,6 +30,7 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "qapi/qapi-types-thinvm.h"
+#include "qemu/stats64.h"
 #include "store.h"
 
 typedef struct BDRVThinvmState BDRVThinvmState;
@@ -42,6 +44,26 @@ typedef struct ThinvmInflight ThinvmInflight;
 typedef struct ThinvmWorker ThinvmWorker;
 typedef struct ThinvmPulse ThinvmPulse;
 
+/*
+ * Snapshots: a deletion in steps (snapshot-delete.c).  Between two of them the
+ * image may be drained, handed over, or written by others.
+ */
+typedef struct ThinvmDeletion {
+    ThinvmSnapshotName name;
+    uint64_t position, end; /* guest clusters passed, and in all */
+    bool tried;             /* a step when nothing but children was left */
+    bool waits;             /* hidden, empty, and has several children */
+    bool gone;              /* the record does not exist any more */
+} ThinvmDeletion;
+
+/* One after the other, until none is left that does not wait */
+typedef struct ThinvmCollect {
+    uint32_t slot;          /* where to look next */
+    bool active;            /* at work on del */
+    bool again;             /* one has gone: another may go now */
+    ThinvmDeletion del;
+} ThinvmCollect;
+
 /* options.c: what the user may set when opening and reopening */
 typedef struct ThinvmOptions {
     ThinvmCacheMode mode;
@@ -49,7 +71,23 @@ typedef struct ThinvmOptions {
     uint32_t flush_interval;        /* milliseconds */
     bool force_takeover;
     ThinvmReservation reservation;
+    /* The snapshot to show instead of the disk; empty: not given */
+    char snapshot_id[32];
+    char snapshot_name[THINVM_MAX_SNAPSHOT_NAME + 1];
+    uint64_t space_watermark;       /* bytes, 0: none */
+    uint32_t space_watermark_percent;
 } ThinvmOptions;
+
+/* volume.c: how the space of the volume under the image goes */
+typedef struct ThinvmVolume {
+    Stat64 reserved;                /* clusters, since the node was opened */
+    bool low;                       /* atomic: THINVM_SPACE_LOW was sent */
+    uint64_t rate;                  /* atomic: bytes per second */
+    /* the worker's, for the rate */
+    int64_t sampled_ms;
+    uint64_t sampled;               /* @reserved at that time */
+    double mean;
+} ThinvmVolume;
 
 /* What a read began with, when it followed another owner (mode.c) */
 typedef struct ThinvmLook {
@@ -75,12 +113,16 @@ struct BDRVThinvmState {
     uint64_t journal_size;          /* bytes */
     uint64_t compatible, readonly_compatible, incompatible; /* features */
     /*
-     * Set by opening a snapshot temporarily: look-ups of the disk use its
-     * tree instead of the active one, and it has its own size.  The node is
+     * Set where the node shows a snapshot: look-ups of the disk use its tree
+     * instead of the active one, and it has its own size.  The node is
      * read-only then.
      */
-    const ThinvmPointer *view_root;
     ThinvmSnapshot *view;
+    ThinvmSnapshotName view_name;
+    bool view_gone;                 /* atomic: has been reported */
+
+    ThinvmCollect collect;          /* the worker's; snapshot-delete.c */
+    unsigned nb_delete_jobs;        /* atomic: the worker keeps away */
 
     /* io.c */
     CoMutex inflight_lock;
@@ -106,6 +148,7 @@ struct BDRVThinvmState {
 
     ThinvmWorker *worker;           /* worker.c */
     ThinvmPulse *pulse;             /* pulse.c */
+    ThinvmVolume volume;            /* volume.c */
 
     QTAILQ_ENTRY(BDRVThinvmState) link;     /* in thinvm_nodes */
 };
@@ -183,9 +226,18 @@ bool GRAPH_RDLOCK thinvm_device_coherent(BlockDriverState *bs);
 #define THINVM_OPT_FLUSH_INTERVAL   "mapping-flush-interval"
 #define THINVM_OPT_FORCE_TAKEOVER   "force-takeover"
 #define THINVM_OPT_RESERVATION      "reservation"
+#define THINVM_OPT_WATERMARK        "space-watermark"
+#define THINVM_OPT_WATERMARK_PERCENT "space-watermark-percent"
 
-/* All of them; for reopening */
+#define THINVM_OPT_SNAPSHOT_ID      "snapshot.id"
+#define THINVM_OPT_SNAPSHOT_NAME    "snapshot.name"
+
+/* All that may change; for reopening */
 extern const char *const thinvm_mutable_options[];
+static inline bool thinvm_options_snapshot(const ThinvmOptions *o)
+{
+    return o->snapshot_id[0] || o->snapshot_name[0];
+}
 /* Takes the options that are ours out of @options */
 bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp);
 
@@ -334,6 +386,33 @@ void thinvm_worker_arm(BDRVThinvmState *s);         /* any thread */
 void thinvm_worker_kick(void *opaque);              /* any thread */
 /* The image was just taken over: its last owner may have left work undone */
 void thinvm_worker_owner_changed(BDRVThinvmState *s);
+/* A snapshot was deleted, or a job no longer does it: finish in steps */
+void thinvm_worker_collect_soon(BDRVThinvmState *s);
+bool thinvm_worker_has_to_collect(BDRVThinvmState *s);
+
+/* ------------------------------------------------------------------ */
+/* volume.c: the volume under the image, and its growth; all in bytes   */
+
+typedef struct ThinvmSpace {
+    uint64_t size, free;
+    uint64_t watermark;             /* 0: none */
+    uint64_t rate;                  /* allocated lately, per second */
+    uint64_t wanted;                /* size that the device should have */
+    bool low;
+} ThinvmSpace;
+
+/* Any context */
+void thinvm_volume_space(BDRVThinvmState *s, ThinvmSpace *space);
+/* thinvm_store_reserve() that watches the free space, and tells */
+int coroutine_fn thinvm_volume_reserve(BDRVThinvmState *s, ThinvmStore *st,
+                                       uint64_t goal, uint64_t max,
+                                       uint64_t *first, uint64_t *nb_clusters);
+/* With each tick of the worker */
+void coroutine_fn GRAPH_RDLOCK thinvm_volume_tick(BDRVThinvmState *s);
+/* There may be more free space than before.  Any context */
+void thinvm_volume_rearm(BDRVThinvmState *s);
+/* thinvm-grow; @size 0: take what there is.  Main loop */
+int thinvm_volume_grow(BlockDriverState *bs, uint64_t size, Error **errp);
 
 /* ------------------------------------------------------------------ */
 /* The other callbacks, by file                                        */
@@ -385,12 +464,15 @@ int GRAPH_RDLOCK thinvm_snapshot_delete(BlockDriverState *bs,
                                         const char *name, Error **errp);
 int GRAPH_RDLOCK thinvm_snapshot_list(BlockDriverState *bs,
                                       QEMUSnapshotInfo **psn_tab);
-/* Go on with deletions that were interrupted; at most *@budget steps */
+/* Go on with deletions; at most *@budget steps, none left: there is more */
 int coroutine_fn GRAPH_RDLOCK
 thinvm_snapshot_collect(BlockDriverState *bs, unsigned *budget, Error **errp);
-int GRAPH_RDLOCK thinvm_snapshot_load_tmp(BlockDriverState *bs,
-                                          const char *snapshot_id,
-                                          const char *name, Error **errp);
+int coroutine_mixed_fn GRAPH_RDLOCK
+thinvm_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id,
+                         const char *name, Error **errp);
+/* -EIO, and a message, if the snapshot that the node shows was deleted */
+int coroutine_fn thinvm_snapshot_still_there(BlockDriverState *bs,
+                                             ThinvmStore *st);
 
 /* thinvm.c: the list of all open nodes; main loop only */
 typedef QTAILQ_HEAD(ThinvmNodeList, BDRVThinvmState) ThinvmNodeList;

@@ -113,16 +113,22 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_store(ThinvmWorker *w,
     }
 }
 
+/* A job that deletes a snapshot does all of it, at the pace it was told */
+static bool thinvm_worker_may_collect(ThinvmWorker *w)
+{
+    return qatomic_read(&w->collect) && !qatomic_read(&w->s->nb_delete_jobs);
+}
+
 static void coroutine_fn GRAPH_RDLOCK thinvm_worker_collect(ThinvmWorker *w)
 {
     unsigned budget = THINVM_COLLECT_STEPS;
 
-    if (!qatomic_xchg(&w->collect, false)) {
+    if (!thinvm_worker_may_collect(w)) {
         return;
     }
+    qatomic_set(&w->collect, false);
     if (thinvm_snapshot_collect(w->s->bs, &budget, NULL) >= 0 && !budget) {
         qatomic_set(&w->collect, true);
-        qatomic_set(&w->tick, true);
     }
     if (budget < THINVM_COLLECT_STEPS) {
         thinvm_worker_arm(w->s);        /* to commit the steps */
@@ -139,15 +145,16 @@ static void coroutine_fn thinvm_worker_entry(void *opaque)
         bool tick = qatomic_xchg(&w->tick, false);
         bool kicked = qatomic_xchg(&w->kicked, false);
 
-        if (!tick && !kicked) {
+        if (!tick && !kicked && !thinvm_worker_may_collect(w)) {
             break;
         }
-        if (++rounds > THINVM_WORKER_ROUNDS) {
+        if ((tick || kicked) && ++rounds > THINVM_WORKER_ROUNDS) {
             thinvm_worker_arm(w->s);
             break;
         }
         bdrv_graph_co_rdlock();
         if (tick) {
+            thinvm_volume_tick(w->s);
             thinvm_worker_commit(w);
         }
         bdrv_graph_co_rdunlock();
@@ -157,7 +164,10 @@ static void coroutine_fn thinvm_worker_entry(void *opaque)
             break;
         }
         bdrv_graph_co_rdlock();
-        thinvm_worker_store(w, kicked);
+        if (tick || kicked) {
+            thinvm_worker_store(w, kicked);
+        thinvm_volume_rearm(w->s);
+        }
         thinvm_worker_collect(w);
         bdrv_graph_co_rdunlock();
     }
@@ -217,17 +227,29 @@ void thinvm_worker_owner_changed(BDRVThinvmState *s)
     thinvm_state_info(state, &info);
     thinvm_state_unlock(state);
     if (info.nb_snapshots) {
-        qatomic_set(&s->worker->collect, true);
-        qatomic_set(&s->worker->tick, true);
-        qemu_bh_schedule(s->worker->bh);
+        thinvm_worker_collect_soon(s);
     }
+}
+
+void thinvm_worker_collect_soon(BDRVThinvmState *s)
+{
+    ThinvmWorker *w = s->worker;
+
+    qatomic_set(&w->collect, true);
+    qemu_bh_schedule(w->bh);
+}
+
+bool thinvm_worker_has_to_collect(BDRVThinvmState *s)
+{
+    return qatomic_read(&s->worker->collect);
 }
 
 void thinvm_worker_drain_end(BDRVThinvmState *s)
 {
     ThinvmWorker *w = s->worker;
 
-    if (w && w->bh && (qatomic_read(&w->tick) || qatomic_read(&w->kicked))) {
+    if (w && w->bh && (qatomic_read(&w->tick) || qatomic_read(&w->kicked) ||
+                       qatomic_read(&w->collect))) {
         qemu_bh_schedule(w->bh);
     }
 }
@@ -245,7 +267,7 @@ void thinvm_worker_attach(BDRVThinvmState *s, AioContext *ctx)
     if (qatomic_xchg(&w->armed, false)) {
         qatomic_set(&w->tick, true);
     }
-    if (w->tick || w->kicked) {
+    if (w->tick || w->kicked || w->collect) {
         qemu_bh_schedule(w->bh);
     }
 }

@@ -1,0 +1,218 @@
+/*
+ * thinvm driver layer: the volume under an image, and its growth
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A volume may be much smaller than the disk that it holds, and be enlarged in
+ * time: this file tells when (THINVM_SPACE_LOW) and takes new space into use
+ * (thinvm-grow).  Relies on the store for the space itself.
+ *
+ * Free is what the next write can have at once: neither reserved for a write
+ * in flight, nor freed in a way that is not durable yet (invariant 2).  The
+ * event comes with the allocation that crosses the watermark, so that whoever
+ * extends the volume has all of the watermark's bytes as a head start; it is
+ * armed again by the background worker or thinvm-grow, when there is more free
+ * space than the watermark and a sixteenth.
+ *
+ * Threads: the data path runs in any; "low" and the counters are atomic, the
+ * rate is kept by the worker, in the node's AioContext.
+ */
+
+#include "qemu/osdep.h"
+#include <math.h>
+#include "qapi/error.h"
+#include "qapi/qapi-events-thinvm.h"
+#include "qemu/timer.h"
+#include "thinvm.h"
+#include "trace.h"
+
+/*
+ * The rate that is told is a mean whose weight halves in about this time:
+ * short enough to see a copy begin, long enough not to follow single bursts.
+ */
+#define THINVM_RATE_HALF_LIFE_MS    3000
+
+/*
+ * What an extension should bring at the present rate: oVirt has seen volumes
+ * extended in 0.8 to 3.7 seconds, so this is twice the slow case.
+ */
+#define THINVM_RATE_HEADROOM_S      8
+
+static void thinvm_volume_state(BDRVThinvmState *s, ThinvmInfoState *info)
+{
+    unsigned token = thinvm_store_request_begin(s->store);
+    ThinvmState *state = thinvm_store_state(s->store);
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, info);
+    thinvm_state_unlock(state);
+    thinvm_store_request_end(s->store, token);
+}
+
+/* Bytes; 0 for none */
+static uint64_t thinvm_watermark(BDRVThinvmState *s, uint64_t device_bytes)
+{
+    uint64_t percent = qatomic_read(&s->options.space_watermark_percent);
+    uint64_t bytes = qatomic_read(&s->options.space_watermark);
+
+    return MAX(bytes, device_bytes / 100 * percent);
+}
+
+static uint64_t thinvm_wanted_size(const ThinvmSpace *space)
+{
+    uint64_t headroom = MAX(2 * space->watermark,
+                            space->watermark +
+                            space->rate * THINVM_RATE_HEADROOM_S);
+
+    return space->size + (headroom > space->free ? headroom - space->free : 0);
+}
+
+void thinvm_volume_space(BDRVThinvmState *s, ThinvmSpace *space)
+{
+    ThinvmInfoState info;
+
+    thinvm_volume_state(s, &info);
+    *space = (ThinvmSpace) {
+        .size = info.device_clusters << info.cluster_bits,
+        .free = info.available_clusters << info.cluster_bits,
+        .rate = qatomic_read(&s->volume.rate),
+        .low = qatomic_read(&s->volume.low),
+    };
+    space->watermark = thinvm_watermark(s, space->size);
+    space->wanted = thinvm_wanted_size(space);
+}
+
+static bool thinvm_watched(BDRVThinvmState *s)
+{
+    return qatomic_read(&s->options.space_watermark) ||
+           qatomic_read(&s->options.space_watermark_percent);
+}
+
+/*
+ * Somebody may have enlarged the device without telling, also while no node
+ * had it open; only if that is not so is it worth an event.
+ */
+static void coroutine_fn thinvm_volume_look(BDRVThinvmState *s,
+                                            ThinvmStore *st)
+{
+    ThinvmSpace space;
+
+    thinvm_volume_space(s, &space);
+    if (space.free >= space.watermark) {
+        return;
+    }
+    if (thinvm_store_grow(st, 0, NULL) < 0) {
+        trace_thinvm_volume_notice_failed(s->bs);
+    }
+    thinvm_volume_space(s, &space);
+    if (space.free >= space.watermark ||
+        qatomic_xchg(&s->volume.low, true)) {
+        return;
+    }
+    trace_thinvm_space_low(s->bs, space.free, space.size, space.wanted);
+    qapi_event_send_thinvm_space_low(bdrv_get_node_name(s->bs), space.free,
+                                     space.size, space.watermark, space.rate,
+                                     space.wanted);
+}
+
+int coroutine_fn thinvm_volume_reserve(BDRVThinvmState *s, ThinvmStore *st,
+                                       uint64_t goal, uint64_t max,
+                                       uint64_t *first, uint64_t *nb_clusters)
+{
+    int ret = thinvm_store_reserve(st, goal, max, first, nb_clusters);
+
+    if (ret >= 0) {
+        stat64_add(&s->volume.reserved, *nb_clusters);
+    }
+    /* Also when there is none left: an operator may have set it just now */
+    if ((ret >= 0 || ret == -ENOSPC) && thinvm_watched(s) &&
+        !qatomic_read(&s->volume.low)) {
+        thinvm_volume_look(s, st);
+    }
+    return ret;
+}
+
+void thinvm_volume_rearm(BDRVThinvmState *s)
+{
+    ThinvmSpace space;
+
+    if (!qatomic_read(&s->volume.low)) {
+        return;
+    }
+    thinvm_volume_space(s, &space);
+    if (space.free >= space.watermark + space.watermark / 16) {
+        qatomic_set(&s->volume.low, false);
+    }
+}
+
+/* An exponential mean over uneven intervals, weights as powers of two */
+static void thinvm_volume_sample(BDRVThinvmState *s)
+{
+    ThinvmVolume *v = &s->volume;
+    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+    uint64_t reserved = stat64_get(&v->reserved);
+    int64_t passed = now - v->sampled_ms;
+    double kept, rate;
+
+    if (v->sampled_ms && passed < 100) {
+        return;                 /* too short to say anything */
+    }
+    if (v->sampled_ms) {
+        rate = (double)((reserved - v->sampled) << s->cluster_bits) * 1000 /
+               passed;
+        kept = exp2(-(double)passed / THINVM_RATE_HALF_LIFE_MS);
+        v->mean = v->mean * kept + rate * (1 - kept);
+        qatomic_set(&v->rate, (uint64_t)v->mean);
+    }
+    v->sampled_ms = now;
+    v->sampled = reserved;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_volume_notice(BDRVThinvmState *s, uint64_t size, Error **errp)
+{
+    int ret = thinvm_store_grow(s->store, size, errp);
+
+    if (ret >= 0) {
+        thinvm_volume_rearm(s);
+    }
+    return ret;
+}
+
+void coroutine_fn thinvm_volume_tick(BDRVThinvmState *s)
+{
+    thinvm_volume_sample(s);
+    if (!qatomic_read(&s->volume.low)) {
+        return;
+    }
+    if (thinvm_volume_notice(s, 0, NULL) < 0) {
+        trace_thinvm_volume_notice_failed(s->bs);
+    }
+}
+
+typedef struct ThinvmGrow {
+    uint64_t size;
+} ThinvmGrow;
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_grow(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmGrow *grow = opaque;
+    int ret;
+
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Node '%s' cannot change its image",
+                         bdrv_get_node_name(bs));
+        return ret;
+    }
+    return thinvm_volume_notice(s, grow->size, errp);
+}
+
+int thinvm_volume_grow(BlockDriverState *bs, uint64_t size, Error **errp)
+{
+    ThinvmGrow grow = { .size = size };
+
+    return thinvm_run(bs, thinvm_co_grow, &grow, errp);
+}
