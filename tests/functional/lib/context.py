@@ -91,6 +91,16 @@ class Process:
     def alive(self):
         return self.popen.poll() is None
 
+    def gone_soon(self, seconds=5):
+        """Is it dead, or dying?  Another thread may be waiting for it, and
+        as long as it does, the process looks alive to this one."""
+        end = time.monotonic() + seconds
+        while self.alive():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
     def check_alive(self):
         check(self.alive(), '%s ended with %s: %s', self.name,
               self.popen.poll(), self.log_tail())

@@ -47,8 +47,10 @@ class Snapshot:
     def __init__(self, name, right):
         self.name = name
         self.right = right              # contents, see Model.right()
+        self.create_returned = False
         self.created = None             # for sure there from here on
         self.deleting = None            # for sure there up to here
+        self.delete_returned = False
         self.deleted = None             # for sure gone from here on
 
     def must_be_there(self, moment):
@@ -64,8 +66,8 @@ class Promise:
 
     def __init__(self, acked, snapshots):
         self.acked = list(acked)
-        self.created = list(snapshots)
-        self.deleted = [s for s in snapshots if s.deleting is not None]
+        self.created = [s for s in snapshots if s.create_returned]
+        self.deleted = [s for s in snapshots if s.delete_returned]
 
 
 class Lanes:
@@ -143,6 +145,7 @@ class Lanes:
         try:
             self._daemon.qmp.cmd('blockdev-snapshot-internal-sync',
                                  device='disk', name=snapshot.name)
+            snapshot.create_returned = True
         finally:
             # If the daemon dies meanwhile it may be there.
             self.snapshots.append(snapshot)
@@ -151,9 +154,11 @@ class Lanes:
         snapshot.deleting = self._clock()
         self._daemon.qmp.cmd('blockdev-snapshot-delete-internal-sync',
                              device='disk', name=snapshot.name)
+        snapshot.delete_returned = True
 
     def _change_snapshots(self):
-        there = [s for s in self.snapshots if s.deleting is None]
+        there = [s for s in self.snapshots
+                 if s.create_returned and s.deleting is None]
         if len(there) < SNAPSHOTS and self.random.randrange(3):
             self._create_snapshot()
         elif there:
@@ -182,8 +187,7 @@ class Lanes:
             return True
         except (OSError, QMPClosed, QMPError, Failure) as err:
             # QMP: the reply may be an error that NBD's end explains.
-            time.sleep(0.05)
-            if self._daemon.process.alive():
+            if not self._daemon.process.gone_soon():
                 raise
             self.ctx.log('the daemon died: %r' % err)
             return False
