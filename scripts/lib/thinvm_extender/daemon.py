@@ -52,6 +52,7 @@ class Vm:
         self.connection = Connection(path, self.on_event)
         self.volumes = {}
         self.woken = asyncio.Event()
+        self.stalled = False    # the guest may stand still for lack of space
 
     def on_event(self, event, data):
         if event == 'THINVM_SPACE_LOW':
@@ -64,6 +65,13 @@ class Vm:
             if node in self.volumes:
                 self.volumes[node].wanted = data['wanted-size']
             self.woken.set()
+        elif event == 'BLOCK_IO_ERROR' and data.get('nospace'):
+            log.warning('%s: %s is full, the guest gets: %s', self.path,
+                        data.get('node-name'), data.get('action'))
+            self.stalled = True
+            self.woken.set()
+        elif event == 'RESUME':
+            self.stalled = False
 
     async def run(self):
         listener = None
@@ -72,6 +80,7 @@ class Vm:
             listener = asyncio.create_task(self.connection.listen())
             await self.connection.cmd('qmp_capabilities')
             log.info('%s: connected', self.path)
+            self.stalled = True         # it may have been before we came
             while not listener.done():
                 await self.look()
                 try:
@@ -109,6 +118,26 @@ class Vm:
             volume = self.volumes.get(info['node-name'])
             if volume:
                 self.daemon.consider(volume, info)
+        if self.stalled and not any(
+                v.task and not v.task.done() for v in self.volumes.values()):
+            await self.resume(infos)
+
+    async def resume(self, infos):
+        """Let a guest go on that werror=enospc has stopped, if it can."""
+        if any(i['device-free'] < policy.MIB for i in infos if i['owner']):
+            return
+        try:
+            status = await self.connection.cmd('query-status')
+            devices = await self.connection.cmd('query-block')
+        except QmpError:                # a storage daemon has no guest
+            self.stalled = False
+            return
+        if status['status'] == 'io-error':
+            if not any(d.get('io-status') == 'nospace' for d in devices):
+                return                  # another error, not ours to judge
+            log.info('%s: there is space again, the guest goes on', self.path)
+            await self.connection.cmd('cont')
+        self.stalled = False
 
 
 class Daemon:
