@@ -41,6 +41,7 @@ static const ThinvmOp good_ops[] = {
     { .type = THINVM_OP_SNAPSHOT_GOTO, .value = (1ULL << 62) - 1,
       .physical = 1ULL << 62 },
     { .type = THINVM_OP_VMSTATE_SIZE, .value = 16 * PiB },
+    { .type = THINVM_OP_SNAPSHOT_PROTECT, .guest = 7, .value = 9, .count = 1 },
 };
 
 static void assert_same_op(const ThinvmOp *a, const ThinvmOp *b)
@@ -162,7 +163,7 @@ static const struct {
     const char *message;
 } op_cases[] = {
     { 0, TYPE, 2, 0, "type 0 is not known" },
-    { 0, TYPE, 2, 15, "type 15 is not known" },
+    { 0, TYPE, 2, 16, "type 16 is not known" },
     { 0, TYPE, 2, 65535, "type 65535 is not known" },
     { 0, LENGTH, 2, 0, "MAP: length 0" },
     { 0, LENGTH, 2, 48, "MAP: length 48" },
@@ -221,6 +222,10 @@ static const struct {
     { 15, VALUE, 8, 1ULL << 62, "SNAPSHOT_GOTO: id of the former" },
     { 15, PHYSICAL, 8, (1ULL << 62) + 1, "SNAPSHOT_GOTO: id of the former" },
     { 16, VALUE, 8, 16 * PiB + 1, "VMSTATE_SIZE: VM state size" },
+    { 17, GUEST, 8, 524288, "SNAPSHOT_PROTECT: snapshot slot" },
+    { 17, VALUE, 8, 0, "SNAPSHOT_PROTECT: snapshot id" },
+    { 17, COUNT_FIELD, 8, 2, "SNAPSHOT_PROTECT: count" },
+    { 17, PHYSICAL, 8, 1, "SNAPSHOT_PROTECT: physical cluster is set" },
 };
 
 static void test_op_fields(void)

@@ -474,7 +474,8 @@ static const FieldCase snapshot_cases[] = {
     { 56, 8, 16 * PiB + 1, "VM state size" },
     { 72, 4, 1000000000, "nanoseconds" },
     { 76, 4, 3, NULL },
-    { 76, 4, 4, "unknown flags 0x4" },
+    { 76, 4, 7, NULL },
+    { 76, 4, 8, "unknown flags 0x8" },
     { 96, 1, 1, "reserved" },
     { 255, 1, 1, "reserved" },
     { 256, 1, 0, "name" },          /* bytes after the NUL */

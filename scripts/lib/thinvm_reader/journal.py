@@ -32,6 +32,7 @@ OPERATIONS = {
     12: ('SNAPSHOT_DELETE_STEP', 'guest value', 0),
     13: ('SNAPSHOT_GOTO', 'guest physical value', 0),
     14: ('VMSTATE_SIZE', 'value', 0),
+    15: ('SNAPSHOT_PROTECT', 'guest count value', 0),
 }
 FIELDS = 'tree source valid guest count physical value'.split()
 
@@ -80,10 +81,12 @@ class Operation:
         elif name == 'META_EXTEND':
             check(0 < self.count <= 508 and self.physical and
                   self.physical + self.count <= MAX_CLUSTERS)
-        elif name in ('EPOCH', 'SNAPSHOT_DELETE_STEP', 'SNAPSHOT_GOTO'):
+        elif name in ('EPOCH', 'SNAPSHOT_DELETE_STEP', 'SNAPSHOT_GOTO',
+                      'SNAPSHOT_PROTECT'):
             check(0 < value <= COUNTER_MAX and self.guest < MAX_SLOTS)
             check(name != 'SNAPSHOT_GOTO' or
                   value < self.physical <= COUNTER_MAX)
+            check(name != 'SNAPSHOT_PROTECT' or self.count < 2)
 
     def __str__(self):
         uses = next(o[1] for o in OPERATIONS.values() if o[0] == self.name)

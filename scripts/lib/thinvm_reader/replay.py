@@ -6,9 +6,10 @@
 
 from .structures import (
     ALL_VALID, BACKING, COUNT_METADATA, DELETED, DISK, EMPTY,
-    EXTENT_MAX_PAGES, MAP, MAX_GUEST_CLUSTERS, MAX_SLOTS, NONE, PAGEPTR, RUN,
-    TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES, FormatError, Pointer,
-    Snapshot, decode_backing, entry_fields, make_entry, require, run_entry)
+    EXTENT_MAX_PAGES, MAP, MAX_GUEST_CLUSTERS, MAX_SLOTS, NONE, PAGEPTR,
+    PROTECTED, RUN, TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES, FormatError,
+    Pointer, Snapshot, decode_backing, entry_fields, make_entry, require,
+    run_entry)
 from .pages import Extent, Page, Pages
 
 
@@ -289,8 +290,9 @@ class State(Pages):
         s = self._snapshot(op)
         trash = s.copy()
         trash.__dict__.update(
-            id=op.physical, parent_id=0, flags=TRASH, name='', virtual_size=0,
-            vmstate_size=0, date=0, date_nsec=0, vm_clock=0,
+            id=op.physical, parent_id=0, flags=TRASH, name='',
+            virtual_size=self.virtual_size, vmstate_size=self.vmstate_size,
+            date=0, date_nsec=0, vm_clock=0,
             icount=(1 << 64) - 1, root=self.roots[DISK],
             vmstate_root=self.roots[VMSTATE])
         self._add_snapshot(trash)
@@ -302,8 +304,14 @@ class State(Pages):
         self.virtual_size, self.vmstate_size = s.virtual_size, s.vmstate_size
         self.current_snapshot_id = s.id
 
+    def _op_snapshot_protect(self, op):
+        s = self._snapshot(op)
+        require(not s.flags & (DELETED | TRASH), f'{s.id} is being deleted')
+        s.flags = s.flags & ~PROTECTED | (PROTECTED if op.count else 0)
+
     def _op_snapshot_delete_step(self, op):
         s = self._snapshot(op)
+        require(not s.flags & PROTECTED, f'{s.id} is protected')
         if not s.flags & TRASH:
             children = [c for c in self.snapshots.values()
                         if c.parent_id == s.id and not c.flags & TRASH]

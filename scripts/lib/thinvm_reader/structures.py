@@ -28,7 +28,7 @@ NONE, PAGEPTR, RUN, UNWRITTEN_RUN, ZERO, UNIFORM = range(6)
 POINTER_NAMES = ('none', 'page', 'run', 'unwritten run', 'zero', 'uniform')
 BACKING, ZEROES = 0, 1
 DISK, VMSTATE = 0, 1
-DELETED, TRASH = 1, 2
+DELETED, TRASH, PROTECTED = 1, 2, 4
 
 # Kinds of page: a tree's name, and inner pages and leaves differ by level
 MAP, COUNT, SPACE, SNAPSHOTS, NAME = ('mapping', 'count', 'space map',
@@ -293,7 +293,7 @@ class Snapshot:
         require(self.virtual_size <= MAX_SIZE and
                 self.virtual_size % 512 == 0 and self.vmstate_size <= MAX_SIZE,
                 f'{where}: size {self.virtual_size} or {self.vmstate_size}')
-        require(self.date_nsec < 10 ** 9 and self.flags < 4,
+        require(self.date_nsec < 10 ** 9 and self.flags < 8,
                 f'{where}: nanoseconds {self.date_nsec} or flags '
                 f'{self.flags:#x}')
         text = name.rstrip(b'\0')
