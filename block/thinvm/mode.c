@@ -48,6 +48,8 @@
 #include "trace.h"
 
 bool (*thinvm_activation_must_succeed)(void);
+void (*thinvm_activation_failed)(void);
+bool (*thinvm_guest_was_sent_away)(void);
 
 /* The mode that an owner works in */
 static ThinvmCacheMode thinvm_owner_mode(BDRVThinvmState *s)
@@ -194,6 +196,28 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
     return 0;
 }
 
+/*
+ * The guest of this process was sent to another one, and that one has owned
+ * the image since: it may have run the guest, so our guest's memory is older
+ * than the disk.  However that owner ended, this guest must not go on.
+ */
+static bool thinvm_guest_is_stale(BDRVThinvmState *s,
+                                  const ThinvmOwnerView *view, Error **errp)
+{
+    ERRP_GUARD();
+
+    if (!s->claim.epoch || view->unchanged || !thinvm_guest_was_sent_away ||
+        !thinvm_guest_was_sent_away()) {
+        return false;
+    }
+    error_setg(errp, "The guest was migrated, and process %" PRIu32 " has "
+               "owned the image since (epoch %" PRIu64 "): the guest's memory "
+               "here is older than its disk",
+               view->newest.process, view->newest_epoch);
+    error_append_hint(errp, "Start the guest anew, from its disk.\n");
+    return true;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
 {
@@ -211,6 +235,9 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     }
     if (!thinvm_owner_may_take(&view, s->options.force_takeover, errp)) {
         return -EBUSY;
+    }
+    if (thinvm_guest_is_stale(s, &view, errp)) {
+        return -ESTALE;
     }
     ret = thinvm_owner_claim(s, view.newest_epoch + 1, errp);
     if (ret < 0) {
@@ -454,6 +481,10 @@ int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
         thinvm_mode_lose(s, error_get_pretty(local_err));
         error_free(local_err);
         return 0;
+    }
+    s->activated = ret >= 0;
+    if (ret < 0 && thinvm_activation_failed) {
+        thinvm_activation_failed();
     }
     error_propagate(errp, local_err);
     return ret;

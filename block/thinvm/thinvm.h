@@ -139,6 +139,7 @@ struct BDRVThinvmState {
     bool lost;                      /* ownership lost: every write fails */
     bool follow;                    /* catch up before a look-up for reading */
     bool take_failed;               /* reported already; until one succeeds */
+    bool activated;                 /* since the guest last ran; main loop */
 
     ThinvmOptions options;
 
@@ -327,6 +328,13 @@ uint64_t thinvm_virtual_size(BDRVThinvmState *s);
  * guest will be started regardless?  NULL (tools): never.
  */
 extern bool (*thinvm_activation_must_succeed)(void);
+/* Told when one has failed.  NULL (tools): nobody needs to know */
+extern void (*thinvm_activation_failed)(void);
+/*
+ * Has the guest of this process been handed to a migration, completed or not,
+ * so that another process may have run it since?  NULL (tools): never.
+ */
+extern bool (*thinvm_guest_was_sent_away)(void);
 
 /* ------------------------------------------------------------------ */
 /* owner.c: claims                                                     */

@@ -10,40 +10,15 @@ writeback mode all that is older than the flush interval plus a commit.
 import time
 
 from lib.context import check
-from lib.contents import scan
 from lib.guest import Guest
 from lib.image import GiB, create, require_clean
+from lib.load import booted, examine, go_on
 from lib.testing import ANY, OURS, THIN, test
 from lib.tgt import Target
 from lib.vm import VM, begin_migration, finish_migration, wait_migration
 
 NEVER = 600 * 1000         # mapping-flush-interval in ms: not by time
 COMMIT_SECONDS = 4          # more than the longest commit on a busy machine
-
-
-def booted(ctx, guest, lun, **options):
-    vm = VM(ctx, guest, lun, **options)
-    guest.wait_ready()
-    return vm
-
-
-def examine(ctx, guest, lun, durable, what):
-    """After a crash: image clean, nothing lost that is durable."""
-    require_clean(ctx, lun)
-    found = scan(ctx, guest.model, lun)
-    guest.model.require(found, durable, what)
-    guest.model.rebase(found)
-
-
-def go_on(ctx, guest, lun, **options):
-    """The guest starts on another host and finds a disk that works."""
-    vm = booted(ctx, guest, lun, host='b', **options)
-    guest.start_writing()
-    guest.wait_writes(300)
-    guest.stop_writing()
-    guest.verify('after the restart on another host')
-    vm.quit()
-    require_clean(ctx, lun)
 
 
 def write_and_crash(ctx, count=1500, **options):

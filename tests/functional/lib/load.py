@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The beginning and the end that the tests of migration have in common."""
+"""The beginning and the end that the tests with a guest have in common."""
 
 from .contents import scan
 from .context import wait_for
@@ -40,3 +40,28 @@ def expect_mode(vm, wanted, seconds=20, node=NODE):
     wait_for(lambda: mode_of(vm.qmp, node) == wanted, seconds,
              'mapping-cache-mode of %s is %s (it is %s)' % (
                  vm.name, wanted, mode_of(vm.qmp, node)))
+
+
+def booted(ctx, guest, place, **options):
+    vm = VM(ctx, guest, place, **options)
+    guest.wait_ready()
+    return vm
+
+
+def examine(ctx, guest, place, durable, what):
+    """After a crash: image clean, nothing lost that is durable."""
+    require_clean(ctx, place)
+    found = scan(ctx, guest.model, place)
+    guest.model.require(found, durable, what)
+    guest.model.rebase(found)
+
+
+def go_on(ctx, guest, place, **options):
+    """The guest starts on another host and finds a disk that works."""
+    vm = booted(ctx, guest, place, **dict({'host': 'b'}, **options))
+    guest.start_writing()
+    guest.wait_writes(300)
+    guest.stop_writing()
+    guest.verify('after the restart on another host')
+    vm.quit()
+    require_clean(ctx, place)

@@ -109,10 +109,11 @@ class VM:
 
 
 def begin_migration(src, dst, bandwidth=1 << 30, return_path=False,
-                    pause=False, postcopy=False):
-    """Start migrating; bandwidth in bytes a second."""
+                    pause=False, postcopy=False, channel=None):
+    """Start migrating, through @channel if there is one; bandwidth in bytes
+    a second."""
     ctx = src.ctx
-    uri = 'unix:' + ctx.path(ctx.unique('mig'))
+    path = ctx.path(ctx.unique('mig'))
     capabilities = [{'capability': 'events', 'state': True},
                     {'capability': 'return-path', 'state': return_path},
                     {'capability': 'pause-before-switchover', 'state': pause},
@@ -123,8 +124,9 @@ def begin_migration(src, dst, bandwidth=1 << 30, return_path=False,
                          if event['event'] != 'MIGRATION']
     src.qmp.cmd('migrate-set-parameters', max_bandwidth=bandwidth,
                 downtime_limit=300)
-    dst.qmp.cmd('migrate-incoming', uri=uri)
-    src.qmp.cmd('migrate', uri=uri)
+    dst.qmp.cmd('migrate-incoming', uri='unix:' + (
+        channel.target_path if channel else path))
+    src.qmp.cmd('migrate', uri='unix:' + (channel.path if channel else path))
 
 
 def wait_migration(vm, wanted, seconds=180):
