@@ -162,6 +162,11 @@ static void window_drop(ThinvmState *s)
     }
 }
 
+void thinvm_space_stop_reserving(ThinvmState *s)
+{
+    window_drop(s);
+}
+
 /* Take [first, first + nb) out of the window; what lies behind is let go */
 static void window_take(ThinvmState *s, uint64_t first, uint64_t nb)
 {

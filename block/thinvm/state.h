@@ -239,6 +239,8 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
                          uint64_t *first, uint64_t *nb_clusters,
                          ThinvmNeeds *needs);
 void thinvm_space_unbusy(ThinvmState *s, uint64_t first, uint64_t nb_clusters);
+/* What is held ready for reservations to come is given back: others write now */
+void thinvm_space_stop_reserving(ThinvmState *s);
 
 typedef struct ThinvmFreedRange {
     uint64_t first, nb_clusters;

@@ -347,6 +347,9 @@ int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
     st->stale = st->frozen != NULL;
     st->head_block_valid = false;
     qatomic_set(&st->mode, THINVM_STORE_READING);
+    thinvm_state_lock(st->state);
+    thinvm_space_stop_reserving(st->state);
+    thinvm_state_unlock(st->state);
     return 0;
 }
 

@@ -309,6 +309,48 @@ static void coroutine_fn test_adopt(ThinvmSim *sim)
 }
 
 /*
+ * Two that take turns, each with what it has in memory: nothing of what one
+ * held ready for itself may get in the other's way.
+ */
+static void coroutine_fn test_turns(ThinvmSim *sim)
+{
+    ThinvmStorePreload p[2] = {};
+    ThinvmStore *st[2];
+
+    image_create(sim, VIRTUAL_SIZE);
+    st[0] = image_open(sim);
+    st[1] = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    for (unsigned turn = 0; turn < 12; turn++) {
+        ThinvmStore *owner = st[turn % 2], *other = st[1 - turn % 2];
+
+        write_widely(sim, owner, turn, 1000 * (turn + 1));
+        if (turn % 3 == 1) {
+            thinvm_store_checkpoint(owner);
+        }
+        if (turn % 4 == 2) {
+            /* what is freed may be used by the next one */
+            thinvm_store_unmap(owner, THINVM_TREE_DISK, 0, LEAVES / 2 *
+                               THINVM_ENTRIES_PER_LEAF, THINVM_SOURCE_ZERO,
+                               NULL, &error_abort);
+            for (unsigned i = 0; i <= turn; i++) {
+                write_widely(sim, owner, i, 1000 * (i + 1));
+            }
+        }
+        preload(other, &p[1 - turn % 2]);
+        thinvm_store_end_writing(owner, false, &error_abort);
+        thinvm_store_catch_up(other, NULL, &error_abort);
+        take_over(other);
+        for (unsigned i = 0; i <= turn; i++) {
+            expect_widely(sim, other, i, 1000 * (i + 1));
+        }
+    }
+    image_recount(sim, st[0]);
+    image_check(st[0]);
+    thinvm_store_free(st[1]);
+    store_close(st[0], true);
+}
+
+/*
  * A base of another history, in which a record that we had followed does not
  * exist: none of what that record changed is taken over.
  */
@@ -359,6 +401,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/preload-small", test_preload_small);
     add("/thinvm/follow/preload-error", test_preload_error);
     add("/thinvm/follow/adopt", test_adopt);
+    add("/thinvm/follow/turns", test_turns);
     add("/thinvm/follow/adopt-cut-off", test_adopt_cut_off);
     return g_test_run();
 }
