@@ -320,6 +320,17 @@ static void coroutine_fn test_turns(ThinvmSim *sim)
     image_create(sim, VIRTUAL_SIZE);
     st[0] = image_open(sim);
     st[1] = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    /* so little that no base is written: memory goes on as it is */
+    for (uint64_t i = 0; i < 10; i++) {
+        ThinvmStore *owner = st[i % 2], *other = st[1 - i % 2];
+
+        write_one(sim, owner, 40000 + i, i + 1);
+        thinvm_store_end_writing(owner, false, &error_abort);
+        thinvm_store_catch_up(other, NULL, &error_abort);
+        take_over(other);
+        g_assert_cmpuint(stats_of(other).fresh_starts, ==, 0);
+    }
+    image_recount(sim, st[0]);
     for (unsigned turn = 0; turn < 12; turn++) {
         ThinvmStore *owner = st[turn % 2], *other = st[1 - turn % 2];
 
