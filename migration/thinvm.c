@@ -128,7 +128,7 @@ static bool thinvm_migration_sent_away(void)
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_release(BlockDriverState *bs, void *opaque, Error **errp)
 {
-    return thinvm_mode_give_up(bs, THINVM_CLAIM_RELEASED,
+    return thinvm_mode_give_up(bs, THINVM_CLAIM_RETURNED,
                                "another disk could not be activated", errp);
 }
 
@@ -150,9 +150,12 @@ static void thinvm_roll_back(void *opaque)
             continue;
         }
         s->activated = false;
+        s->returning = true;
         if (bdrv_inactivate(bs, NULL) >= 0) {
+            s->returning = false;
             continue;
         }
+        s->returning = false;
         /* A filter above it, say.  It stays active, but claims anew to write */
         bdrv_drained_begin(bs);
         if (thinvm_run(bs, thinvm_co_release, NULL, &local_err) < 0) {

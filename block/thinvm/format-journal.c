@@ -485,7 +485,7 @@ static bool claim_known(const ThinvmClaim *claim, const ThinvmClaimLe *le)
     size_t length = strnlen(claim->host_name, sizeof(claim->host_name));
 
     return claim->state >= THINVM_CLAIM_ACTIVE &&
-           claim->state <= THINVM_CLAIM_CLOSED &&
+           claim->state <= THINVM_CLAIM_RETURNED &&
            claim->epoch && claim->epoch <= THINVM_COUNTER_MAX &&
            length < sizeof(claim->host_name) &&
            buffer_is_zero(claim->host_name + length,

@@ -612,6 +612,7 @@ typedef enum ThinvmClaimState {
     THINVM_CLAIM_ACTIVE = 1,
     THINVM_CLAIM_RELEASED = 2,      /* handed over; anyone may claim next */
     THINVM_CLAIM_CLOSED = 3,
+    THINVM_CLAIM_RETURNED = 4,      /* released before its guest ever ran */
 } ThinvmClaimState;
 
 typedef struct QEMU_PACKED ThinvmClaimLe {

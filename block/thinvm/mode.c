@@ -197,16 +197,16 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
 }
 
 /*
- * The guest of this process was sent to another one, and that one has owned
- * the image since: it may have run the guest, so our guest's memory is older
- * than the disk.  However that owner ended, this guest must not go on.
+ * The guest of this process was sent to another one, and somebody has owned
+ * the image since who may have run it: our guest's memory is older than the
+ * disk.  However that owner ended, this guest must not go on.
  */
 static bool thinvm_guest_is_stale(BDRVThinvmState *s,
                                   const ThinvmOwnerView *view, Error **errp)
 {
     ERRP_GUARD();
 
-    if (!s->claim.epoch || view->unchanged || !thinvm_guest_was_sent_away ||
+    if (!s->claim.epoch || !view->used_since || !thinvm_guest_was_sent_away ||
         !thinvm_guest_was_sent_away()) {
         return false;
     }
@@ -345,7 +345,7 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
         goto out;
     }
     thinvm_mode_free_retired(s);
-    if (state == THINVM_CLAIM_RELEASED) {
+    if (state != THINVM_CLAIM_CLOSED) {
         thinvm_mode_become_follower(s, reason);
         thinvm_pulse_kick(s);
     }

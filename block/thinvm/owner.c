@@ -13,6 +13,8 @@
  *     (none) --thinvm_owner_claim--> ACTIVE
  *     ACTIVE --thinvm_owner_release--> RELEASED   hand-over
  *     ACTIVE --thinvm_owner_release--> CLOSED     the node was closed
+ *     ACTIVE --thinvm_owner_release--> RETURNED   hand-over undone: the guest
+ *                                                 never ran here
  *
  * An ACTIVE claim whose process ended without releasing stays as it is; the
  * next one to look recognises it as GONE if it is of this host and its boot or
@@ -272,6 +274,32 @@ static bool thinvm_claims_newest(const QemuUUID *uuid, const uint8_t *area,
                          : !any_doubtful;
 }
 
+/*
+ * Has anybody owned the image after @self who did not return it unused?  Where
+ * the claim of an epoch in between cannot be read, the answer is yes.
+ */
+static bool thinvm_used_since(const QemuUUID *uuid, const uint8_t *area,
+                              const ThinvmOwnerView *view,
+                              BDRVThinvmState *self)
+{
+    ThinvmClaim claim;
+    uint64_t epoch;
+
+    if (view->newest_epoch - self->claim.epoch > THINVM_NB_CLAIMS) {
+        return true;
+    }
+    for (epoch = self->claim.epoch + 1; epoch <= view->newest_epoch; epoch++) {
+        const void *block =
+            area + epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
+
+        if (thinvm_claim_decode(uuid, &claim, block) < 0 ||
+            claim.epoch != epoch || claim.state != THINVM_CLAIM_RETURNED) {
+            return true;
+        }
+    }
+    return false;
+}
+
 int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                    BDRVThinvmState *self,
                                    ThinvmOwnerView *view, Error **errp)
@@ -297,6 +325,8 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
         view->kind = thinvm_owner_judge(&view->newest, self);
         view->unchanged = self && self->claim.epoch &&
             qemu_uuid_is_equal(&view->newest.nonce, &self->claim.nonce);
+        view->used_since = self && self->claim.epoch && !view->unchanged &&
+            thinvm_used_since(uuid, area, view, self);
     }
     if (self && view->newest_epoch) {
         thinvm_pulse_saw_claim(self, &view->newest);

@@ -329,8 +329,8 @@ static ThinvmOwner *thinvm_pulse_owner_info(BDRVThinvmState *s,
     *owner = (ThinvmOwner) {
         .state = p->claim.state == THINVM_CLAIM_ACTIVE ?
                  THINVM_OWNER_STATE_ACTIVE :
-                 p->claim.state == THINVM_CLAIM_RELEASED ?
-                 THINVM_OWNER_STATE_RELEASED : THINVM_OWNER_STATE_CLOSED,
+                 p->claim.state == THINVM_CLAIM_CLOSED ?
+                 THINVM_OWNER_STATE_CLOSED : THINVM_OWNER_STATE_RELEASED,
         .epoch = p->claim.epoch,
         .host_name = thinvm_owner_host(&p->claim),
         .process = p->claim.process,

@@ -457,11 +457,14 @@ static void GRAPH_UNLOCKED thinvm_reopen_abort(BDRVReopenState *state)
  */
 static int GRAPH_RDLOCK thinvm_inactivate(BlockDriverState *bs)
 {
+    BDRVThinvmState *s = bs->opaque;
     Error *local_err = NULL;
     int ret;
 
     bdrv_drained_begin(bs);
-    ret = thinvm_give_up(bs, THINVM_CLAIM_RELEASED, &local_err);
+    ret = thinvm_give_up(bs, s->returning ? THINVM_CLAIM_RETURNED
+                                          : THINVM_CLAIM_RELEASED,
+                         &local_err);
     bdrv_drained_end(bs);
     if (ret < 0) {
         error_reportf_err(local_err, "thinvm node '%s' cannot be handed "

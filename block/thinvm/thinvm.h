@@ -124,9 +124,13 @@ struct BDRVThinvmState {
     ThinvmCollect collect;          /* the worker's; snapshot-delete.c */
     unsigned nb_delete_jobs;        /* atomic: the worker keeps away */
 
+    /* preallocate.c, qatomic: space is being mapped and not written */
+    unsigned preallocating;
+
     /* io.c */
     CoMutex inflight_lock;
     QLIST_HEAD(, ThinvmInflight) inflight;
+    unsigned copiers;               /* qatomic; thinvm_inflight_may_copy() */
 
     /*
      * mode.c: changed in the main loop or under mode_lock, read with
@@ -140,6 +144,7 @@ struct BDRVThinvmState {
     bool follow;                    /* catch up before a look-up for reading */
     bool take_failed;               /* reported already; until one succeeds */
     bool activated;                 /* since the guest last ran; main loop */
+    bool returning;                 /* unused, as the guest never ran here */
 
     ThinvmOptions options;
 
@@ -353,6 +358,7 @@ typedef struct ThinvmOwnerView {
     ThinvmClaim newest;     /* if there was one that could be read */
     uint64_t newest_epoch;  /* 0: none */
     bool unchanged;         /* newest is @self's: nobody owned it since */
+    bool used_since;        /* an owner after @self may have run a guest */
 } ThinvmOwnerView;
 
 /* Read all claims and judge the newest.  @self may be NULL */

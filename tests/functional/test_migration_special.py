@@ -83,6 +83,44 @@ def two_disks(ctx):
     require_clean(ctx, second)
 
 
+class Unclaimable:
+    """A place whose image a host cannot make its own."""
+
+    def __init__(self, lun):
+        self._lun = lun
+
+    def blockdev(self, node, host='a'):
+        return {'driver': 'blkdebug', 'node-name': node,
+                'image': self._lun.blockdev(node + '-lun', host),
+                'inject-error': [{'event': 'thinvm_claim_write',
+                                  'iotype': 'write', 'errno': 5}]}
+
+
+@test(seconds=300, formats=OURS)
+def one_disk_cannot_be_activated(ctx):
+    """The target gets one of two disks and cannot get the other: it returns
+    the one, unused, and the guest goes on where it came from."""
+    array = Target(ctx)
+    lun, second = array.add_lun(1 * GiB), array.add_lun(1 * GiB)
+    create(ctx, lun, 1 * GiB)
+    create(ctx, second, 1 * GiB)
+    _, guest, source = setup_pair(ctx, place=lun,
+                                  vm_options={'second': second})
+    target = VM(ctx, guest, lun, host='b', second=Unclaimable(second),
+                incoming=True)
+    begin_migration(source, target)
+    wait_migration(source, ('completed',))
+    wait_migration(target, ('completed',))
+    expect_mode(target, 'migration')
+    check(target.status() != 'running', 'the target runs on one disk')
+    source.qmp.cmd('cont')
+    guest.attach(source)
+    guest.wait_writes(200)
+    target.kill()
+    finish(ctx, lun, guest, source)
+    require_clean(ctx, second)
+
+
 @test(seconds=300, formats=ANY)
 def over_nbd(ctx):
     """The shared device is an NBD export: of fixed size, without SCSI."""
