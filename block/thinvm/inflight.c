@@ -18,7 +18,7 @@ void thinvm_io_init(BDRVThinvmState *s)
 
 void thinvm_io_destroy(BDRVThinvmState *s)
 {
-    assert(QLIST_EMPTY(&s->inflight));
+    assert(QLIST_EMPTY(&s->inflight) && !s->copiers);
 }
 
 static bool clusters_overlap(const ThinvmInflight *a, const ThinvmInflight *b)
@@ -150,6 +150,21 @@ static ThinvmInflight *scan_for_allocate(ThinvmInflight *f, bool *others,
     return NULL;
 }
 
+static void copier_begin(BDRVThinvmState *s, ThinvmInflight *f)
+{
+    f->may_copy = true;
+    qatomic_inc(&s->copiers);
+    smp_mb__after_rmw();        /* before any look-up: see the header */
+}
+
+static void copier_end(BDRVThinvmState *s, ThinvmInflight *f)
+{
+    if (f->may_copy) {
+        f->may_copy = false;
+        qatomic_dec(&s->copiers);
+    }
+}
+
 ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
                                                         ThinvmInflight *f,
                                                         int tree,
@@ -163,6 +178,7 @@ ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
 
     QEMU_LOCK_GUARD(&s->inflight_lock);
     insert(s, f, tree, start, end, true);
+    copier_begin(s, f);
     while ((e = scan_for_allocate(f, &others, &join))) {
         wait_for(s, f, e);
     }
@@ -170,6 +186,7 @@ ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
         return THINVM_BEGIN_EXCLUSIVE;
     }
 
+    copier_end(s, f);
     f->exclusive = false;
     f->end = MIN(f->end, (first + 1) << THINVM_PART_BITS);
     qemu_co_queue_restart_all(&f->waiters);
@@ -209,6 +226,7 @@ void coroutine_fn thinvm_inflight_narrow(BDRVThinvmState *s,
     assert(f->exclusive && !f->head && !f->tail);
 
     QEMU_LOCK_GUARD(&s->inflight_lock);
+    copier_end(s, f);
     f->exclusive = false;
     f->start = start;
     f->end = end;
@@ -251,6 +269,7 @@ void coroutine_fn thinvm_inflight_end_request(BDRVThinvmState *s,
                                               ThinvmInflight *f)
 {
     QEMU_LOCK_GUARD(&s->inflight_lock);
+    copier_end(s, f);
     QLIST_REMOVE(f, link);
     qemu_co_queue_restart_all(&f->waiters);
 }

@@ -60,6 +60,7 @@ struct ThinvmInflight {
     int tree;
     uint64_t start, end;            /* parts */
     bool exclusive;
+    bool may_copy;                  /* counted in s->copiers */
     /* reserved clusters of an allocating write from first_cluster on, or 0 */
     uint64_t physical;
     /* first and last cluster when they are open to others; else NULL */
@@ -77,6 +78,22 @@ static inline uint64_t thinvm_inflight_first(const ThinvmInflight *f)
 static inline uint64_t thinvm_inflight_end(const ThinvmInflight *f)
 {
     return (f->end + THINVM_PARTS - 1) >> THINVM_PART_BITS;
+}
+
+/*
+ * May somebody be copying a shared cluster to a new place?  A write into a
+ * cluster that is private registers nothing; but the cluster may have been
+ * shared when a copy of it began, and be private since the last snapshot that
+ * shared it was deleted: then the copy would take the place of what is written
+ * now.  To be asked after the look-up that found it private; if so the write
+ * registers, which waits for the copy.  (A copier counts itself before the
+ * look-up that finds the cluster shared, and nothing that is private becomes
+ * shared while requests are in flight.)
+ */
+static inline bool thinvm_inflight_may_copy(BDRVThinvmState *s)
+{
+    smp_rmb();
+    return unlikely(qatomic_read(&s->copiers));
 }
 
 /* Register parts [start, end); waits for those that came before and conflict */

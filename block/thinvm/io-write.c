@@ -27,7 +27,8 @@
 #include "trace.h"
 
 typedef enum WriteKind {
-    /* all parts are valid and the cluster is private: registers nothing */
+    /* all parts are valid and the cluster is private: registers nothing (but
+       see thinvm_inflight_may_copy()) */
     WRITE_IN_PLACE,
     /* private cluster, some parts become valid: registered for its parts */
     WRITE_VALIDATE,
@@ -300,7 +301,7 @@ static int coroutine_fn GRAPH_RDLOCK prepare_chunk(WriteChunk *c)
         shorten(c, c->old.count);
         if (!thinvm_mapping_private(&c->old)) {
             ret = prepare_allocate(c);
-        } else if (all_valid(c)) {
+        } else if (all_valid(c) && !thinvm_inflight_may_copy(s)) {
             c->kind = WRITE_IN_PLACE;
             c->physical = c->old.physical;
         } else {
@@ -762,7 +763,8 @@ static int coroutine_fn GRAPH_RDLOCK write_once(WriteRequest *r)
     if (!r->src && thinvm_mapping_private(&m) &&
         thinvm_clamp(s, r->offset, r->bytes, m.count) == r->bytes &&
         (m.valid == THINVM_ALL_VALID ||
-         !(thinvm_parts_touched(s, r->offset, r->bytes) & ~m.valid))) {
+         !(thinvm_parts_touched(s, r->offset, r->bytes) & ~m.valid)) &&
+        !thinvm_inflight_may_copy(s)) {
         return write_file(r->bs, BLKDBG_WRITE_AIO,
                           thinvm_device_offset(s, &m, r->offset), r->bytes,
                           r->qiov, r->qiov_offset, r->flags);
