@@ -180,6 +180,7 @@ def dump_superblocks(slots):
             print(f'  {name}: {value}')
         for name, _ in fmt.ROOTS:
             print(f'  {name}: {getattr(sb, name)}')
+        print(f'  promised_pages: {sb.promised_pages}')
 
 
 def dump_journal(journal):

@@ -57,6 +57,23 @@ static int coroutine_fn apply_fix(ThinvmCheck *c, const ThinvmCheckFix *fix)
     return ret < 0 ? ret : set_cluster_count(c, fix->number, count);
 }
 
+/* A number that is too low is a corruption, one that is too high a leak */
+static void fix_promises(ThinvmCheck *c, int fix, bool *changed)
+{
+    bool leak = c->info.promised_pages > c->unwritten_runs;
+
+    if (c->incomplete || (c->info.promises_exact && !c->promises_wrong) ||
+        !(fix & (leak ? THINVM_FIX_LEAKS : THINVM_FIX_ERRORS))) {
+        return;
+    }
+    thinvm_state_lock(c->s);
+    thinvm_repair_promises(c->s, c->unwritten_runs);
+    thinvm_state_unlock(c->s);
+    c->result->leaks_fixed += c->promises_wrong && leak;
+    c->result->corruptions_fixed += c->promises_wrong && !leak;
+    *changed = true;
+}
+
 /* Correct what the last walk has found.  @all: nothing may be left out */
 static int coroutine_fn apply_fixes(ThinvmCheck *c, int fix, bool all,
                                     bool *changed)
@@ -87,6 +104,7 @@ static int coroutine_fn apply_fixes(ThinvmCheck *c, int fix, bool all,
             distrust = true;
         }
     }
+    fix_promises(c, fix, changed);
     if (distrust && (fix & THINVM_FIX_ERRORS)) {
         thinvm_state_lock(c->s);
         thinvm_repair_distrust(c->s);

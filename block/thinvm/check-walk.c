@@ -138,6 +138,8 @@ static void coroutine_fn walk_map(ThinvmCheck *c, const ThinvmPointer *ptr,
     };
 
     if (ptr->type == THINVM_PTR_RUN || ptr->type == THINVM_PTR_UNWRITTEN_RUN) {
+        c->unwritten_runs += c->first_walk &&
+                             ptr->type == THINVM_PTR_UNWRITTEN_RUN;
         walk_run(c, guest, ptr->address, parent, slot);
         return;
     }

@@ -575,6 +575,26 @@ static void coroutine_fn check_window(ThinvmCheck *c)
     g_hash_table_unref(c->places);
 }
 
+/* Places that are kept for the leaves of unwritten runs: one for each */
+static void compare_promises(ThinvmCheck *c)
+{
+    uint64_t promised = c->info.promised_pages;
+
+    if (!c->info.promises_exact || c->incomplete) {
+        return;
+    }
+    c->promises_wrong = promised != c->unwritten_runs;
+    if (promised > c->unwritten_runs) {
+        thinvm_check_leak(c, "%" PRIu64 " metadata pages are promised to "
+                          "unwritten runs, but there are %" PRIu64 " of these",
+                          promised, c->unwritten_runs);
+    } else if (c->promises_wrong) {
+        thinvm_check_corruption(c, "%" PRIu64 " metadata pages are promised "
+                                "to unwritten runs, but there are %" PRIu64
+                                " of these", promised, c->unwritten_runs);
+    }
+}
+
 void coroutine_fn thinvm_check_all(ThinvmCheck *c)
 {
     c->s = thinvm_store_state(c->st);
@@ -587,7 +607,8 @@ void coroutine_fn thinvm_check_all(ThinvmCheck *c)
     }
     g_hash_table_remove_all(c->duplicates);
     c->incomplete = c->damaged = false;
-    c->nb_unflagged = 0;
+    c->nb_unflagged = c->unwritten_runs = 0;
+    c->promises_wrong = false;
     c->window_start = 0;
     c->first_walk = true;
     do {
@@ -597,6 +618,7 @@ void coroutine_fn thinvm_check_all(ThinvmCheck *c)
         c->window_start = c->window_end;
         c->first_walk = false;
     } while (c->window_start < c->info.device_clusters);
+    compare_promises(c);
     compare_extents(c);
     g_array_unref(c->extents);
 }

@@ -92,6 +92,8 @@ typedef struct ThinvmCheck {
     bool damaged;                   /* a page lacks something, or is wrong */
     GHashTable *duplicates;         /* thinvm_check_user(): those that share a
                                        cluster with another place */
+    uint64_t unwritten_runs;        /* in all pages, each taken once */
+    bool promises_wrong;            /* the image says another number */
     uint64_t nb_unflagged;          /* clusters that look private, but are
                                        not */
     uint32_t nb_snapshots;          /* that were met */

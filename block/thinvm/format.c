@@ -299,6 +299,7 @@ void thinvm_superblock_encode(ThinvmSuperblockLe *dst,
     thinvm_pointer_encode(&dst->backing, &src->backing);
     memcpy((uint8_t *)dst + SUPERBLOCK_TAIL, src->reserved,
            sizeof(src->reserved));
+    dst->promised_pages_le = cpu_to_le64(src->promised_pages);
 
     dst->crc_le = cpu_to_le32(superblock_checksum(dst));
 }
@@ -339,6 +340,9 @@ static void superblock_read_fields(ThinvmSuperblock *dst,
     thinvm_pointer_decode(&dst->backing, &src->backing);
     memcpy(dst->reserved, (const uint8_t *)src + SUPERBLOCK_TAIL,
            sizeof(dst->reserved));
+    memset(dst->reserved + offsetof(ThinvmSuperblockLe, promised_pages_le) -
+           SUPERBLOCK_TAIL, 0, sizeof(src->promised_pages_le));
+    dst->promised_pages = le64_to_cpu(src->promised_pages_le);
 }
 
 static bool between(const char *field, uint64_t value, uint64_t min,
@@ -408,7 +412,9 @@ static bool superblock_checkpoint_ok(const ThinvmSuperblock *sb, Error **errp)
            between("number of snapshot slots", sb->nb_snapshot_slots, 0,
                    THINVM_MAX_SNAPSHOT_SLOTS, errp) &&
            between("number of snapshots", sb->nb_snapshots, 0,
-                   MIN(THINVM_MAX_ROOTS, sb->nb_snapshot_slots), errp);
+                   MIN(THINVM_MAX_ROOTS, sb->nb_snapshot_slots), errp) &&
+           between("number of promised pages", sb->promised_pages, 0,
+                   THINVM_MAX_CLUSTERS, errp);
 }
 
 static bool superblock_roots_ok(const ThinvmSuperblock *sb, Error **errp)
@@ -441,8 +447,9 @@ static bool superblock_reserved_ok(const ThinvmSuperblock *sb, uint32_t flags,
                    flags);
         return false;
     }
-    if (sb->version_minor <= THINVM_VERSION_MINOR &&
-        !buffer_is_zero(sb->reserved, sizeof(sb->reserved))) {
+    if ((sb->version_minor <= THINVM_VERSION_MINOR &&
+         !buffer_is_zero(sb->reserved, sizeof(sb->reserved))) ||
+        (sb->version_minor == 0 && sb->promised_pages)) {
         error_setg(errp, "superblock: reserved bytes are not zero in an image "
                    "of version %d.%d", sb->version_major, sb->version_minor);
         return false;

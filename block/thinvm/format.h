@@ -79,7 +79,7 @@
 #define THINVM_CLAIM_MAGIC          0x4c435654u             /* "TVCL" */
 #define THINVM_HEARTBEAT_MAGIC      0x42485654u             /* "TVHB" */
 #define THINVM_VERSION_MAJOR        1
-#define THINVM_VERSION_MINOR        0
+#define THINVM_VERSION_MINOR        1
 
 /*
  * What a checksum covers besides the bytes: the image (by UUID), the kind of
@@ -374,7 +374,8 @@ typedef struct QEMU_PACKED ThinvmSuperblockLe {
     ThinvmPointerLe backing;        /* backing file's name; NONE: none */
     /* bitmaps, encryption, compression, data checksums, redirect; NONE */
     ThinvmPointerLe reserved_roots[8];
-    uint8_t reserved[112];
+    uint64_t promised_pages_le;     /* since minor version 1 */
+    uint8_t reserved[104];
 } ThinvmSuperblockLe;
 QEMU_BUILD_BUG_ON(sizeof(ThinvmSuperblockLe) != 512);
 
@@ -393,17 +394,22 @@ typedef struct ThinvmSuperblock {
     ThinvmPointer map_root, vmstate_root, count_root, space_root;
     ThinvmPointer snapshot_root, backing;
     /*
-     * reserved_roots and reserved as they are on the device.  A later minor
+     * From reserved_roots on, as it is on the device, but for
+     * promised_pages, which is 0 here.  A later minor
      * version may keep something there that this one needs not understand;
      * a checkpoint by this version hands it on.
      */
     uint8_t reserved[8 * sizeof(ThinvmPointerLe) + 112];
+    /* Places that unwritten runs were promised for the leaves they may split
+     * into, one for each; believed only with THINVM_AUTOCLEAR_PROMISES */
+    uint64_t promised_pages;
 } ThinvmSuperblock;
 
-/* Feature bits that this version knows: none yet */
+/* Feature bits that this version knows */
 #define THINVM_INCOMPATIBLE_KNOWN       0ULL
 #define THINVM_READONLY_COMPATIBLE_KNOWN 0ULL
-#define THINVM_AUTOCLEAR_KNOWN          0ULL
+#define THINVM_AUTOCLEAR_PROMISES       (1ULL << 0)
+#define THINVM_AUTOCLEAR_KNOWN          THINVM_AUTOCLEAR_PROMISES
 
 /* Fills 512 bytes, checksum included */
 void thinvm_superblock_encode(ThinvmSuperblockLe *dst,

@@ -215,12 +215,15 @@ static void freeze_space(ThinvmState *s, ThinvmFrozen *f, SpacePlan *plan)
 static void fill_superblock(ThinvmState *s, ThinvmSuperblock *sb)
 {
     sb->version_major = THINVM_VERSION_MAJOR;
-    sb->version_minor = THINVM_VERSION_MINOR;
+    /* What a later minor version keeps in the reserved bytes stays there */
+    sb->version_minor = MAX(THINVM_VERSION_MINOR, s->sb.version_minor);
+    memcpy(sb->reserved, s->sb.reserved, sizeof(sb->reserved));
     sb->uuid = s->uuid;
     sb->compatible = s->compatible;
     sb->readonly_compatible = s->readonly_compatible;
     sb->incompatible = s->incompatible;
-    sb->autoclear = s->autoclear & THINVM_AUTOCLEAR_KNOWN;
+    sb->autoclear = s->promises_exact ? THINVM_AUTOCLEAR_PROMISES : 0;
+    sb->promised_pages = s->promised_pages;
     sb->cluster_bits = s->cluster_bits;
     sb->journal_offset = s->journal_offset;
     sb->journal_size = s->journal_size;

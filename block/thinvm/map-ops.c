@@ -100,8 +100,21 @@ static int page_ranges(ThinvmState *s, ThinvmPage *page, ThinvmRangeFn fn,
     return thinvm_gather_end(&g);
 }
 
+static unsigned unwritten_runs(ThinvmPage *page)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; page->level == 1 && i < THINVM_POINTERS_PER_PAGE;
+         i++) {
+        n += thinvm_slot_type(&thinvm_page_slots(page)[i]) ==
+             THINVM_PTR_UNWRITTEN_RUN;
+    }
+    return n;
+}
+
 int thinvm_map_need_copy(ThinvmState *s, ThinvmPage *page, ThinvmNeeds *needs)
 {
+    s->new_promises += unwritten_runs(page);
     return page_ranges(s, page, thinvm_count_need, needs);
 }
 
@@ -109,6 +122,7 @@ void thinvm_map_copy_refs(ThinvmState *s, ThinvmPage *page)
 {
     assert(page->kind == THINVM_PAGE_MAP_LEAF ||
            page->kind == THINVM_PAGE_MAP_INNER);
+    thinvm_space_promise(s, unwritten_runs(page));
     page_ranges(s, page, range_inc, NULL);
     for (unsigned i = 0; page->level && i < THINVM_POINTERS_PER_PAGE; i++) {
         const ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
@@ -173,6 +187,8 @@ static int need_path(ThinvmState *s, int tree, uint64_t guest, int bottom,
         end->level = level;
         if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
             s->new_pages += level + 1 - bottom;
+            s->new_promises -= thinvm_slot_type(slot) ==
+                               THINVM_PTR_UNWRITTEN_RUN;
             return ret;
         }
         page = thinvm_page_get(s, slot, thinvm_map_kind(level), level, needs);
@@ -241,6 +257,9 @@ static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
             thinvm_slot_set(&thinvm_page_slots(page)[i], word, 0, 0);
         }
     } else {
+        if (thinvm_slot_type(slot) == THINVM_PTR_UNWRITTEN_RUN) {
+            thinvm_space_promise(s, -1);    /* this page was meant */
+        }
         for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
             page->data[i] = cpu_to_le64(end_entry(&end, i));
         }
@@ -363,6 +382,8 @@ static int prepare_valid_bits(ThinvmState *s, const ThinvmOp *op,
     if (ret < 0) {
         return ret;
     }
+    /* A leaf of a run comes for good, and nothing was promised to a run */
+    s->grows |= !end.leaf && thinvm_slot_type(end.slot) == THINVM_PTR_RUN;
     entry = end_entry(&end, op->guest & LEAF_MASK);
     return entry_after(op, entry) == entry ? -EALREADY : 0;
 }
@@ -390,6 +411,7 @@ static int prepare_map_run(ThinvmState *s, const ThinvmOp *op,
     if (ret < 0) {
         return ret;
     }
+    s->new_promises += !op->valid;
     ret = need_path(s, op->tree, op->guest, 1, needs, &end);
     if (ret < 0 || !end.leaf) {
         return ret;
@@ -405,6 +427,7 @@ static void apply_map_run(ThinvmState *s, const ThinvmOp *op)
         &thinvm_page_slots(page)[thinvm_map_index(op->guest, 1)];
 
     thinvm_map_drop(s, slot, 0);
+    thinvm_space_promise(s, !op->valid);
     thinvm_slot_set(slot, thinvm_slot_make(op->valid ? THINVM_PTR_RUN :
                                            THINVM_PTR_UNWRITTEN_RUN,
                                            op->physical), 0, 0);

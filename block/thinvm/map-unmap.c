@@ -31,8 +31,10 @@ static void drop_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
     ThinvmPage *page;
 
     switch (thinvm_slot_type(slot)) {
-    case THINVM_PTR_RUN:
     case THINVM_PTR_UNWRITTEN_RUN:
+        thinvm_space_promise(s, -1);
+        /* fall through */
+    case THINVM_PTR_RUN:
         thinvm_gather(g, address, THINVM_ENTRIES_PER_LEAF);
         break;
     case THINVM_PTR_PAGE:
@@ -80,6 +82,7 @@ static int need_drop_below(ThinvmState *s, const ThinvmPointerLe *slot,
     int ret = 0;
 
     if (thinvm_slot_is_run(type)) {
+        s->new_promises -= type == THINVM_PTR_UNWRITTEN_RUN;
         thinvm_gather(g, thinvm_slot_address(slot), THINVM_ENTRIES_PER_LEAF);
         return 0;
     }
@@ -203,6 +206,7 @@ static int need_unmap_below(ThinvmState *s, const ThinvmPointerLe *slot,
     }
     if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
         s->new_pages += 2 * (level + 1);
+        s->new_promises -= thinvm_slot_type(slot) == THINVM_PTR_UNWRITTEN_RUN;
         if (thinvm_slot_is_run(thinvm_slot_type(slot))) {
             thinvm_gather(g, thinvm_slot_address(slot) + from - base,
                           to - from);

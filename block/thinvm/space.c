@@ -278,6 +278,32 @@ void thinvm_space_update_bounds(ThinvmState *s)
                          THINVM_MAX_DIRTY_BOUND);
 }
 
+/*
+ * In an image of version 1.0 there may be unwritten runs that nothing was
+ * promised to, so there may be more of them that go than have come.
+ */
+void thinvm_space_promise(ThinvmState *s, int64_t change)
+{
+    if (change < 0 && s->promised_pages < -change) {
+        s->promised_pages = 0;
+        s->promises_exact = false;
+    } else {
+        s->promised_pages += change;
+    }
+}
+
+void thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs)
+{
+    s->promised_pages = unwritten_runs;
+    s->promises_exact = true;
+}
+
+uint64_t thinvm_space_promised_then(ThinvmState *s)
+{
+    return s->new_promises < 0 && s->promised_pages < -s->new_promises ? 0 :
+           s->promised_pages + s->new_promises;
+}
+
 /* A freeze gives new places to at most all of the space map */
 uint64_t thinvm_space_last_pages(ThinvmState *s)
 {
@@ -286,12 +312,12 @@ uint64_t thinvm_space_last_pages(ThinvmState *s)
 
 uint64_t thinvm_space_reserve_pages(ThinvmState *s)
 {
-    return 3ULL * s->dirty_bound + thinvm_space_last_pages(s);
+    return 3ULL * (s->dirty_bound + thinvm_space_last_pages(s));
 }
 
 uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent)
 {
-    uint64_t reserve = thinvm_space_reserve_pages(s);
+    uint64_t reserve = thinvm_space_reserve_pages(s) + s->promised_pages;
     uint64_t target = reserve + s->dirty_bound / 2;
     unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
     uint64_t pages;

@@ -93,7 +93,7 @@ struct ThinvmState {
     unsigned cluster_bits;
     uint64_t first_cluster;
     uint64_t journal_offset, journal_size;
-    uint64_t compatible, readonly_compatible, incompatible, autoclear;
+    uint64_t compatible, readonly_compatible, incompatible;
     ThinvmBounds bounds;
 
     /* Scalars of the state */
@@ -102,6 +102,10 @@ struct ThinvmState {
     uint64_t next_snapshot_id, current_snapshot_id;
     uint32_t nb_snapshots, nb_snapshot_slots;
     uint32_t dirty_bound;
+    /* Unwritten runs in all mapping pages, each of which may need a leaf;
+     * exact, or (images of version 1.0) a lower bound */
+    uint64_t promised_pages;
+    bool promises_exact;
 
     /* Roots, encoded as in a page so that one walk serves all */
     ThinvmPointerLe root[THINVM_NB_TREES];
@@ -144,6 +148,8 @@ struct ThinvmState {
     bool damaged;
     uint64_t applying;          /* sequence of the record being replayed */
     uint64_t new_pages;         /* current prepare: places it may need */
+    int64_t new_promises;       /* current prepare: change of promised_pages */
+    bool grows;                 /* current prepare: and frees nothing */
     uint64_t last_count_leaf;   /* current prepare: asked for last */
     uint64_t nb_count_free;     /* clusters with count 0 */
 };
@@ -302,6 +308,10 @@ void thinvm_space_clear_busy(ThinvmState *s, uint64_t first, uint64_t nb);
 void thinvm_space_freed(ThinvmState *s, uint64_t first, uint64_t nb);
 void thinvm_space_update_bounds(ThinvmState *s);
 uint64_t thinvm_space_reserve_pages(ThinvmState *s);
+/* Unwritten runs come (> 0) or go */
+void thinvm_space_promise(ThinvmState *s, int64_t change);
+/* What they will be after the operation that is being prepared */
+uint64_t thinvm_space_promised_then(ThinvmState *s);
 /* What no operation may use: the next freeze needs it for the space map */
 uint64_t thinvm_space_last_pages(ThinvmState *s);
 

@@ -33,7 +33,6 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
     s->compatible = sb->compatible;
     s->readonly_compatible = sb->readonly_compatible;
     s->incompatible = sb->incompatible;
-    s->autoclear = sb->autoclear;
     s->virtual_size = sb->virtual_size;
     s->device_clusters = sb->device_clusters;
     s->search_hint = s->first_cluster;
@@ -72,6 +71,8 @@ ThinvmState *thinvm_state_new(const ThinvmSuperblock *sb,
     s->nb_snapshots = sb->nb_snapshots;
     s->nb_snapshot_slots = sb->nb_snapshot_slots;
     s->vmstate_size = sb->vmstate_size;
+    s->promises_exact = sb->autoclear & THINVM_AUTOCLEAR_PROMISES;
+    s->promised_pages = s->promises_exact ? sb->promised_pages : 0;
     thinvm_pointer_encode(&s->root[THINVM_TREE_DISK], &sb->map_root);
     thinvm_pointer_encode(&s->root[THINVM_TREE_VMSTATE], &sb->vmstate_root);
     thinvm_pointer_encode(&s->count_root, &sb->count_root);
@@ -113,6 +114,7 @@ ThinvmState *thinvm_state_new_empty(const ThinvmSuperblock *sb,
     s->generation = 1;
     s->next_snapshot_id = 1;
     s->loaded = true;
+    s->promises_exact = true;
     s->nb_count_free = s->device_clusters;
     pages = MIN(thinvm_space_reserve_pages(s) + s->dirty_bound,
                 THINVM_EXTENT_MAX_PAGES);
@@ -188,6 +190,8 @@ void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info)
         .free_metadata_pages = s->nb_meta_free,
         .dirty_pages = s->nb_dirty,
         .dirty_bound = s->dirty_bound,
+        .promised_pages = s->promised_pages,
+        .promises_exact = s->promises_exact,
         .cached_pages = s->nb_clean + s->nb_dirty +
                         (s->frozen ? s->frozen->nb_pages : 0),
         .cache_limit = s->cache_limit,
@@ -387,6 +391,8 @@ int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
     needs->nb_want = 0;
     s->mark++;
     s->new_pages = 0;
+    s->new_promises = 0;
+    s->grows = !op_may_use_reserve(op);
     s->last_count_leaf = UINT64_MAX;
     ret = prepare_by_type(s, op, needs, errp);
     if (needs->nb_want && ret == 0) {
@@ -395,8 +401,11 @@ int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
     if (ret < 0) {
         return ret;
     }
-    keep = replay || op_may_use_reserve(op) ?
-           thinvm_space_last_pages(s) : thinvm_space_reserve_pages(s);
+    keep = replay || !s->grows ? thinvm_space_last_pages(s) :
+                                 thinvm_space_reserve_pages(s);
+    if (!replay) {
+        keep += thinvm_space_promised_then(s);
+    }
     if (s->nb_meta_free < s->new_pages + keep) {
         error_setg(errp, "no space for metadata is left");
         return -ENOSPC;

@@ -109,6 +109,9 @@ typedef struct ThinvmInfoState {
     uint64_t busy_clusters;         /* reserved, or freed but not reusable */
     uint64_t available_clusters;    /* that a reservation can have at once */
     uint64_t metadata_pages, free_metadata_pages, dirty_pages, dirty_bound;
+    /* kept for the leaves of unwritten runs; exact, or at most that many */
+    uint64_t promised_pages;
+    bool promises_exact;
     uint64_t cached_pages, cache_limit;     /* pages */
     uint64_t cache_hits, cache_misses;
     uint32_t nb_snapshots;
@@ -347,6 +350,8 @@ int thinvm_state_read_page(ThinvmState *s, const ThinvmPageRef *ref, void *buf,
 int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
                                 uint16_t count, ThinvmNeeds *needs);
 int thinvm_repair_page_count(ThinvmState *s, uint64_t page, uint16_t count);
+/* The unwritten runs in all mapping pages, each page taken once */
+void thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs);
 /*
  * Entries may lack "possibly shared": from now on the counts decide.  Makes
  * two guest clusters on one physical cluster (counted as 2) safe: the next

@@ -28,6 +28,8 @@
 #include "store-int.h"
 #include "trace.h"
 
+/* Checkpoints until a page that was freed is named by no base any more */
+#define THINVM_NB_BASES         2
 /* Default cache: 1/8192 of the disk, which holds all leaves of a fully
  * fragmented disk with clusters of 64 KiB; within these bounds (bytes) */
 #define THINVM_MIN_CACHE        (8 * MiB)
@@ -568,7 +570,7 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
     ThinvmState *s = thinvm_store_state(st);
     uint64_t remaining = op->count;
     bool extended = internal, urged = internal;
-    unsigned attempts = 0;
+    unsigned attempts = 0, releases = 0;
     ThinvmNeeds needs;
     int ret;
 
@@ -628,6 +630,14 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
         } else if (ret == -ENOSPC && !urged) {
             urged = true;
             if (thinvm_store_extend_metadata(st) == 0) {
+                error_free(local_err);
+                continue;
+            }
+        }
+        if (ret == -ENOSPC && op->type == THINVM_OP_VALIDATE && !internal &&
+            releases++ < THINVM_NB_BASES) {
+            /* It has its page by promise, but two bases hold what it copies */
+            if (thinvm_store_checkpoint(st) == 0) {
                 error_free(local_err);
                 continue;
             }

@@ -255,12 +255,20 @@ static void test_superblock_bytes(void)
     g_assert_true(buffer_is_zero(b + 272, 240));
 }
 
-/* A later minor version's roots survive; in 1.0 nothing may be there */
+/* A later minor version's roots survive; in ours nothing may be there */
 static void test_superblock_reserved(void)
 {
     ThinvmSuperblock sb = good_superblock(), back;
     ThinvmSuperblockLe le;
     Error *err = NULL;
+
+    sb.version_minor = 1;
+    sb.promised_pages = 0x123456789;
+    thinvm_superblock_encode(&le, &sb);
+    g_assert_cmphex(ldq_le_p((uint8_t *)&le + 400), ==, 0x123456789);
+    g_assert_cmpint(thinvm_superblock_decode(&back, &le, &error_abort), ==, 0);
+    g_assert_cmphex(back.promised_pages, ==, 0x123456789);
+    g_assert_true(buffer_is_zero(back.reserved, 240));
 
     sb.reserved[0] = 1;
     sb.reserved[239] = 2;
@@ -268,7 +276,7 @@ static void test_superblock_reserved(void)
     g_assert_cmpint(thinvm_superblock_decode(&back, &le, &err), ==, -EBADMSG);
     expect_error(err, "reserved bytes");
 
-    sb.version_minor = 1;
+    sb.version_minor = 2;
     thinvm_superblock_encode(&le, &sb);
     g_assert_cmpint(((uint8_t *)&le)[272], ==, 1);
     g_assert_cmpint(((uint8_t *)&le)[511], ==, 2);
@@ -373,6 +381,7 @@ static const FieldCase superblock_cases[] = {
     { 256, 8, PTR(4, 0), "backing file pointer: type not allowed" },
     { 256, 8, PTR(1, 300), NULL },
     { 272, 1, 1, "reserved bytes" },
+    { 400, 1, 1, "reserved bytes" },
     { 511, 1, 1, "reserved bytes" },
 };
 

@@ -49,6 +49,7 @@ class Recount:
         self.pages = {}             # number -> pointers to it
         self.places = {}            # number -> (kind, level, first index)
         self.clusters = {}          # cluster // BLOCK -> counts
+        self.unwritten_runs = 0
         self._metadata()
         for root in image.roots:
             self._walk(root, MAP, 3)
@@ -93,6 +94,7 @@ class Recount:
             pointer, level, first = stack.pop()
             if pointer.type in (RUN, UNWRITTEN_RUN):
                 self.add(pointer.address, 512)
+                self.unwritten_runs += pointer.type == UNWRITTEN_RUN
             if pointer.type != PAGEPTR:
                 continue
             number, place = pointer.address, (kind, level, first)
@@ -196,6 +198,12 @@ def check_page_counts(image, recount, findings, base):
                              recount.pages.get(number, 0))
 
 
+def check_promises(image, recount, findings):
+    if image.promised_pages is not None:
+        findings.compare('pages promised to unwritten runs',
+                         image.promised_pages, recount.unwritten_runs)
+
+
 # --- What writers rely on ---------------------------------------------------
 
 def check_private(image, recount, findings):
@@ -268,6 +276,7 @@ def check_base(path, slot, findings):
     recount = Recount(image, True)
     check_count_tree(image, recount, findings)
     check_page_counts(image, recount, findings, True)
+    check_promises(image, recount, findings)
     check_private(image, recount, findings)
     check_ends(image, findings)
     sound = not findings.corruptions
@@ -288,6 +297,7 @@ def check_base(path, slot, findings):
                     findings.compare(f'cluster {c}', recorded,
                                      again.cluster(c))
         check_page_counts(image, again, findings, False)
+    check_promises(image, again, findings)
     check_private(image, again, findings)
     check_ends(image, findings)
     return image

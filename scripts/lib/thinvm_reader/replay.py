@@ -35,7 +35,15 @@ class State(Pages):
                 else:
                     self._drop(item, page.level - 1)
             elif item.type in (RUN, UNWRITTEN_RUN):
+                self._promise(item, by)
                 self._change_counts(item.address, 512, by)
+
+    def _promise(self, pointer, by):
+        """Each unwritten run is promised a page for its leaf."""
+        if pointer.type == UNWRITTEN_RUN and self.promised_pages is not None:
+            self.promised_pages += by
+            require(self.promised_pages >= 0, 'fewer pages are promised to '
+                    'unwritten runs than there are such runs')
 
     @staticmethod
     def _mark_shared(page, pages_too):
@@ -57,6 +65,7 @@ class State(Pages):
     def _writable(self, pointer, level):
         """(pointer, page) that may be changed, in the place of pointer."""
         if pointer.type != PAGEPTR:
+            self._promise(pointer, -1)
             return self._new_page(Page(MAP, level, self._expand(pointer,
                                                                 level)))
         page = self.page(pointer, MAP, level)
@@ -113,6 +122,7 @@ class State(Pages):
     def _drop(self, pointer, level):
         """A pointer goes away."""
         if pointer.type in (RUN, UNWRITTEN_RUN):
+            self._promise(pointer, -1)
             self._change_counts(pointer.address, 512, -1)
         elif pointer.type == PAGEPTR:
             page = self.page(pointer, MAP, level)
@@ -216,6 +226,7 @@ class State(Pages):
             page.items[i] = Pointer(op.physical,
                                     RUN if op.valid else UNWRITTEN_RUN,
                                     False, 0, 0, 0)
+            self._promise(page.items[i], +1)
 
         require(op.guest % 512 == 0, 'guest cluster is no multiple of 512')
         self._take_clusters(op.physical, 512, 1, 'MAP_RUN')

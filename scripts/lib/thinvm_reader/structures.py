@@ -183,8 +183,9 @@ def run_entry(pointer, index):
 
 # --- Superblock -------------------------------------------------------------
 
+AUTOCLEAR_PROMISES = 1
 SUPERBLOCK = struct.Struct('<8sHHI16sQQQQIIQQQQQQQQIIQQIIQ' + 'QII' * 6 +
-                           '128s112s')
+                           '128sQ104s')
 SUPERBLOCK_FIELDS = (
     'magic major minor crc uuid compatible readonly_compatible incompatible '
     'autoclear cluster_bits flags journal_offset journal_size virtual_size '
@@ -226,7 +227,9 @@ class Superblock:
             setattr(self, name, decode_pointer(
                 *values[n + 3 * i:n + 3 * i + 3], allowed,
                 f'{where}, {name}', in_map=i < 2))
-        self.reserved = values[-2] + values[-1]
+        self.reserved = values[-3] + values[-1]
+        self.promised_pages = values[-2]
+        self.promises_exact = bool(self.autoclear & AUTOCLEAR_PROMISES)
         self._judge(where)
 
     def _unknown(self):
@@ -263,8 +266,10 @@ class Superblock:
         between('nb_snapshots', 0, min(65000, self.nb_snapshot_slots))
         require(not self.nb_snapshots or self.snapshot_root.type == PAGEPTR,
                 f'{where}: {self.nb_snapshots} snapshots but no page')
-        require(self.minor or not any(self.reserved),
+        require(self.minor > 1 or not any(self.reserved) and
+                (self.minor or not self.promised_pages),
                 f'{where}: reserved bytes are not zero')
+        between('promised_pages', 0, MAX_CLUSTERS)
 
     @property
     def first_cluster(self):
