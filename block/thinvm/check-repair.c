@@ -148,11 +148,12 @@ static int coroutine_fn repair_round(ThinvmCheck *c, int fix, GArray *spare,
         error_append_hint(errp, "Nothing was changed.\n");
         thinvm_store_poison(c->st);
     }
+    /* The second one is for the older base, which may be what is left */
+    c->st->nb_repair_checkpoints = ret == 0 && changed ? 2 : 0;
     qemu_co_mutex_unlock(&c->st->checkpoint_lock);
     if (ret < 0 || !changed) {
         return ret;
     }
-    /* The second one is for the older base, which may be what is left */
     ret = thinvm_store_checkpoint(c->st);
     if (ret == 0) {
         ret = thinvm_store_checkpoint(c->st);

@@ -51,15 +51,11 @@ typedef struct Rewrite {
 
 void thinvm_check_lost(ThinvmCheck *c, const char *what, bool mapping)
 {
-    g_autofree char *message = NULL;
-    bool backing;
+    g_autofree char *message =
+        g_strdup_printf("%s: lost%s", what, !mapping ? "" : c->has_backing ?
+                        "; reads from the backing file from now on" :
+                        "; reads as zeroes from now on");
 
-    thinvm_state_lock(c->s);
-    backing = thinvm_state_backing(c->s)->name[0];
-    thinvm_state_unlock(c->s);
-    message = g_strdup_printf("%s: lost%s", what, !mapping ? "" : backing ?
-                              "; reads from the backing file from now on" :
-                              "; reads as zeroes from now on");
     c->report(c->opaque, message);
     c->result->corruptions_fixed++;
 }
@@ -526,7 +522,8 @@ int coroutine_fn thinvm_check_rewrite(ThinvmCheck *c, GArray *spare,
     if (rewrite_counts(&r, &count, THINVM_INNER_LEVELS, 0)) {
         set_root(&r, THINVM_ROOT_COUNT, &count);
     }
-    if (r.ret == 0) {
+    if (r.ret == 0 && r.nb_snapshots != c->info.nb_snapshots) {
+        c->result->corruptions_fixed++;
         thinvm_state_lock(c->s);
         thinvm_repair_set_snapshots(c->s, r.nb_snapshots);
         thinvm_state_unlock(c->s);

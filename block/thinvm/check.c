@@ -600,6 +600,7 @@ void coroutine_fn thinvm_check_all(ThinvmCheck *c)
     c->s = thinvm_store_state(c->st);
     thinvm_state_lock(c->s);
     thinvm_state_info(c->s, &c->info);
+    c->has_backing = thinvm_state_backing(c->s)->name[0];
     thinvm_state_unlock(c->s);
     c->extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
     if (c->fixes) {

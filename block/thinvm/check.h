@@ -87,6 +87,7 @@ typedef struct ThinvmCheck {
     GArray *fixes;                  /* ThinvmCheckFix; NULL: none wanted */
     bool quiet;                     /* found before: not told again */
     bool rewriting;                 /* what is wrong is lost now */
+    bool has_backing;
 
     /* What check-rewrite.c is for */
     bool damaged;                   /* a page lacks something, or is wrong */

@@ -125,9 +125,12 @@ static bool freeze(ThinvmStore *st)
     thinvm_journal_seal(st);
     if (j->next_sequence - 1 == st->bases.newest.sequence &&
         st->bases.newest.generation && !st->bases.suspect &&
-        j->base == j->tail) {
+        j->base == j->tail && !st->nb_repair_checkpoints) {
         thinvm_state_unlock(s);
         return false;
+    }
+    if (st->nb_repair_checkpoints) {
+        st->nb_repair_checkpoints--;
     }
     frozen = thinvm_state_freeze(s);
     WITH_QEMU_LOCK_GUARD(&st->lock) {

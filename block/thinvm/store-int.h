@@ -182,6 +182,8 @@ struct ThinvmStore {
     uint32_t frozen_crc;
     uint64_t frozen_epoch;
     unsigned checkpointing;     /* somebody writes one now */
+    unsigned nb_repair_checkpoints; /* to be written though no operation has
+                                   changed anything; checkpoint_lock */
     CoQueue checkpoint_progress;/* woken at each step */
 
     /* reclaim.c */
