@@ -526,10 +526,15 @@ static void coroutine_fn end_writing(Run *r, bool checkpoint)
 
 static void coroutine_fn repair(Run *r, int fix)
 {
-    ThinvmCheckResult result;
+    ThinvmCheckResult first, second;
+    bool failing = r->image->fail_in;
 
-    check(r, r->st, fix, &result);
-    check(r, r->st, 0, &result);
+    check(r, r->st, fix, &first);
+    if (check(r, r->st, 0, &second) || failing || first.check_errors ||
+        !thinvm_store_writable(r->st)) {
+        return;
+    }
+    g_assert(second.corruptions <= first.corruptions);
 }
 
 static void coroutine_fn follow(Run *r)

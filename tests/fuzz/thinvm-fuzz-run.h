@@ -11,7 +11,8 @@
  *  - the engine writes to superblocks, ring and metadata extents only, guest
  *    data goes to none of these, and all within the device;
  *  - an image that the check finds clean stays openable and clean, whatever
- *    is done with it (also through crashes and failing I/Os).
+ *    is done with it (also through crashes and failing I/Os);
+ *  - a repair leaves no more corruptions than it met.
  *
  * All else is the business of the sanitizers, and of the limits of time and
  * memory that libFuzzer sets.
