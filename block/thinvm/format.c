@@ -340,8 +340,8 @@ static void superblock_read_fields(ThinvmSuperblock *dst,
     thinvm_pointer_decode(&dst->backing, &src->backing);
     memcpy(dst->reserved, (const uint8_t *)src + SUPERBLOCK_TAIL,
            sizeof(dst->reserved));
-    memset(dst->reserved + offsetof(ThinvmSuperblockLe, promised_pages_le) -
-           SUPERBLOCK_TAIL, 0, sizeof(src->promised_pages_le));
+    memset(&dst->reserved[offsetof(ThinvmSuperblockLe, promised_pages_le) -
+                          SUPERBLOCK_TAIL], 0, sizeof(src->promised_pages_le));
     dst->promised_pages = le64_to_cpu(src->promised_pages_le);
 }
 
