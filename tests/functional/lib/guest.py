@@ -275,8 +275,8 @@ class Guest:
         check(not self.errors, 'the guest reports: %s',
               '; '.join(self.errors[:3]))
 
-    def verify(self, what, seconds=300):
-        """The guest reads its disk; every acknowledged write must be there."""
+    def read_back(self, seconds=300):
+        """What the guest finds on its disk: see Model.judge()."""
         with self._news:
             self._found = {}
         model = self.model
@@ -285,8 +285,12 @@ class Guest:
             'verified', seconds)
         self.no_errors()
         with self._news:
-            found = dict(self._found)
-        model.require(found, 'acked', what)
+            return dict(self._found)
+
+    def verify(self, what, seconds=300):
+        """The guest reads its disk; every acknowledged write must be there."""
+        found = self.read_back(seconds)
+        self.model.require(found, 'acked', what)
         return found
 
     def longest_gap(self, begin, end):
