@@ -69,7 +69,7 @@ class Patient:
         self.failures += 1
         bad = 'bad%d' % self.failures
         rules = []
-        for kind in kinds:
+        for kind in sorted(set(kinds)):
             rule = {'event': 'none', 'iotype': kind, 'errno': errno}
             if kind == 'flush':         # see heal()
                 rules += [dict(rule, once=True)] * FLUSHES
