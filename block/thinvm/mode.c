@@ -233,6 +233,8 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     if (ret < 0) {
         return ret;
     }
+    thinvm_owner_watch(&s->device, &s->uuid, &view,
+                       s->options.force_takeover);
     if (!thinvm_owner_may_take(&view, s->options.force_takeover, errp)) {
         return -EBUSY;
     }
@@ -265,6 +267,7 @@ int coroutine_fn thinvm_mode_may_take(BlockDriverState *bs, bool force,
     if (ret < 0) {
         return ret;
     }
+    thinvm_owner_watch(&s->device, &s->uuid, &view, force);
     return thinvm_owner_may_take(&view, force, errp) ? 0 : -EBUSY;
 }
 
@@ -664,6 +667,18 @@ int coroutine_fn thinvm_mode_configure(BlockDriverState *bs,
     return ret;
 }
 
+/*
+ * Given up for a hand-over that then did not come about, while the node stayed
+ * active: its first write would claim the image, but that may be long to come
+ */
+static bool thinvm_has_let_go(BDRVThinvmState *s)
+{
+    return !qatomic_read(&s->owner) && !qatomic_read(&s->lost) &&
+           s->claim.epoch && !(s->bs->open_flags & BDRV_O_INACTIVE) &&
+           !bdrv_is_read_only(s->bs) &&
+           s->options.mode != THINVM_CACHE_MODE_MIGRATION;
+}
+
 int coroutine_fn thinvm_mode_set_migrating(BlockDriverState *bs,
                                            bool migrating,
                                            const char *reason, Error **errp)
@@ -679,6 +694,9 @@ int coroutine_fn thinvm_mode_set_migrating(BlockDriverState *bs,
         thinvm_mode_change(s, thinvm_owner_mode(s), "commit failed");
     }
     qemu_co_mutex_unlock(&s->mode_lock);
+    if (!migrating && thinvm_has_let_go(s)) {
+        return thinvm_mode_take(bs, false, errp);
+    }
     return ret;
 }
 

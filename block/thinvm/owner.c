@@ -22,6 +22,8 @@
  * that host, or overridden by the operator (force-takeover), who knows what
  * we cannot: that the host was fenced.
  *
+ * Even then not while the owner's heartbeat moves: it was not fenced.
+ *
  * Invariant 6: only the owner writes.  A claim is durable, and was read back,
  * before thinvm_owner_claim() returns.
  *
@@ -206,6 +208,15 @@ static bool thinvm_process_gone(const ThinvmClaim *claim)
                         p.start != claim->process_start);
 }
 
+static bool thinvm_is_this_host(const ThinvmClaim *claim)
+{
+    ThinvmClaim me;
+
+    thinvm_identity(&me);
+    return qemu_uuid_is_equal(&claim->host_id, &me.host_id) &&
+           qemu_uuid_is_equal(&claim->boot_id, &me.boot_id);
+}
+
 static ThinvmOwnerKind thinvm_owner_judge(const ThinvmClaim *claim,
                                           BDRVThinvmState *self)
 {
@@ -323,6 +334,7 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
         view->kind = THINVM_OWNER_UNKNOWN;
     } else if (view->newest_epoch) {
         view->kind = thinvm_owner_judge(&view->newest, self);
+        view->this_host = thinvm_is_this_host(&view->newest);
         view->unchanged = self && self->claim.epoch &&
             qemu_uuid_is_equal(&view->newest.nonce, &self->claim.nonce);
         view->used_since = self && self->claim.epoch && !view->unchanged &&
@@ -350,11 +362,72 @@ char *thinvm_owner_host(const ThinvmClaim *claim)
     return name;
 }
 
+void coroutine_fn thinvm_owner_watch(ThinvmDevice *dev, const QemuUUID *uuid,
+                                     ThinvmOwnerView *view, bool force)
+{
+    ThinvmBeat beat;
+
+    /* Of a process of this host we know that it is there */
+    if (view->kind != THINVM_OWNER_OTHER || (view->this_host && !force)) {
+        return;
+    }
+    view->moved = thinvm_heartbeat_watch(dev, uuid, &view->newest, &beat);
+    view->watched = true;
+    view->beat = beat.known;
+    view->counter = beat.counter;
+    view->unchanged_ms = beat.unchanged_ms;
+}
+
+/* What is known of the owner in @view, to follow its name */
+static char *thinvm_owner_liveness(const ThinvmOwnerView *view)
+{
+    if (view->moved) {
+        return g_strdup_printf("it is alive: its counter has moved to %"
+                               PRIu64 " while it was watched", view->counter);
+    }
+    if (view->watched && !view->beat) {
+        return g_strdup_printf("it has not written any heartbeat in the %"
+                               PRIu64 ".%" PRIu64 " s that it was watched",
+                               view->unchanged_ms / 1000,
+                               view->unchanged_ms / 100 % 10);
+    }
+    if (view->watched) {
+        return g_strdup_printf("its counter has stood at %" PRIu64 " for %"
+                               PRIu64 ".%" PRIu64 " s at least",
+                               view->counter, view->unchanged_ms / 1000,
+                               view->unchanged_ms / 100 % 10);
+    }
+    return g_strdup(view->this_host ? "a process of this host, which is there"
+                                    : "another host");
+}
+
+static bool thinvm_owner_refuse(const ThinvmOwnerView *view, bool force,
+                                Error **errp)
+{
+    ERRP_GUARD();
+    g_autofree char *host = thinvm_owner_host(&view->newest);
+    g_autofree char *liveness = thinvm_owner_liveness(view);
+
+    error_setg(errp, "The image is owned by process %" PRIu32 " on host '%s' "
+               "(epoch %" PRIu64 "; %s)", view->newest.process, host,
+               view->newest_epoch, liveness);
+    if (force) {
+        error_append_hint(errp, "It was not fenced, so the image is not taken "
+                          "by force.  Stop that process, or fence its "
+                          "host, and try again.\n");
+    } else {
+        error_append_hint(errp, "Stop that process, or migrate from it.  "
+                          "Only if its host was fenced and its storage "
+                          "sessions have ended, open the image with "
+                          "force-takeover=on.\n");
+    }
+    return false;
+}
+
 bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
                            Error **errp)
 {
     ERRP_GUARD();
-    g_autofree char *host = thinvm_owner_host(&view->newest);
 
     if (view->newest_epoch >= THINVM_COUNTER_MAX / 2) {
         error_setg(errp, "The image's epoch of ownership, %" PRIu64 ", "
@@ -373,17 +446,8 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
                    "for writing (epoch %" PRIu64 ")", view->newest_epoch);
         return false;
     case THINVM_OWNER_OTHER:
-        if (force) {
-            return true;
-        }
-        error_setg(errp, "The image is owned by process %" PRIu32 " on host "
-                   "'%s' (epoch %" PRIu64 ")",
-                   view->newest.process, host, view->newest_epoch);
-        error_append_hint(errp, "Stop that process, or migrate from it.  "
-                          "Only if its host was fenced and its storage "
-                          "sessions have ended, open the image with "
-                          "force-takeover=on.\n");
-        return false;
+        return (force && !view->moved) ||
+               thinvm_owner_refuse(view, force, errp);
     case THINVM_OWNER_UNKNOWN:
         if (force) {
             return true;

@@ -359,6 +359,11 @@ typedef struct ThinvmOwnerView {
     ThinvmClaim newest;     /* if there was one that could be read */
     uint64_t newest_epoch;  /* 0: none */
     bool unchanged;         /* newest is @self's: nobody owned it since */
+    bool this_host;         /* OTHER: a process of this host, which runs */
+    /* OTHER: its heartbeat, if thinvm_owner_watch() has looked */
+    bool watched, moved;
+    bool beat;              /* it has written any */
+    uint64_t counter, unchanged_ms;
     bool used_since;        /* an owner after @self may have run a guest */
 } ThinvmOwnerView;
 
@@ -366,6 +371,12 @@ typedef struct ThinvmOwnerView {
 int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                    BDRVThinvmState *self,
                                    ThinvmOwnerView *view, Error **errp);
+/*
+ * Watch the heartbeat of the owner in @view, where that is needed to judge or
+ * to tell about it.  May take seconds.
+ */
+void coroutine_fn thinvm_owner_watch(ThinvmDevice *dev, const QemuUUID *uuid,
+                                     ThinvmOwnerView *view, bool force);
 /*
  * May the image be owned, going by @view?  If not, says who holds it and what
  * can be done.  @force: the user has ordered a take-over.
