@@ -57,6 +57,7 @@ void thinvm_repair_set_vmstate_size(ThinvmState *s, uint64_t size)
 void thinvm_repair_set_snapshots(ThinvmState *s, uint32_t nb_snapshots)
 {
     s->nb_snapshots = nb_snapshots;
+    s->free_slot_hint = 0;
     if (!nb_snapshots) {
         s->nb_snapshot_slots = 0;
     }

@@ -161,33 +161,68 @@ static int need_record(ThinvmState *s, uint64_t slot, uint64_t id,
     return ret;
 }
 
-static uint32_t new_slot(ThinvmState *s)
+/*
+ * The lowest free slot.  No slot below the hint is free, so a search reads
+ * each leaf of records once in the life of a state at most; none at all as
+ * long as no snapshot was deleted.  0, -EAGAIN
+ */
+static int new_slot(ThinvmState *s, ThinvmNeeds *needs, uint32_t *slot)
 {
-    return s->nb_snapshots ? s->nb_snapshot_slots : 0;
+    if (s->nb_snapshots >= s->nb_snapshot_slots) {
+        s->free_slot_hint = s->nb_snapshot_slots;
+    }
+    if (!s->nb_snapshots) {
+        s->free_slot_hint = 0;
+    }
+    for (*slot = s->free_slot_hint; *slot < s->nb_snapshot_slots; ++*slot) {
+        ThinvmPage *leaf;
+        int ret = record_leaf(s, *slot, false, needs, &leaf);
+
+        if (ret == -EAGAIN) {
+            return ret;
+        }
+        if (ret == -ENOENT || !leaf_record(leaf, *slot)->id_le) {
+            break;
+        }
+        s->free_slot_hint = *slot + 1;
+    }
+    return 0;
 }
 
 static int need_new_record(ThinvmState *s, ThinvmNeeds *needs, Error **errp)
 {
+    uint32_t slot = 0;
     ThinvmPage *leaf;
-    int ret;
+    int ret = new_slot(s, needs, &slot);
 
+    if (ret < 0) {
+        return ret;
+    }
     /* Each record holds two roots; the active trees hold two more */
     if (2 * (s->nb_snapshots + 2) > THINVM_MAX_ROOTS ||
-        new_slot(s) >= THINVM_MAX_SNAPSHOT_SLOTS) {
+        slot >= THINVM_MAX_SNAPSHOT_SLOTS) {
         error_setg(errp, "the image has %u snapshots; %u is the limit",
-                   s->nb_snapshots, THINVM_MAX_ROOTS / 2 - 2);
+                   s->nb_snapshots, THINVM_MAX_ROOTS / 2 - 1);
         return -EOVERFLOW;
     }
-    ret = record_leaf(s, new_slot(s), true, needs, &leaf);
+    ret = record_leaf(s, slot, true, needs, &leaf);
     return ret == -ENOENT ? 0 : ret;
 }
 
 static ThinvmSnapshotLe *add_record(ThinvmState *s)
 {
-    uint32_t slot = new_slot(s);
-    ThinvmSnapshotLe *record = writable_record(s, slot);
+    ThinvmSnapshotLe *record;
+    ThinvmNeeds needs;
+    uint32_t slot;
+    int ret;
 
-    s->nb_snapshot_slots = slot + 1;
+    /* All in memory since prepare */
+    thinvm_needs_init(&needs);
+    ret = new_slot(s, &needs, &slot);
+    assert(ret == 0 && !needs.nb_want && !needs.nb_pinned);
+    record = writable_record(s, slot);
+    s->nb_snapshot_slots = MAX(s->nb_snapshots ? s->nb_snapshot_slots : 0,
+                               slot + 1);
     s->nb_snapshots++;
     s->next_snapshot_id++;
     return record;
@@ -430,6 +465,7 @@ static void apply_delete(ThinvmState *s, const ThinvmOp *op)
         return;
     }
     memset(record, 0, sizeof(*record));
+    s->free_slot_hint = MIN(s->free_slot_hint, op->guest);
     if (--s->nb_snapshots == 0) {
         s->nb_snapshot_slots = 0;
     }

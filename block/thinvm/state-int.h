@@ -101,6 +101,7 @@ struct ThinvmState {
     uint64_t epoch, generation;
     uint64_t next_snapshot_id, current_snapshot_id;
     uint32_t nb_snapshots, nb_snapshot_slots;
+    uint32_t free_slot_hint;    /* no lower slot of a snapshot is free */
     uint32_t dirty_bound;
     /* Unwritten runs in all mapping pages, each of which may need a leaf;
      * exact, or (images of version 1.0) a lower bound */

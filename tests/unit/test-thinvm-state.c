@@ -119,13 +119,9 @@ static void reclaim(Fixture *f)
 
         thinvm_space_unbusy(f->s, r->first, r->nb_clusters);
     }
-    if (freed) {
-        g_array_unref(freed);
-    }
+    g_clear_pointer(&freed, g_array_unref);
     thinvm_state_unlock(f->s);
 }
-
-static int execute(Fixture *f, const ThinvmOp *op);
 
 static void extend_metadata(Fixture *f)
 {
@@ -674,6 +670,18 @@ static void random_run(Fixture *f)
     }
 }
 
+static uint32_t find_slot(Fixture *f, uint64_t id)
+{
+    ThinvmSnapshot snap;
+
+    for (uint32_t slot = 0; ; slot++) {
+        g_assert_cmpuint(slot, <, thinvm_snapshot_nb_slots(f->s));
+        if (read_snapshot(f, slot, &snap) == 0 && snap.id == id) {
+            return slot;
+        }
+    }
+}
+
 static void random_snapshot_create(Fixture *f)
 {
     ThinvmSnapshot snap = { .icount = UINT64_MAX, .name = "s" };
@@ -687,7 +695,7 @@ static void random_snapshot_create(Fixture *f)
     g_assert_cmpint(execute(f, &op), ==, 0);
     m = g_new(ModelSnapshot, 1);
     m->id = snap.id;
-    m->slot = thinvm_snapshot_nb_slots(f->s) - 1;
+    m->slot = find_slot(f, snap.id);
     m->tree = *f->model;
     g_ptr_array_add(f->snapshots, m);
 }
@@ -717,7 +725,7 @@ static void random_snapshot_goto(Fixture *f)
     op.physical = thinvm_snapshot_next_id(f->s);
     g_assert_cmpint(execute(f, &op), ==, 0);
     *f->model = m->tree;
-    delete_steps(f, thinvm_snapshot_nb_slots(f->s) - 1, op.physical,
+    delete_steps(f, find_slot(f, op.physical), op.physical,
                  below(f, 2) ? -1 : 2);
 }
 
@@ -936,19 +944,17 @@ static void test_bulk(void)
     fixture_destroy(&f);
 }
 
+#define MAP_OP(g, c, p) \
+    { .type = THINVM_OP_MAP, .guest = g, .count = c, .physical = p, .valid = 1 }
+
 static void test_bad_operations(void)
 {
     static const ThinvmOp bad[] = {
-        { .type = THINVM_OP_MAP, .guest = 511, .count = 2, .physical = 5000,
-          .valid = 1 },
-        { .type = THINVM_OP_MAP, .guest = 0, .count = 1, .physical = 0,
-          .valid = 1 },
-        { .type = THINVM_OP_MAP, .guest = 0, .count = 1, .physical = DEVICE,
-          .valid = 1 },
-        { .type = THINVM_OP_MAP, .guest = THINVM_MAX_GUEST_CLUSTERS,
-          .count = 1, .physical = 5000, .valid = 1 },
-        { .type = THINVM_OP_MAP, .guest = 0, .count = UINT64_MAX,
-          .physical = 5000, .valid = 1 },
+        MAP_OP(511, 2, 5000),
+        MAP_OP(0, 1, 0),
+        MAP_OP(0, 1, DEVICE),
+        MAP_OP(THINVM_MAX_GUEST_CLUSTERS, 1, 5000),
+        MAP_OP(0, UINT64_MAX, 5000),
         { .type = THINVM_OP_UNMAP, .guest = 1, .count = UINT64_MAX },
         { .type = THINVM_OP_MAP_RUN, .guest = 1, .physical = 5000 },
         { .type = THINVM_OP_MAP_RUN, .guest = 0, .physical = DEVICE - 1 },
@@ -970,9 +976,7 @@ static void test_bad_operations(void)
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
         int ret = execute_raw(&f, &bad[i], true);
 
-        g_assert_cmpint(ret, <, 0);
-        g_assert_cmpint(ret, !=, -EAGAIN);
-        g_assert_cmpint(ret, !=, -EALREADY);
+        g_assert_true(ret < 0 && ret != -EAGAIN && ret != -EALREADY);
     }
     compare(&f);
     fixture_destroy(&f);
@@ -980,12 +984,9 @@ static void test_bad_operations(void)
 
 int main(int argc, char **argv)
 {
-    unsigned seeds = 24;
+    unsigned seeds = atoi(getenv("THINVM_TEST_SEEDS") ?: "24");
 
     g_test_init(&argc, &argv, NULL);
-    if (getenv("THINVM_TEST_SEEDS")) {
-        seeds = atoi(getenv("THINVM_TEST_SEEDS"));
-    }
     for (unsigned i = 1; i <= seeds; i++) {
         g_autofree char *name = g_strdup_printf("/thinvm/state/random/%u", i);
 

@@ -270,12 +270,13 @@ class State(Pages):
         self.epoch = op.value
 
     def _add_snapshot(self, snapshot):
-        slot = self.nb_slots if self.snapshots else 0
+        slot = next(n for n in range(self.nb_slots + 1)
+                    if n not in self.snapshots) if self.snapshots else 0
         require(snapshot.id == self.next_snapshot_id and slot < MAX_SLOTS,
                 f'id {snapshot.id} is not the next, {self.next_snapshot_id}, '
                 'or there is no slot')
         self.snapshots[slot] = snapshot
-        self.nb_slots = slot + 1
+        self.nb_slots = max(self.nb_slots, slot + 1)
         self.next_snapshot_id += 1
 
     def _op_snapshot_create(self, op):

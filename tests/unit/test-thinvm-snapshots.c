@@ -1,0 +1,547 @@
+/*
+ * The tree of thinvm's snapshots against a simple model
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A disk of a few clusters, each write of which takes a new cluster, so that
+ * what a snapshot holds is told by the numbers of its clusters.  The model
+ * keeps those numbers and the links of the tree.  Trees of several shapes are
+ * deleted in every order; after each deletion every snapshot that is left
+ * reads as before, parents are who they should be, and the clusters in use
+ * are exactly those that somebody names (design invariant 4).
+ */
+#include "qemu/osdep.h"
+#include "block/thinvm/state.h"
+
+#define CLUSTER_BITS    16
+#define DISK            24          /* guest clusters, far apart */
+#define STRIDE          300         /* so that several leaves are touched */
+#define MAX_SNAPSHOTS   128
+
+typedef struct Node {
+    uint64_t id;
+    uint64_t parent;                /* id; 0: none */
+    bool present;                   /* listed */
+    bool exists;                    /* has a record that is in the tree */
+    uint64_t cluster[DISK];
+} Node;
+
+typedef struct Fixture {
+    ThinvmState *s;
+    uint64_t disk[DISK];
+    uint64_t current;
+    Node node[MAX_SNAPSHOTS];
+    unsigned nb;
+    GRand *rand;
+} Fixture;
+
+/* ------------------------------------------------------------------ */
+/* The engine.  Nothing is ever written, so no page is ever wanted      */
+
+static int execute_once(Fixture *f, const ThinvmOp *op, Error **errp)
+{
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(f->s);
+    ret = thinvm_state_prepare(f->s, op, false, &needs, errp);
+    g_assert_cmpint(ret, !=, -EAGAIN);
+    if (ret == 0) {
+        thinvm_state_apply(f->s, op);
+    }
+    thinvm_needs_destroy(f->s, &needs);
+    thinvm_state_unlock(f->s);
+    return ret;
+}
+
+static void reclaim(Fixture *f)
+{
+    GArray *freed;
+
+    thinvm_state_lock(f->s);
+    freed = thinvm_space_take_freed(f->s);
+    for (unsigned i = 0; freed && i < freed->len; i++) {
+        ThinvmFreedRange *r = &g_array_index(freed, ThinvmFreedRange, i);
+
+        thinvm_space_unbusy(f->s, r->first, r->nb_clusters);
+    }
+    if (freed) {
+        g_array_unref(freed);
+    }
+    thinvm_state_unlock(f->s);
+}
+
+static uint64_t reserve(Fixture *f, uint64_t max, uint64_t *nb)
+{
+    ThinvmNeeds needs;
+    uint64_t first;
+
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(f->s);
+    g_assert_cmpint(thinvm_space_reserve(f->s, 0, max, &first, nb, &needs),
+                    ==, 0);
+    thinvm_needs_destroy(f->s, &needs);
+    thinvm_state_unlock(f->s);
+    return first;
+}
+
+static int execute(Fixture *f, const ThinvmOp *op, Error **errp)
+{
+    bool urgent;
+    uint64_t wanted;
+    int ret;
+
+    while ((wanted = thinvm_space_metadata_wanted(f->s, &urgent)) > 0) {
+        ThinvmOp extend = { .type = THINVM_OP_META_EXTEND };
+
+        extend.physical = reserve(f, wanted, &extend.count);
+        g_assert_cmpint(execute_once(f, &extend, &error_abort), ==, 0);
+    }
+    ret = execute_once(f, op, errp);
+    reclaim(f);
+    return ret;
+}
+
+static int read_record(Fixture *f, uint32_t slot, ThinvmSnapshot *snap)
+{
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(f->s);
+    ret = thinvm_snapshot_read(f->s, slot, snap, &needs, &error_abort);
+    thinvm_needs_destroy(f->s, &needs);
+    thinvm_state_unlock(f->s);
+    return ret;
+}
+
+/* -1: there is no record with this id */
+static int64_t find(Fixture *f, uint64_t id, ThinvmSnapshot *snap)
+{
+    for (uint32_t i = 0; i < thinvm_snapshot_nb_slots(f->s); i++) {
+        if (read_record(f, i, snap) == 0 && snap->id == id) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+static void init(Fixture *f)
+{
+    ThinvmSuperblock sb = {
+        .version_major = THINVM_VERSION_MAJOR,
+        .cluster_bits = CLUSTER_BITS,
+        .journal_offset = THINVM_JOURNAL_OFFSET,
+        .journal_size = THINVM_MIN_JOURNAL_SIZE,
+        .virtual_size = (uint64_t)DISK * STRIDE << CLUSTER_BITS,
+        .device_clusters = 200000,
+    };
+
+    memset(f, 0, sizeof(*f));
+    memset(&sb.uuid, 0xa5, sizeof(sb.uuid));
+    f->s = thinvm_state_new_empty(&sb, 256 * MiB, &error_abort);
+    f->rand = g_rand_new_with_seed(1);
+}
+
+static void destroy(Fixture *f)
+{
+    thinvm_state_free(f->s);
+    g_rand_free(f->rand);
+}
+
+/* ------------------------------------------------------------------ */
+/* What is done to both                                                */
+
+static void write_cluster(Fixture *f, unsigned i)
+{
+    uint64_t nb;
+    ThinvmOp op = {
+        .type = THINVM_OP_MAP, .guest = i * STRIDE, .count = 1,
+        .physical = reserve(f, 1, &nb), .valid = THINVM_ALL_VALID,
+    };
+
+    g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
+    f->disk[i] = op.physical;
+}
+
+static int create(Fixture *f, Error **errp)
+{
+    ThinvmSnapshot snap = {
+        .icount = UINT64_MAX, .name = "s",
+        .id = thinvm_snapshot_next_id(f->s),
+    };
+    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
+    int ret = execute(f, &op, errp);
+
+    if (ret == 0 && f->nb < MAX_SNAPSHOTS) {
+        Node *n = &f->node[f->nb++];
+
+        *n = (Node) {
+            .id = snap.id, .parent = f->current,
+            .present = true, .exists = true,
+        };
+        memcpy(n->cluster, f->disk, sizeof(f->disk));
+    }
+    f->current = ret == 0 ? snap.id : f->current;
+    return ret;
+}
+
+/* All steps that one record can take */
+static void delete_record(Fixture *f, uint64_t id)
+{
+    ThinvmSnapshot snap;
+    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .value = id };
+    int64_t slot = find(f, id, &snap);
+
+    g_assert_cmpint(slot, >=, 0);
+    op.guest = slot;
+    while (execute(f, &op, NULL) == 0) {
+        /* until it is gone, or waits */
+    }
+}
+
+/* One that goes may set its parent free; the oldest first is as good as any */
+static void collect(Fixture *f)
+{
+    ThinvmSnapshot snap;
+    bool again;
+
+    do {
+        again = false;
+        for (uint32_t i = 0; i < thinvm_snapshot_nb_slots(f->s); i++) {
+            if (read_record(f, i, &snap) == 0 &&
+                (snap.flags & THINVM_SNAPSHOT_HIDDEN)) {
+                delete_record(f, snap.id);
+                again |= find(f, snap.id, &snap) < 0;
+            }
+        }
+    } while (again);
+}
+
+static Node *model_find(Fixture *f, uint64_t id)
+{
+    for (unsigned i = 0; i < f->nb; i++) {
+        if (f->node[i].id == id) {
+            return &f->node[i];
+        }
+    }
+    return NULL;
+}
+
+/* Those that are not present and have one child at most leave the tree */
+static void model_collect(Fixture *f)
+{
+    bool again;
+
+    do {
+        again = false;
+        for (unsigned i = 0; i < f->nb; i++) {
+            Node *n = &f->node[i], *child = NULL;
+            unsigned nb = f->current == n->id;
+
+            for (unsigned j = 0; j < f->nb; j++) {
+                if (f->node[j].exists && f->node[j].parent == n->id) {
+                    child = &f->node[j];
+                    nb++;
+                }
+            }
+            if (!n->exists || n->present || nb > 1) {
+                continue;
+            }
+            if (child) {
+                child->parent = n->parent;
+            } else if (nb) {
+                f->current = n->parent;
+            }
+            n->exists = false;
+            again = true;
+        }
+    } while (again);
+}
+
+static void delete(Fixture *f, unsigned i)
+{
+    delete_record(f, f->node[i].id);
+    collect(f);
+    f->node[i].present = false;
+    model_collect(f);
+}
+
+static void go_back(Fixture *f, unsigned i)
+{
+    ThinvmSnapshot snap;
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_GOTO, .value = f->node[i].id,
+        .physical = thinvm_snapshot_next_id(f->s),
+    };
+    int64_t slot = find(f, op.value, &snap);
+
+    g_assert_cmpint(slot, >=, 0);
+    op.guest = slot;
+    g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
+    collect(f);
+    memcpy(f->disk, f->node[i].cluster, sizeof(f->disk));
+    f->current = op.value;
+    model_collect(f);
+}
+
+/* ------------------------------------------------------------------ */
+/* Comparing                                                           */
+
+static void compare_tree(Fixture *f, const ThinvmPointer *root,
+                         const uint64_t *cluster, GHashTable *used)
+{
+    for (unsigned i = 0; i < DISK; i++) {
+        ThinvmMapping m;
+        ThinvmNeeds needs;
+
+        thinvm_needs_init(&needs);
+        g_assert_cmpint(thinvm_state_lookup(f->s, THINVM_TREE_DISK, root,
+                                            i * STRIDE, 1, false, &m, &needs),
+                        ==, 0);
+        g_assert_cmpuint(m.type == THINVM_MAPPING_DATA ? m.physical : 0, ==,
+                         cluster[i]);
+        if (cluster[i]) {
+            g_hash_table_add(used, GUINT_TO_POINTER(cluster[i]));
+        }
+    }
+}
+
+static void compare(Fixture *f)
+{
+    g_autoptr(GHashTable) used = g_hash_table_new(NULL, NULL);
+    ThinvmSnapshot snap;
+    ThinvmInfoState info;
+    unsigned records = 0;
+
+    compare_tree(f, NULL, f->disk, used);
+    for (uint32_t i = 0; i < thinvm_snapshot_nb_slots(f->s); i++) {
+        Node *n;
+
+        if (read_record(f, i, &snap) < 0) {
+            continue;
+        }
+        n = model_find(f, snap.id);
+        g_assert_nonnull(n);
+        g_assert_true(n->exists);
+        g_assert_cmpuint(snap.parent_id, ==, n->parent);
+        g_assert_cmpint(!(snap.flags & THINVM_SNAPSHOT_HIDDEN), ==,
+                        n->present);
+        if (n->present) {
+            compare_tree(f, &snap.root, n->cluster, used);
+        } else {
+            g_assert_cmpint(snap.root.type, !=, THINVM_PTR_PAGE);
+        }
+        records++;
+    }
+    for (unsigned i = 0; i < f->nb; i++) {
+        records -= f->node[i].exists;
+    }
+    g_assert_cmpuint(records, ==, 0);
+    thinvm_state_info(f->s, &info);
+    g_assert_cmpuint(info.allocated_clusters, ==, g_hash_table_size(used));
+    g_assert_cmpuint(info.current_snapshot_id, ==, f->current);
+}
+
+/* ------------------------------------------------------------------ */
+/* Every order                                                         */
+
+/*
+ * A tree as a list of steps: a letter goes back to that snapshot, 's' takes
+ * one.  Before each a few clusters are written.
+ */
+static const char *const shapes[] = {
+    "sssss",                /* a chain */
+    "sAsAsAsAs",            /* all children of the first */
+    "sssBssA",              /* two branches, the disk a third */
+    "ssAssC",               /* the disk on a leaf */
+    "sssAsBs",              /* branches of branches */
+};
+
+static unsigned build(Fixture *f, const char *shape)
+{
+    unsigned n = 0;
+
+    for (; *shape; shape++) {
+        for (int i = 0; i < 4; i++) {
+            write_cluster(f, g_rand_int_range(f->rand, 0, DISK));
+        }
+        if (*shape == 's') {
+            g_assert_cmpint(create(f, &error_abort), ==, 0);
+            n++;
+        } else {
+            go_back(f, *shape - 'A');
+        }
+    }
+    write_cluster(f, 0);
+    return n;
+}
+
+/* The @number'th permutation of n things */
+static void permutation(unsigned number, unsigned n, unsigned *order)
+{
+    for (unsigned i = 0; i < n; i++) {
+        order[i] = i;
+    }
+    for (unsigned i = n; i > 1; number /= i, i--) {
+        unsigned j = number % i, swap = order[i - 1];
+
+        order[i - 1] = order[j];
+        order[j] = swap;
+    }
+}
+
+static void test_every_order(const void *opaque)
+{
+    const char *shape = opaque;
+    unsigned order[MAX_SNAPSHOTS], n, orders = 1;
+
+    for (unsigned number = 0; number < orders; number++) {
+        Fixture f;
+
+        init(&f);
+        n = build(&f, shape);
+        compare(&f);
+        for (unsigned i = 2, all = 1; i <= n; i++) {
+            orders = all *= i;
+        }
+        permutation(number, n, order);
+        for (unsigned i = 0; i < n; i++) {
+            delete(&f, order[i]);
+            compare(&f);
+            write_cluster(&f, i);
+        }
+        g_assert_cmpuint(thinvm_snapshot_nb_slots(f.s), ==, 0);
+        destroy(&f);
+    }
+}
+
+/* A hundred generations, each tenth of them with a branch */
+static void test_deep(void)
+{
+    Fixture f;
+    unsigned deleted = 0;
+
+    init(&f);
+    for (unsigned i = 0; i < 100; i++) {
+        write_cluster(&f, g_rand_int_range(f.rand, 0, DISK));
+        g_assert_cmpint(create(&f, &error_abort), ==, 0);
+        if (i % 10 == 5) {
+            unsigned here = f.nb - 1;
+
+            write_cluster(&f, 1);
+            g_assert_cmpint(create(&f, &error_abort), ==, 0);
+            go_back(&f, here);
+        }
+    }
+    compare(&f);
+    while (deleted < f.nb) {
+        unsigned i = g_rand_int_range(f.rand, 0, f.nb);
+
+        if (f.node[i].present) {
+            delete(&f, i);
+            deleted++;
+        }
+        if (deleted % 8 == 0) {
+            compare(&f);
+        }
+    }
+    compare(&f);
+    destroy(&f);
+}
+
+/* ------------------------------------------------------------------ */
+/* Slots and limits                                                    */
+
+static void test_slots_are_used_again(void)
+{
+    Fixture f;
+
+    init(&f);
+    for (unsigned i = 0; i < 5000; i++) {
+        f.nb = f.nb == 4 ? 3 : f.nb;
+        g_assert_cmpint(create(&f, &error_abort), ==, 0);
+        if (f.nb == 4) {
+            uint64_t oldest = f.node[0].id;
+
+            delete_record(&f, oldest);
+            memmove(f.node, f.node + 1, 3 * sizeof(f.node[0]));
+            f.node[0].parent = 0;
+        }
+        g_assert_cmpuint(thinvm_snapshot_nb_slots(f.s), <=, 4);
+    }
+    destroy(&f);
+}
+
+static void test_limit(void)
+{
+    const uint64_t limit = THINVM_MAX_ROOTS / 2 - 1;
+    g_autoptr(Error) err = NULL;
+    ThinvmSnapshot snap;
+    Fixture f;
+
+    init(&f);
+    write_cluster(&f, 0);
+    for (uint64_t i = 0; i < limit; i++) {
+        g_assert_cmpint(create(&f, &error_abort), ==, 0);
+    }
+    g_assert_cmpint(create(&f, &err), ==, -EOVERFLOW);
+    g_assert_nonnull(strstr(error_get_pretty(err), "32499 is the limit"));
+
+    /* The count of the root page still says how often it is named */
+    delete_record(&f, 700);
+    g_assert_cmpint(find(&f, 700, &snap), ==, -1);
+    g_assert_cmpint(create(&f, &error_abort), ==, 0);
+    g_assert_cmpint(find(&f, limit + 1, &snap), ==, 699);
+    g_assert_cmpint(create(&f, NULL), ==, -EOVERFLOW);
+    destroy(&f);
+}
+
+/* What is protected stays, and is deleted like others when it no longer is */
+static void test_protected(void)
+{
+    ThinvmOp protect = { .type = THINVM_OP_SNAPSHOT_PROTECT, .count = 1 };
+    ThinvmOp step = { .type = THINVM_OP_SNAPSHOT_DELETE_STEP };
+    g_autoptr(Error) err = NULL;
+    Fixture f;
+
+    init(&f);
+    write_cluster(&f, 0);
+    create(&f, &error_abort);
+    write_cluster(&f, 0);
+    protect.value = step.value = f.node[0].id;
+    g_assert_cmpint(execute(&f, &protect, &error_abort), ==, 0);
+    g_assert_cmpint(execute(&f, &protect, NULL), ==, -EALREADY);
+    g_assert_cmpint(execute(&f, &step, &err), ==, -EPERM);
+    g_assert_nonnull(strstr(error_get_pretty(err), "protected"));
+    compare(&f);
+    protect.count = 0;
+    g_assert_cmpint(execute(&f, &protect, &error_abort), ==, 0);
+    g_assert_cmpint(execute(&f, &step, &error_abort), ==, 0);
+    /* on its way out it can be protected no more */
+    protect.count = 1;
+    g_assert_cmpint(execute(&f, &protect, NULL), ==, -ENOENT);
+    f.node[0].present = false;
+    collect(&f);
+    model_collect(&f);
+    compare(&f);
+    destroy(&f);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    for (unsigned i = 0; i < ARRAY_SIZE(shapes); i++) {
+        g_autofree char *name =
+            g_strdup_printf("/thinvm/snapshots/every-order/%s", shapes[i]);
+
+        g_test_add_data_func(name, shapes[i], test_every_order);
+    }
+    g_test_add_func("/thinvm/snapshots/deep", test_deep);
+    g_test_add_func("/thinvm/snapshots/slots-are-used-again",
+                    test_slots_are_used_again);
+    g_test_add_func("/thinvm/snapshots/limit", test_limit);
+    g_test_add_func("/thinvm/snapshots/protected", test_protected);
+    return g_test_run();
+}
