@@ -324,12 +324,46 @@ def follower_dies_taking(victim):
     goes_on(victim, owner)
 
 
+def serves(victim, lanes, owner):
+    """@owner, active, has its client for a while; False: it died."""
+    try:
+        lanes.connect(owner, owner.export_nbd())
+    except (QMPClosed, QMPError, OSError):
+        if not owner.process.gone_soon():
+            raise
+        return False
+    return lanes.run(60, 30)
+
+
+def one_dies_amid_to_and_fro(victim):
+    """The disk goes from one to the other and back, each writing to it,
+    till one of the two is gone; the other one has it then."""
+    owner, lanes, follower, reader = pair(victim)
+    reader.end()
+    timer = victim.kill_later(victim.random.choice((owner, follower)), 1.5)
+    turns = 0
+    alive = lanes.run(60, 30)
+    while alive and hand_over(victim, lanes, owner):
+        turns += 1
+        if not try_set_active(follower, True):
+            break
+        owner, follower = follower, owner
+        alive = serves(victim, lanes, owner)
+    timer.join()
+    left = follower if owner.process.gone_soon(1) else owner
+    victim.ctx.log('%d hand-overs, %s is left' % (turns, left.name))
+    set_active(left, True)
+    lanes.end()
+    victim.model.rebase(scan_through(victim, left, 'flushed'))
+    goes_on(victim, left)
+
+
 def kill_around_the_follower(ctx, rounds):
     for kind in ('lun', 'file'):
         victim = Victim(ctx, kind)
         for _ in range(rounds):
             for turn in (follower_dies, owner_dies, owner_dies_letting_go,
-                         follower_dies_taking):
+                         follower_dies_taking, one_dies_amid_to_and_fro):
                 ctx.log('turn %d on a %s: %s' % (victim.turn, kind,
                                                  turn.__name__))
                 turn(victim)
@@ -339,11 +373,11 @@ def kill_around_the_follower(ctx, rounds):
 
 @test(formats=OURS)
 def migration_mode(ctx):
-    """Eight kills around a follower and its owner."""
+    """Ten kills around a follower and its owner."""
     kill_around_the_follower(ctx, 1)
 
 
 @test(seconds=1200, formats=OURS, slow=True)
 def migration_mode_often(ctx):
-    """120 kills around a follower and its owner."""
+    """150 kills around a follower and its owner."""
     kill_around_the_follower(ctx, 15)
