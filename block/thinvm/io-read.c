@@ -277,8 +277,9 @@ read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
                       &m);
 }
 
-int coroutine_fn GRAPH_RDLOCK
-thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+/* In migration mode: what was looked up counts if it is still so afterwards */
+static int coroutine_fn GRAPH_RDLOCK G_GNUC_NO_INLINE
+read_following(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
                QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags)
 {
     BDRVThinvmState *s = bs->opaque;
@@ -288,9 +289,6 @@ thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
     bool repeat;
     int ret;
 
-    if (!bytes) {
-        return 0;
-    }
     do {
         repeat = false;
         st = qatomic_read(&s->store);
@@ -309,6 +307,30 @@ thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
         }
     } while (ret == 0 && repeat);
 
+    return ret;
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
+               QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmStore *st;
+    unsigned token;
+    int ret;
+
+    if (!bytes) {
+        return 0;
+    }
+    st = qatomic_read(&s->store);
+    token = thinvm_store_request_begin(st);
+    if (unlikely(qatomic_read(&s->follow))) {
+        thinvm_store_request_end(st, token);
+        return read_following(bs, tree, offset, bytes, qiov, qiov_offset,
+                              flags);
+    }
+    ret = read_once(bs, st, tree, offset, bytes, qiov, qiov_offset, flags);
+    thinvm_store_request_end(st, token);
     return ret;
 }
 

@@ -236,9 +236,10 @@ static int lookup_locked(ThinvmState *s, const ThinvmPointerLe *slot,
 }
 
 /* Without the lock; 0, or -EAGAIN where that does not do */
-static int lookup_unlocked(ThinvmState *s, const ThinvmPointerLe *slot,
-                           bool may_cut, uint64_t guest, uint64_t count,
-                           bool for_write, ThinvmMapping *m)
+static inline QEMU_ALWAYS_INLINE int
+lookup_unlocked(ThinvmState *s, const ThinvmPointerLe *slot, bool may_cut,
+                uint64_t guest, uint64_t count, bool for_write,
+                ThinvmMapping *m)
 {
     Walk w = { .slot = slot, .level = THINVM_INNER_LEVELS };
     unsigned sequence;
@@ -261,6 +262,23 @@ static int lookup_unlocked(ThinvmState *s, const ThinvmPointerLe *slot,
     if (ret == 0 && for_write && w.flagged && !m->shared &&
         m->type == THINVM_MAPPING_DATA) {
         return -EAGAIN;     /* the counts must tell */
+    }
+    return ret;
+}
+
+int thinvm_state_lookup_cached(ThinvmState *s, int tree, uint64_t guest,
+                               uint64_t count, bool for_write,
+                               ThinvmMapping *m)
+{
+    int ret;
+
+    if (unlikely(guest >= THINVM_MAX_GUEST_CLUSTERS)) {
+        return -EAGAIN;
+    }
+    ret = lookup_unlocked(s, &s->root[tree], tree == THINVM_TREE_DISK, guest,
+                          count, for_write, m);
+    if (ret == 0) {
+        qatomic_set(&s->hits, qatomic_read(&s->hits) + 1);
     }
     return ret;
 }

@@ -160,6 +160,13 @@ typedef struct ThinvmMapping {
 int thinvm_state_lookup(ThinvmState *s, int tree, const ThinvmPointer *root,
                         uint64_t guest, uint64_t count, bool for_write,
                         ThinvmMapping *mapping, ThinvmNeeds *needs);
+/*
+ * The same for an active tree as far as it goes without lock and without
+ * needs: 0, or -EAGAIN where only the general look-up can tell.
+ */
+int thinvm_state_lookup_cached(ThinvmState *s, int tree, uint64_t guest,
+                               uint64_t count, bool for_write,
+                               ThinvmMapping *mapping);
 
 /* ------------------------------------------------------------------ */
 /* Operations                                                          */

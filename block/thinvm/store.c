@@ -430,10 +430,10 @@ static bool coroutine_fn may_retry(ThinvmStore *st, ThinvmState *s,
            (thinvm_store_may_write(st) == 0 || thinvm_follow_restart(st, s));
 }
 
-int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
-                                     const ThinvmPointer *root,
-                                     uint64_t guest, uint64_t count,
-                                     bool for_write, ThinvmMapping *mapping)
+static int coroutine_fn lookup_general(ThinvmStore *st, int tree,
+                                       const ThinvmPointer *root,
+                                       uint64_t guest, uint64_t count,
+                                       bool for_write, ThinvmMapping *mapping)
 {
     ThinvmState *s = thinvm_store_state(st);
     unsigned attempts = 0;
@@ -471,6 +471,19 @@ int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
         thinvm_state_unlock(s);
     }
     return ret;
+}
+
+int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
+                                     const ThinvmPointer *root,
+                                     uint64_t guest, uint64_t count,
+                                     bool for_write, ThinvmMapping *mapping)
+{
+    if (likely(!root && !thinvm_state_lookup_cached(thinvm_store_state(st),
+                                                    tree, guest, count,
+                                                    for_write, mapping))) {
+        return 0;
+    }
+    return lookup_general(st, tree, root, guest, count, for_write, mapping);
 }
 
 /* ------------------------------------------------------------------ */
