@@ -20,6 +20,12 @@
 #include "thinvm.h"
 #include "trace.h"
 
+/*
+ * Bytes of a regular file that may be allocated ahead of what is written,
+ * unless a sixteenth of it is less.
+ */
+#define THINVM_ALLOCATE_AHEAD   (16 * MiB)
+
 /* ------------------------------------------------------------------ */
 /* Over bs->file                                                       */
 
@@ -98,6 +104,60 @@ thinvm_node_length(ThinvmDevice *dev)
     return ret < 0 ? ret : bdrv_co_getlength(bs);
 }
 
+/* What is at the bottom of the chain under the image */
+static BlockDriverState * GRAPH_RDLOCK thinvm_protocol(BlockDriverState *bs)
+{
+    BlockDriverState *protocol = bs->file->bs;
+
+    while (bdrv_primary_bs(protocol)) {
+        protocol = bdrv_primary_bs(protocol);
+    }
+    return protocol;
+}
+
+static bool thinvm_is_driver(BlockDriverState *bs, const char *name)
+{
+    return bs->drv && !strcmp(bs->drv->format_name, name);
+}
+
+/*
+ * A regular file grows in steps that are small enough to be allocated by its
+ * file system in one piece, see thinvm_allocate_tail(); unless the clusters
+ * are for preallocation, which has its own idea of what is to be written.
+ */
+static uint64_t coroutine_fn GRAPH_RDLOCK
+thinvm_node_grow_bound(ThinvmDevice *dev)
+{
+    BlockDriverState *bs = thinvm_device_bs(dev);
+    BDRVThinvmState *s = bs->opaque;
+
+    return !qatomic_read(&s->preallocating) &&
+           thinvm_is_driver(thinvm_protocol(bs), "file")
+           ? THINVM_ALLOCATE_AHEAD : 0;
+}
+
+/*
+ * The file was just made longer: have its file system allocate the new part
+ * before anybody writes there.  Else each guest write allocates a few KiB,
+ * and file systems let such writes to a file by only one at a time.  Nobody
+ * else knows of this part yet, so there is no write that zeroing might hit.
+ * When it does not work nothing is lost but speed.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+thinvm_allocate_tail(BlockDriverState *bs, uint64_t from, uint64_t to)
+{
+    BDRVThinvmState *s = bs->opaque;
+    int ret;
+
+    from = ROUND_UP(from, s->cluster_size);
+    if (from >= to || to - from > thinvm_node_grow_bound(&s->device)) {
+        return;
+    }
+    ret = bdrv_co_pwrite_zeroes(bs->file, from, to - from,
+                                BDRV_REQ_NO_FALLBACK);
+    trace_thinvm_device_allocate(bs, from, to, ret);
+}
+
 /*
  * For a device of fixed size this is also what makes it be asked for its
  * capacity again, after somebody has enlarged it.
@@ -121,6 +181,9 @@ thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
     thinvm_node_event(dev, BLKDBG_THINVM_GROW);
     ret = bdrv_co_truncate(bs->file, bytes, false, PREALLOC_MODE_OFF, 0, NULL);
     trace_thinvm_device_grow(bs, length, bytes, ret);
+    if (ret >= 0) {
+        thinvm_allocate_tail(bs, length, bytes);
+    }
     /* A real I/O error is told as such; "cannot be resized" means full */
     if (ret == -EINVAL || ret == -ENOTSUP || ret == -EFBIG) {
         ret = -ENOSPC;
@@ -137,24 +200,21 @@ void thinvm_device_init_node(BDRVThinvmState *s)
         .co_pdiscard = thinvm_node_pdiscard,
         .co_length = thinvm_node_length,
         .co_grow = thinvm_node_grow,
+        .co_grow_bound = thinvm_node_grow_bound,
         .co_event = thinvm_node_event,
     };
 }
 
 bool thinvm_device_coherent(BlockDriverState *bs)
 {
-    BlockDriverState *protocol = bs->file->bs;
+    BlockDriverState *protocol = thinvm_protocol(bs);
 
-    while (bdrv_primary_bs(protocol)) {
-        protocol = bdrv_primary_bs(protocol);
-    }
     /*
      * Only file-posix puts the host's page cache in between; the network
      * protocols send every read to the other side.
      */
-    if (protocol->drv && (!strcmp(protocol->drv->format_name, "file") ||
-                          !strcmp(protocol->drv->format_name,
-                                  "host_device"))) {
+    if (thinvm_is_driver(protocol, "file") ||
+        thinvm_is_driver(protocol, "host_device")) {
         return protocol->open_flags & BDRV_O_NOCACHE;
     }
     return true;

@@ -196,11 +196,13 @@ thinvm_io_preallocate(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
     }
 
     trace_thinvm_preallocate(bs, offset, bytes, prealloc);
+    qatomic_inc(&s->preallocating);
     token = thinvm_store_request_begin(s->store);
     ret = preallocate_clusters(&p, offset >> s->cluster_bits,
                                DIV_ROUND_UP(offset + bytes, s->cluster_size),
                                errp);
     thinvm_store_request_end(s->store, token);
+    qatomic_dec(&s->preallocating);
     qemu_vfree(p.zeroes);
 
     if (ret == 0 && p.ticket) {

@@ -36,6 +36,8 @@
 #define THINVM_RECLAIM_STEP         1024
 /* Bytes by which a device is enlarged at least, when that works */
 #define THINVM_GROW_STEP            (64 * MiB)
+/* The same where that takes space below at once */
+#define THINVM_GROW_STEP_BOUNDED    (1 * MiB)
 /* How long a request waits in reserve() for others to leave */
 #define THINVM_RESERVE_WAIT_NS      (10 * SCALE_MS)
 #define THINVM_RESERVE_WAITS        50
@@ -474,10 +476,14 @@ int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
 /* grow_lock is held.  0: there is more space now */
 static int coroutine_fn grow(ThinvmStore *st)
 {
+    ThinvmDevice *dev = st->dev;
     uint64_t before = device_clusters(st);
-    uint64_t step = MAX(THINVM_GROW_STEP >> st->cluster_bits, before / 16);
+    uint64_t bound = dev->co_grow_bound ? dev->co_grow_bound(dev) : 0;
+    uint64_t least = bound ? THINVM_GROW_STEP_BOUNDED : THINVM_GROW_STEP;
+    uint64_t step = MAX(least, before / 16 << st->cluster_bits);
     int ret;
 
+    step = MAX(1, (bound ? MIN(bound, step) : step) >> st->cluster_bits);
     do {
         ret = grow_by(st, step);
         step /= 16;

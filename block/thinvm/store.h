@@ -38,6 +38,12 @@ struct ThinvmDevice {
     int64_t coroutine_fn (*co_length)(ThinvmDevice *dev);
     /* Make it at least this long; -ENOSPC when it cannot be */
     int coroutine_fn (*co_grow)(ThinvmDevice *dev, uint64_t bytes);
+    /*
+     * The longest step in which it should be made longer ahead of need, in
+     * bytes, since what is added takes space below at once.  0, or no such
+     * function: no bound.
+     */
+    uint64_t coroutine_fn (*co_grow_bound)(ThinvmDevice *dev);
     /* Comes before each I/O: a point to inject faults at and to trace
        (BLKDBG_*); may be NULL */
     void coroutine_fn (*co_event)(ThinvmDevice *dev, int event);
