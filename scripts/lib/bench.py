@@ -12,11 +12,13 @@
 #    image is new where the workload wants that;
 #  - the table says how far raw's times were apart.  A ratio that differs from
 #    1 by less than that says nothing.
-# Instructions (--instructions) hardly depend on what else the machine does.
+# The processor's time, which the table compares too (cpu), depends less on
+# what else the machine does, and instructions (--instructions) hardly.
 
 import argparse
 import json
 import re
+import resource
 import shutil
 import statistics
 import sys
@@ -39,22 +41,24 @@ class Bench:
         self.images = Images(self.img, directory, args.size * MIB)
 
     def once(self, name, workload, count):
-        """Seconds that one run takes."""
+        """Seconds that one run takes, and those of processors in it."""
         path = self.images.prepare(name, workload)
+        before = cpu_seconds()
         text = run(self.img, *bench_arguments(name, workload, path, self.args,
                                               count))
+        cpu = cpu_seconds() - before
         self.images.clean_up(path, workload)
         found = re.search(r'Run completed in ([0-9.]+) seconds', text)
         if not found:
             raise Failure(f'qemu-img bench says no time: {text}')
-        return max(float(found.group(1)), 0.001)
+        return max(float(found.group(1)), 0.001), max(cpu, 0.001)
 
     def find_count(self, name, workload):
         """Requests that make a run last as long as it is to last."""
         most = most_requests(workload, self.args)
         count = min(most, 200)
         while True:
-            seconds = self.once(name, workload, count)
+            seconds, _ = self.once(name, workload, count)
             if count >= most or seconds >= self.args.seconds / 2:
                 return count
             factor = min(self.args.seconds / seconds, 20)
@@ -68,10 +72,13 @@ class Bench:
             return None
         count = self.find_count(names[0], workload)
         seconds = {name: [] for name in names}
+        cpu = {name: [] for name in names}
         for number in range(self.args.runs):
             for name in names if number % 2 else reversed(names):
-                seconds[name].append(self.once(name, workload, count))
-        return summary(label, workload, count, seconds)
+                one, one_cpu = self.once(name, workload, count)
+                seconds[name].append(one)
+                cpu[name].append(one_cpu)
+        return summary(label, workload, count, seconds, cpu)
 
     def count_instructions(self, label):
         workload = WORKLOADS[label]
@@ -80,15 +87,26 @@ class Bench:
                 if can_do(VARIANTS[name], workload)}
 
 
-def summary(label, workload, count, seconds):
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    against = {}
-    for name in seconds:
+def cpu_seconds():
+    """Of all programs that we have run, in user and kernel mode."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def compare(figures):
+    """How many times as much each of the others needs as thinvm does."""
+    result = {}
+    for name in figures:
         if name != 'thinvm':
             ratios = [theirs / ours for theirs, ours in
-                      zip(seconds[name], seconds['thinvm'])]
-            against[name] = {'median': statistics.median(ratios),
-                             'least': min(ratios), 'most': max(ratios)}
+                      zip(figures[name], figures['thinvm'])]
+            result[name] = {'median': statistics.median(ratios),
+                            'least': min(ratios), 'most': max(ratios)}
+    return result
+
+
+def summary(label, workload, count, seconds, cpu):
+    median = {name: statistics.median(s) for name, s in seconds.items()}
     return {
         'name': label,
         'request_bytes': workload.size,
@@ -97,8 +115,11 @@ def summary(label, workload, count, seconds):
         'requests_per_second': {n: count / m for n, m in median.items()},
         'spread': {n: (max(s) - min(s)) / median[n]
                    for n, s in seconds.items()},
+        'cpu_us_per_request': {n: statistics.median(c) / count * 1e6
+                               for n, c in cpu.items()},
         # how many times as fast as each of the others thinvm is
-        'thinvm_against': against,
+        'thinvm_against': compare(seconds),
+        'thinvm_against_in_cpu': compare(cpu),
     }
 
 

@@ -22,19 +22,23 @@ def heading(args):
     return (f'{"requests per second":{NAME_WIDTH}}' +
             ''.join(f'{n:>11}' for n in args.formats) +
             ''.join(f'{"/" + n:>11}' for n in others(args)) +
-            f'{"spread":>8}')
+            f'{"spread":>8}' +
+            ''.join(f'{"cpu /" + n:>15}' for n in others(args)))
 
 
 def line(args, result):
     rate = result['requests_per_second']
     against = result['thinvm_against']
+    cpu = result['thinvm_against_in_cpu']
     first = next(iter(result['spread'].values()))
     return (f'{result["name"]:{NAME_WIDTH}}' +
             ''.join(f'{rate[n]:11.0f}' if n in rate else f'{"-":>11}'
                     for n in args.formats) +
             ''.join(f'{against[n]["median"]:11.2f}' if n in against
                     else f'{"-":>11}' for n in others(args)) +
-            f'{first:8.0%}')
+            f'{first:8.0%}' +
+            ''.join(f'{cpu[n]["median"]:15.2f}' if n in cpu else f'{"-":>15}'
+                    for n in others(args)))
 
 
 def instructions_line(args, result):
