@@ -200,7 +200,7 @@ def refused(scene):
                       'the target had run the guest and died')
 
 
-@test(seconds=400, formats=OURS)
+@test(seconds=600, formats=OURS)
 def source_at_each_phase(ctx):
     """The source dies six times; the guest goes on somewhere each time."""
     scene = Scene(ctx)
@@ -210,7 +210,7 @@ def source_at_each_phase(ctx):
     scene.finish()
 
 
-@test(seconds=400, formats=OURS)
+@test(seconds=600, formats=OURS)
 def target_at_each_phase(ctx):
     """The target dies six times; the guest goes on somewhere each time."""
     scene = Scene(ctx)

@@ -3,7 +3,8 @@
 
 A real storage daemon, the format over blklogwrites over the file or the iSCSI
 LUN, a client with eight requests in flight, internal snapshots created and
-deleted meanwhile.  After each cut: the image opens, qemu-img check finds
+deleted meanwhile; halfway another daemon opens the image, in another mode, so
+that closing and opening are among what is cut.  After each cut: the image opens, qemu-img check finds
 neither corruption nor leak, all that a completed flush covered is there, in
 the disk and in the snapshots, and nothing is there that the client did not
 write; the LUN was full of rubbish before.  One cut in ten is written to
@@ -27,6 +28,7 @@ from lib.testing import THIN, test
 from lib.tgt import Target
 
 OPERATIONS = 3000           # in a recording
+MODES = ('writeback', 'writethrough', 'writeback')
 READER = os.path.join(TOP, 'scripts', 'thinvm-image.py')
 
 
@@ -78,7 +80,7 @@ def power_cuts(ctx, kind, recordings, cuts):
     for number in range(recordings):
         run = Recording(ctx, place_for(ctx, kind),
                         SHAPES[number % len(SHAPES)], OPERATIONS,
-                        mode=('writeback', 'writethrough')[number // 2 % 2])
+                        MODES[number // 2 % 2:][:2])
         cut_recording(ctx, run, cuts, figures)
         run.forget()
     text = json.dumps(figures, sort_keys=True)
@@ -87,13 +89,13 @@ def power_cuts(ctx, kind, recordings, cuts):
         file.write('%s over %s: %s\n' % (ctx.fmt, kind, text))
 
 
-@test(seconds=400, formats=THIN)
+@test(seconds=900, formats=THIN)
 def on_a_file(ctx):
     """500 cuts of an image in a file, which grows meanwhile."""
     power_cuts(ctx, 'file', 4, 125)
 
 
-@test(seconds=400, formats=THIN)
+@test(seconds=900, formats=THIN)
 def on_a_lun(ctx):
     """500 cuts of an image on an iSCSI LUN full of rubbish."""
     power_cuts(ctx, 'lun', 4, 125)

@@ -39,8 +39,11 @@ def full_of_rubbish(path):
 
 
 class Recording:
-    def __init__(self, ctx, place, shape, operations, mode=None):
-        """Run the load on @place; .base is the device as it was before."""
+    def __init__(self, ctx, place, shape, operations, modes=(None,)):
+        """Run the load on @place; .base is the device as it was before.
+
+        For each of @modes a daemon opens the image, serves and closes it.
+        """
         self.ctx = ctx
         self.shape = shape
         self.place = place
@@ -59,15 +62,17 @@ class Recording:
         lanes = Lanes(ctx, shape, self.model, source, clock=self._now,
                       on_flush=self._flushed)
         self.snapshots = lanes.snapshots
-        daemon = self._daemon(mode)
-        lanes.connect(daemon, daemon.export_nbd())
-        check(lanes.run(operations, operations // 16), 'the daemon died')
-        lanes.disconnect()
+        for number, mode in enumerate(modes):
+            daemon = self._daemon(mode, number > 0)
+            lanes.connect(daemon, daemon.export_nbd())
+            check(lanes.run(operations // len(modes), operations // 16),
+                  'the daemon died')
+            lanes.disconnect()
+            daemon.quit()
         lanes.end()
-        daemon.quit()
         self._end()
 
-    def _daemon(self, mode):
+    def _daemon(self, mode, append):
         daemon = StorageDaemon(self.ctx)
         qmp = daemon.qmp
         device = self.place.blockdev('device')
@@ -75,10 +80,14 @@ class Recording:
         qmp.cmd_raw('blockdev-add', device)
         qmp.cmd_raw('blockdev-add', {'driver': 'file', 'node-name': 'log',
                                      'filename': self.log})
-        qmp.cmd_raw('blockdev-add', {
-            'driver': 'blklogwrites', 'node-name': 'logged', 'file': 'device',
-            'log': 'log', 'log-sector-size': 512, 'cache': {'direct': True},
-            'discard': 'unmap'})
+        logged = {'driver': 'blklogwrites', 'node-name': 'logged',
+                  'file': 'device', 'log': 'log', 'discard': 'unmap',
+                  'cache': {'direct': True}}
+        if append:
+            logged['log-append'] = True
+        else:
+            logged['log-sector-size'] = 512
+        qmp.cmd_raw('blockdev-add', logged)
         options = {'driver': self.ctx.fmt, 'node-name': 'disk',
                    'file': 'logged', 'discard': 'unmap',
                    'cache': {'direct': True}}
