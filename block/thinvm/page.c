@@ -466,7 +466,9 @@ bool thinvm_pages_name_clusters(ThinvmState *s, uint64_t first,
         }
     }
     for (unsigned i = 0; s->frozen && i < s->frozen->nb_pages; i++) {
-        if (page_names_clusters(s->frozen->pages[i], first, end)) {
+        page = s->frozen->pages[i];
+        /* one that was replaced since may name what was freed since */
+        if (page_is_hashed(s, page) && page_names_clusters(page, first, end)) {
             return true;
         }
     }
