@@ -3,649 +3,156 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Concurrent coroutines write, unmap, resize, take and delete snapshots, read,
- * flush, checkpoint and reclaim, in an order that a seed decides.  At random
- * I/Os the device is copied as a power cut (or the death of the process) might
- * leave it.  The copy must open, must pass the check, and must read as a model
- * allows:
+ * Concurrent coroutines write, unmap, resize, take, delete and go back to
+ * snapshots, read, flush, change modes, checkpoint and reclaim, the device
+ * grows, other hosts follow and take over, in an order that a seed decides
+ * (thinvm-crash-steps.c).  At I/Os in between the device is copied as a power
+ * cut, or the death of the process, might leave it.  The copy must open, must
+ * pass the check without corruption and leak, and must read as a model allows
+ * (thinvm-crash-model.h): never as anything else, least of all what was on
+ * the device before the image.  A snapshot that exists has exactly what the
+ * disk had when it was taken.  Some copies are cut again while they recover,
+ * some live on with the same load to further cuts.
  *
- *   - A sector reads as the last value that was written before a completed
- *     flush, or as any value that was written since; never as anything else,
- *     least of all what was on the device before the image.
- *   - After the death of the process alone, a write whose record was committed
- *     counts as if it had been flushed.
- *   - A snapshot that exists has exactly what the disk had when it was taken.
- *
- * Some of the copies then live on, with the same load, to a second cut.
- *
- *   test-thinvm-crash [--cuts N] [--seed N]
+ *   test-thinvm-crash [--cuts N] [--seed N] [--variant N] [--tries N]
+ *                     [--steps LIST] [--every] [--fault NAME] [--no-shrink]
+ *                     [--verbose]
  *
  * THINVM_CUTS and THINVM_SEED in the environment say the same.  A failure
- * prints the seed of the life in which it happened; --cuts 1 with that seed
- * replays just that life.
+ * prints the seed of the life in which it happened, and that life is then
+ * shrunk: run again with ever fewer of its steps, as long as it still fails
+ * (in some of --tries orders of their I/Os).  --steps replays what is left,
+ * --verbose tells it.  --fault breaks a promise on purpose.
  */
 #include "qemu/osdep.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
-#include "thinvm-sim-image.h"
+#include "thinvm-crash.h"
+#include "thinvm-shrink.h"
 #include "block/thinvm/store-int.h"
 
-#define DEVICE_SIZE     (8 * MiB)
+#define DEVICE_SIZE     (4 * MiB)
 #define DEVICE_MAX      (24 * MiB)
-#define NB_SLOTS        96
-#define NB_SECTORS      (NB_SLOTS * IMAGE_SECTORS)
-#define MAX_SNAPSHOTS   4
-#define NB_WRITERS      5
-#define NB_READERS      2
+/* With so few steps every I/O is cut, in every way */
+#define FEW_STEPS       40
+/* What the shrinker may spend */
+#define SHRINK_TESTS    400
+#define SHRINK_SECONDS  300
+#define SHRINK_CUTS     "4000"
+#define SHRINK_TRIES    "6"
 
-/* Guest clusters of the slots: a few leaves, with neighbours in each */
-static uint64_t slot_guest(unsigned slot)
-{
-    return slot / 24 * 1531 + slot % 24;
-}
+typedef struct Options {
+    uint64_t cuts, seed, variant, tries;
+    const char *steps, *fault;
+    bool every, no_shrink, verbose, shrink;
+} Options;
 
-#define VIRTUAL_SIZE    ((3 * 1531 + 64ULL) * IMAGE_CLUSTER)
+/* As in SimFault, then as in ImageFault */
+static const char *const fault_names[] = {
+    "flush", "tear", "discard", "fence", "epoch", "order", "follow", "copy",
+};
 
-/* One value that a sector was given */
-typedef struct Value {
-    uint64_t tag;
-    uint64_t completed;         /* when; 0: in flight */
-} Value;
-
-/* All values that may be found, oldest first; a few at most */
-typedef struct History {
-    Value *values;
-    unsigned nb, allocated;
-    uint64_t dropped;           /* values before these, ever */
-    uint64_t committed;         /* survives the process from this one on */
-} History;
-
-typedef struct SnapshotModel {
-    uint64_t id;                /* 0: none */
-    bool deleting;
-    uint64_t tags[NB_SECTORS];
-} SnapshotModel;
-
-typedef struct Model {
-    History sectors[NB_SECTORS];
-    SnapshotModel *snapshots[MAX_SNAPSHOTS];
-    uint64_t clock;             /* counts events */
-    uint64_t next_tag;
-} Model;
-
-/* One image between opening and a cut */
-typedef struct Life {
-    ThinvmSim *sim;
-    ThinvmStore *st;
-    Model *model;
-    SimRandom random;
-    unsigned generation;        /* cuts before this life */
-    unsigned steps;             /* of each worker */
+/* One life, and what is done to it */
+typedef struct Trial {
+    Life life;
+    SimRandom random;           /* of the cuts */
     unsigned cut_percent;       /* of the I/Os */
-    /* who is at work on a slot, and on all of them */
-    uint16_t parts[NB_SLOTS];
-    bool exclusive[NB_SLOTS];
-    unsigned writers[NB_SLOTS], nb_writing;
-    bool frozen;                /* a snapshot is being taken */
-    bool no_cuts;
-} Life;
+    bool every;                 /* all I/Os, in all ways */
+    uint64_t ios, fence_at;     /* I/Os in this reign */
+    bool power_cycled;          /* the device lost its cache in this reign */
+    ThinvmStore *successor;     /* who has taken over, or NULL */
+    Model *succeeded;           /* what it has found */
+} Trial;
 
-static uint64_t current_seed;
-static uint64_t cuts_left, cuts_done, second_cuts, snapshots_seen;
+static Options options;
+static SimFault device_fault;
+static uint64_t cuts_left;
+static struct {
+    bool alive;
+    uint64_t seed, variant;     /* of the life */
+    uint64_t cuts, again, recovering, snapshots;
+    uint64_t takeovers, handovers, grown, followed;
+    const char *cut;            /* the one that is being verified */
+} now;
 
-/* ------------------------------------------------------------------ */
-/* Model                                                               */
-
-static Model *model_new(void)
+static const char *cut_name(SimCut kind)
 {
-    Model *m = g_new0(Model, 1);
+    static const char *const names[] = {
+        [SIM_CUT_POWER] = "power, some of the cache lost",
+        [SIM_CUT_NOTHING] = "power, all of the cache lost",
+        [SIM_CUT_ALL] = "power, all of the cache kept",
+        [SIM_CUT_PROCESS] = "process",
+    };
 
-    m->next_tag = 1;
-    m->clock = 1;
-    for (unsigned i = 0; i < NB_SECTORS; i++) {
-        History *h = &m->sectors[i];
-
-        h->allocated = 4;
-        h->values = g_new0(Value, h->allocated);
-        h->values[0] = (Value) { TAG_ZERO, 1 };
-        h->nb = 1;
-    }
-    return m;
+    return names[kind];
 }
 
-static void model_free(Model *m)
+static void G_GNUC_PRINTF(1, 2) fail(const char *fmt, ...)
 {
-    for (unsigned i = 0; i < NB_SECTORS; i++) {
-        g_free(m->sectors[i].values);
-    }
-    for (unsigned i = 0; i < MAX_SNAPSHOTS; i++) {
-        g_free(m->snapshots[i]);
-    }
-    g_free(m);
+    va_list ap;
+
+    va_start(ap, fmt);
+    vfprintf(stderr, fmt, ap);
+    va_end(ap);
+    fputc('\n', stderr);
+    abort();
 }
 
-static void history_add(History *h, uint64_t tag)
+static uint64_t below(Trial *t, uint64_t n)
 {
-    if (h->nb == h->allocated) {
-        h->allocated *= 2;
-        h->values = g_renew(Value, h->values, h->allocated);
-    }
-    h->values[h->nb++] = (Value) { tag, 0 };
-}
-
-/* What must be there and what came later stays; the rest is forgotten */
-static void history_drop(History *h, unsigned nb)
-{
-    memmove(h->values, h->values + nb, (h->nb - nb) * sizeof(Value));
-    h->nb -= nb;
-    h->dropped += nb;
-}
-
-/* From the first value that may be found, is @tag among them? */
-static bool history_allows(const History *h, uint64_t from, uint64_t tag)
-{
-    for (uint64_t i = MAX(from, h->dropped); i < h->dropped + h->nb; i++) {
-        if (h->values[i - h->dropped].tag == tag) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static uint64_t history_last_completed(const History *h)
-{
-    unsigned i = h->nb - 1;
-
-    while (i > 0 && !h->values[i].completed) {
-        i--;
-    }
-    return h->dropped + i;
-}
-
-/* A flush that began at @clock has succeeded */
-static void model_flushed(Model *m, uint64_t clock)
-{
-    for (unsigned s = 0; s < NB_SECTORS; s++) {
-        History *h = &m->sectors[s];
-
-        for (unsigned i = h->nb; i-- > 1;) {
-            if (h->values[i].completed && h->values[i].completed <= clock) {
-                history_drop(h, i);
-                break;
-            }
-        }
-    }
+    return sim_random_below(&t->random, n);
 }
 
 /* ------------------------------------------------------------------ */
-/* Workers                                                             */
-
-static uint64_t below(Life *l, uint64_t n)
-{
-    return sim_random_below(&l->random, n);
-}
-
-static void coroutine_fn lock_exclusive(Life *l, unsigned first, unsigned nb)
-{
-    for (unsigned i = first; i < first + nb; i++) {
-        /* who holds some already is waited for by the snapshot */
-        while (l->exclusive[i] || l->writers[i] || (l->frozen && i == first)) {
-            sim_yield(l->sim);
-        }
-        l->exclusive[i] = true;
-        l->nb_writing++;
-    }
-}
-
-static void unlock_exclusive(Life *l, unsigned first, unsigned nb)
-{
-    memset(&l->exclusive[first], false, nb * sizeof(bool));
-    l->nb_writing -= nb;
-}
-
-/*
- * As the driver does it: writers to different parts of a mapped cluster of
- * one's own go on together, whoever allocates is alone.  true: exclusive.
- */
-static bool coroutine_fn lock_parts(Life *l, unsigned slot, uint16_t mask)
-{
-    ThinvmMapping m;
-    unsigned token;
-
-    for (;;) {
-        while (l->exclusive[slot] || (l->parts[slot] & mask) || l->frozen) {
-            sim_yield(l->sim);
-        }
-        l->parts[slot] |= mask;
-        l->writers[slot]++;
-        l->nb_writing++;
-        token = thinvm_store_request_begin(l->st);
-        g_assert_cmpint(thinvm_store_lookup(l->st, 0, NULL, slot_guest(slot),
-                                            1, true, &m), ==, 0);
-        thinvm_store_request_end(l->st, token);
-        if (m.type == THINVM_MAPPING_DATA && !m.shared) {
-            return false;
-        }
-        l->parts[slot] &= ~mask;
-        l->writers[slot]--;
-        l->nb_writing--;
-        if (!l->exclusive[slot] && !l->writers[slot] && !l->frozen) {
-            l->exclusive[slot] = true;
-            l->nb_writing++;
-            return true;
-        }
-        sim_yield(l->sim);
-    }
-}
-
-static void unlock_parts(Life *l, unsigned slot, uint16_t mask, bool exclusive)
-{
-    if (exclusive) {
-        unlock_exclusive(l, slot, 1);
-    } else {
-        l->parts[slot] &= ~mask;
-        l->writers[slot]--;
-        l->nb_writing--;
-    }
-}
-
-static void begin_values(Life *l, unsigned first, unsigned nb, uint64_t tag)
-{
-    for (unsigned i = first; i < first + nb; i++) {
-        history_add(&l->model->sectors[i], tag);
-    }
-}
-
-/* Sectors that nobody else writes: the last value is the one */
-static void end_values(Life *l, unsigned first, unsigned nb)
-{
-    l->model->clock++;
-    for (unsigned i = first; i < first + nb; i++) {
-        History *h = &l->model->sectors[i];
-
-        h->values[h->nb - 1].completed = l->model->clock;
-    }
-}
-
-static void coroutine_fn do_write(Life *l)
-{
-    const unsigned per_part = IMAGE_PART / SIM_SECTOR;
-    unsigned slot = below(l, NB_SLOTS);
-    unsigned part = below(l, THINVM_PARTS);
-    unsigned nb = below(l, 3) ? 1 + below(l, THINVM_PARTS - part) :
-                  THINVM_PARTS - part;
-    unsigned first = slot * IMAGE_SECTORS + part * per_part;
-    uint16_t mask = MAKE_64BIT_MASK(part, nb);
-    uint64_t tag = l->model->next_tag++;
-    uint64_t ticket, value;
-    bool exclusive = lock_parts(l, slot, mask);
-
-    begin_values(l, first, nb * per_part, tag);
-    g_assert_cmpint(image_write(l->sim, l->st, slot_guest(slot), part, nb, tag,
-                                &ticket), ==, 0);
-    end_values(l, first, nb * per_part);
-    value = l->model->sectors[first].dropped + l->model->sectors[first].nb - 1;
-    unlock_parts(l, slot, mask, exclusive);
-    /* write-through now and then */
-    if (ticket && below(l, 4) == 0) {
-        g_assert_cmpint(thinvm_store_commit_ticket(l->st, ticket), ==, 0);
-        l->model->sectors[first].committed =
-            MAX(l->model->sectors[first].committed, value);
-    }
-}
-
-/* A write that is given up: its clusters were reserved for nothing */
-static void coroutine_fn do_give_up(Life *l)
-{
-    unsigned token = thinvm_store_request_begin(l->st);
-    uint64_t first, nb;
-
-    if (thinvm_store_reserve(l->st, 0, 1 + below(l, 20), &first, &nb) == 0) {
-        sim_yield(l->sim);
-        thinvm_store_unreserve(l->st, first, nb);
-    }
-    thinvm_store_request_end(l->st, token);
-}
-
-static void coroutine_fn do_write_clusters(Life *l)
-{
-    unsigned slot = below(l, NB_SLOTS);
-    unsigned nb = 1 + below(l, MIN(8, 24 - slot % 24));
-    uint64_t tag = l->model->next_tag++;
-
-    lock_exclusive(l, slot, nb);
-    begin_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS, tag);
-    g_assert_cmpint(image_write_clusters(l->sim, l->st, slot_guest(slot), nb,
-                                         tag, NULL), ==, 0);
-    end_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS);
-    unlock_exclusive(l, slot, nb);
-}
-
-static void coroutine_fn do_unmap(Life *l)
-{
-    unsigned slot = below(l, NB_SLOTS);
-    unsigned nb = 1 + below(l, MIN(5, 24 - slot % 24));
-    unsigned token;
-
-    lock_exclusive(l, slot, nb);
-    begin_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS, TAG_ZERO);
-    token = thinvm_store_request_begin(l->st);
-    g_assert_cmpint(thinvm_store_unmap(l->st, 0, slot_guest(slot), nb,
-                                       below(l, 2), NULL, &error_abort),
-                    ==, 0);
-    thinvm_store_request_end(l->st, token);
-    end_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS);
-    unlock_exclusive(l, slot, nb);
-}
-
-static void coroutine_fn set_size(Life *l, uint64_t size)
-{
-    ThinvmOp op = { .type = THINVM_OP_RESIZE, .value = size };
-
-    g_assert_cmpint(thinvm_store_execute(l->st, &op, NULL, &error_abort),
-                    ==, 0);
-}
-
-/* Shrink so that the last slots go, and grow again */
-static void coroutine_fn do_resize(Life *l)
-{
-    unsigned slot = NB_SLOTS - 1 - below(l, 30);
-    unsigned nb = NB_SLOTS - slot;
-    uint64_t guest = slot_guest(slot);
-
-    lock_exclusive(l, slot, nb);
-    begin_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS, TAG_ZERO);
-    g_assert_cmpint(thinvm_store_unmap(l->st, 0, guest,
-                                       VIRTUAL_SIZE / IMAGE_CLUSTER - guest,
-                                       THINVM_SOURCE_ZERO, NULL, &error_abort),
-                    ==, 0);
-    set_size(l, guest * IMAGE_CLUSTER);
-    end_values(l, slot * IMAGE_SECTORS, nb * IMAGE_SECTORS);
-    sim_yield(l->sim);
-    set_size(l, VIRTUAL_SIZE);
-    unlock_exclusive(l, slot, nb);
-}
-
-static void coroutine_fn do_flush(Life *l)
-{
-    uint64_t clock = l->model->clock;
-
-    g_assert_cmpint(thinvm_store_commit(l->st, THINVM_COMMIT_DURABLE, false),
-                    ==, 0);
-    model_flushed(l->model, clock);
-}
-
-static void coroutine_fn do_maintenance(Life *l)
-{
-    switch (below(l, 4)) {
-    case 0:
-        g_assert_cmpint(thinvm_store_checkpoint(l->st), ==, 0);
-        break;
-    case 1:
-        g_assert_cmpint(thinvm_store_commit(l->st, THINVM_COMMIT_RECORD, true),
-                        ==, 0);
-        break;
-    default:
-        thinvm_store_reclaim(l->st, below(l, 2));
-        break;
-    }
-}
-
-static void coroutine_fn writer(Life *l)
-{
-    switch (below(l, 20)) {
-    case 0 ... 1:
-        do_unmap(l);
-        break;
-    case 2 ... 3:
-        do_write_clusters(l);
-        break;
-    case 4 ... 6:
-        do_flush(l);
-        break;
-    case 7 ... 8:
-        do_maintenance(l);
-        break;
-    case 9:
-        do_give_up(l);
-        break;
-    case 10:
-        if (below(l, 4) == 0) {
-            do_resize(l);
-        }
-        break;
-    default:
-        do_write(l);
-        break;
-    }
-}
-
-/* A read sees what was there at its begin, or came while it lasted */
-static void coroutine_fn reader(Life *l)
-{
-    unsigned slot = below(l, NB_SLOTS);
-    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
-    uint64_t from[IMAGE_SECTORS];
-    uint64_t dropped[IMAGE_SECTORS];
-
-    for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
-        History *h = &l->model->sectors[slot * IMAGE_SECTORS + i];
-
-        from[i] = history_last_completed(h);
-        dropped[i] = h->values[from[i] - h->dropped].tag;
-    }
-    g_assert_cmpint(image_read(l->sim, l->st, slot_guest(slot), buf), ==, 0);
-    for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
-        History *h = &l->model->sectors[slot * IMAGE_SECTORS + i];
-        uint64_t tag = image_tag(buf + i * SIM_SECTOR,
-                                 slot_guest(slot) * IMAGE_SECTORS + i);
-
-        /* a flush may have dropped values from the model meanwhile */
-        g_assert_true(history_allows(h, from[i], tag) || tag == dropped[i] ||
-                      h->dropped > from[i]);
-        g_assert_cmpuint(tag, !=, TAG_FOREIGN);
-    }
-}
-
-/* ------------------------------------------------------------------ */
-/* Snapshots                                                           */
-
-static int coroutine_fn read_snapshot(ThinvmStore *st, uint32_t slot,
-                                      ThinvmSnapshot *snap)
-{
-    ThinvmState *s = thinvm_store_state(st);
-    ThinvmNeeds needs;
-    int ret;
-
-    thinvm_needs_init(&needs);
-    for (;;) {
-        thinvm_state_lock(s);
-        ret = thinvm_snapshot_read(s, slot, snap, &needs, &error_abort);
-        thinvm_state_unlock(s);
-        if (ret != -EAGAIN) {
-            break;
-        }
-        thinvm_store_read_wanted(st, s, &needs, &error_abort);
-    }
-    thinvm_state_lock(s);
-    thinvm_needs_destroy(s, &needs);
-    thinvm_state_unlock(s);
-    return ret;
-}
-
-/* -ENOENT if there is none with this id */
-static int coroutine_fn find_snapshot(ThinvmStore *st, uint64_t id,
-                                      ThinvmSnapshot *snap)
-{
-    uint32_t nb;
-
-    thinvm_state_lock(thinvm_store_state(st));
-    nb = thinvm_snapshot_nb_slots(thinvm_store_state(st));
-    thinvm_state_unlock(thinvm_store_state(st));
-    for (uint32_t slot = 0; slot < nb; slot++) {
-        if (read_snapshot(st, slot, snap) == 0 && snap->id == id) {
-            return slot;
-        }
-    }
-    return -ENOENT;
-}
-
-static void coroutine_fn do_snapshot_create(Life *l, SnapshotModel **place)
-{
-    SnapshotModel *m = g_new0(SnapshotModel, 1);
-    ThinvmSnapshot snap = { .icount = UINT64_MAX, .date_sec = 1 };
-    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
-
-    while (l->frozen) {
-        sim_yield(l->sim);
-    }
-    l->frozen = true;
-    while (l->nb_writing) {
-        sim_yield(l->sim);
-    }
-    thinvm_state_lock(thinvm_store_state(l->st));
-    snap.id = thinvm_snapshot_next_id(thinvm_store_state(l->st));
-    thinvm_state_unlock(thinvm_store_state(l->st));
-    snap.virtual_size = VIRTUAL_SIZE;
-    snprintf(snap.name, sizeof(snap.name), "snapshot %" PRIu64, snap.id);
-    m->id = snap.id;
-    for (unsigned i = 0; i < NB_SECTORS; i++) {
-        History *h = &l->model->sectors[i];
-
-        m->tags[i] = h->values[h->nb - 1].tag;
-    }
-    *place = m;
-    g_assert_cmpint(thinvm_store_execute(l->st, &op, NULL, &error_abort),
-                    ==, 0);
-    l->frozen = false;
-}
-
-static bool has_tree(const ThinvmSnapshot *snap)
-{
-    return snap->root.type != THINVM_PTR_NONE ||
-           snap->vmstate_root.type != THINVM_PTR_NONE;
-}
-
-static void coroutine_fn do_snapshot_delete(Life *l, SnapshotModel **place)
-{
-    SnapshotModel *m = *place;
-    ThinvmSnapshot snap;
-    int slot, waits = 0;
-
-    m->deleting = true;
-    while ((slot = find_snapshot(l->st, m->id, &snap)) >= 0 && waits < 2) {
-        ThinvmOp op = {
-            .type = THINVM_OP_SNAPSHOT_DELETE_STEP,
-            .guest = slot,
-            .value = m->id,
-        };
-
-        waits += (snap.flags & THINVM_SNAPSHOT_DELETED) && !has_tree(&snap);
-        g_assert_cmpint(thinvm_store_execute(l->st, &op, NULL, &error_abort),
-                        ==, 0);
-        sim_yield(l->sim);
-    }
-    /* A cut may still bring it back, in any state of being deleted */
-    do_flush(l);
-    g_free(m);
-    *place = NULL;
-}
-
-static void coroutine_fn snapshotter(Life *l)
-{
-    SnapshotModel **place = &l->model->snapshots[below(l, MAX_SNAPSHOTS)];
-
-    for (int i = below(l, 40); i; i--) {
-        sim_yield(l->sim);
-    }
-    if (*place) {
-        do_snapshot_delete(l, place);
-    } else {
-        do_snapshot_create(l, place);
-    }
-}
-
-/* ------------------------------------------------------------------ */
-/* Lives                                                               */
-
-typedef struct Worker {
-    Life *life;
-    void coroutine_fn (*step)(Life *l);
-    unsigned steps;
-} Worker;
-
-static void coroutine_fn worker_entry(void *opaque)
-{
-    Worker *w = opaque;
-
-    for (unsigned i = 0; i < w->steps; i++) {
-        w->step(w->life);
-        sim_yield(w->life->sim);
-    }
-    sim_finish(w->life->sim);
-}
-
-static void take_cut(void *opaque);
-
-/* Run all workers to their end; cuts are taken meanwhile */
-static void run_workers(Life *l)
-{
-    Worker workers[NB_WRITERS + NB_READERS + 1];
-    unsigned n = 0;
-
-    for (; n < NB_WRITERS; n++) {
-        workers[n] = (Worker) { l, writer, l->steps };
-    }
-    for (; n < NB_WRITERS + NB_READERS; n++) {
-        workers[n] = (Worker) { l, reader, l->steps };
-    }
-    workers[n++] = (Worker) { l, snapshotter, l->steps / 8 };
-    sim_set_hook(l->sim, take_cut, l);
-    for (unsigned i = 0; i < n; i++) {
-        sim_start(l->sim, worker_entry, &workers[i]);
-    }
-    sim_run(l->sim);
-    sim_set_hook(l->sim, NULL, NULL);
-}
+/* Judging what is there                                               */
 
 typedef struct Verify {
     ThinvmSim *sim;
     ThinvmStore *st;
     const Model *model;         /* what is allowed */
     bool process_only;
-    Model *found;               /* what was found: a new model */
+    Model *found;
+    uint64_t seed;              /* of cuts during recovery; 0: none */
 } Verify;
 
-static void coroutine_fn verify_disk(Verify *v)
+static uint64_t virtual_size(ThinvmStore *st)
 {
-    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
     ThinvmInfoState info;
 
-    thinvm_state_lock(thinvm_store_state(v->st));
-    thinvm_state_info(thinvm_store_state(v->st), &info);
-    thinvm_state_unlock(thinvm_store_state(v->st));
+    thinvm_state_lock(thinvm_store_state(st));
+    thinvm_state_info(thinvm_store_state(st), &info);
+    thinvm_state_unlock(thinvm_store_state(st));
+    return info.virtual_size;
+}
+
+static void coroutine_fn verify_disk(Verify *v, uint64_t *tags)
+{
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+    uint64_t size = virtual_size(v->st);
+
     for (unsigned slot = 0; slot < NB_SLOTS; slot++) {
         uint64_t guest = slot_guest(slot);
 
-        if ((guest + 1) * IMAGE_CLUSTER > info.virtual_size) {
+        if ((guest + 1) * IMAGE_CLUSTER > size) {
             memset(buf, 0, IMAGE_CLUSTER);
         } else {
             g_assert_cmpint(image_read(v->sim, v->st, guest, buf), ==, 0);
         }
         for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
             unsigned sector = slot * IMAGE_SECTORS + i;
-            const History *h = &v->model->sectors[sector];
-            uint64_t tag = image_tag(buf + i * SIM_SECTOR,
-                                     guest * IMAGE_SECTORS + i);
 
-            g_assert_cmpuint(tag, !=, TAG_FOREIGN);
-            if (!history_allows(h, v->process_only ? h->committed : 0, tag)) {
-                g_error("slot %u sector %u has %" PRIu64 ", of %u values from "
-                        "%" PRIu64 " to %" PRIu64, slot, i, tag, h->nb,
-                        h->values[0].tag, h->values[h->nb - 1].tag);
+            tags[sector] = image_tag(buf + i * SIM_SECTOR,
+                                     guest * IMAGE_SECTORS + i);
+            if (!model_allows(v->model, sector, v->process_only,
+                              tags[sector])) {
+                const History *h = &v->model->sectors[sector];
+
+                fail("Slot %u, sector %u has value %" PRId64 ", which it must "
+                     "not have (of %u values from %" PRIu64 " to %" PRIu64
+                     ")", slot, i, tags[sector], h->nb, h->values[0].tag,
+                     h->values[h->nb - 1].tag);
             }
-            v->found->sectors[sector].values[0].tag = tag;
         }
     }
 }
@@ -656,24 +163,46 @@ static void coroutine_fn verify_snapshot(Verify *v, const SnapshotModel *m,
     g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
     ThinvmSnapshot snap;
 
-    if (find_snapshot(v->st, m->id, &snap) < 0) {
+    if (life_find_snapshot(v->st, m->id, &snap) < 0) {
         return;
     }
     *found = g_memdup2(m, sizeof(*m));
     if (snap.flags) {
         g_assert_true(m->deleting);
+        (*found)->deleting = true;
         return;
     }
-    snapshots_seen++;
+    (*found)->deleting = false;
+    now.snapshots++;
     for (unsigned slot = 0; slot < NB_SLOTS; slot++) {
         uint64_t guest = slot_guest(slot);
 
         g_assert_cmpint(image_read_root(v->sim, v->st, &snap.root, guest, buf),
                         ==, 0);
         for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
-            g_assert_cmpuint(image_tag(buf + i * SIM_SECTOR,
-                                       guest * IMAGE_SECTORS + i), ==,
-                             m->tags[slot * IMAGE_SECTORS + i]);
+            uint64_t is = image_tag(buf + i * SIM_SECTOR,
+                                    guest * IMAGE_SECTORS + i);
+            uint64_t was = m->tags[slot * IMAGE_SECTORS + i];
+
+            if (is != was) {
+                fail("Snapshot %" PRIu64 ", slot %u, sector %u has value %"
+                     PRId64 ", but had %" PRIu64, m->id, slot, i, is, was);
+            }
+        }
+    }
+}
+
+/* All that can be read through @v->st; fills v->found */
+static void coroutine_fn verify_all(Verify *v)
+{
+    g_autofree uint64_t *tags = g_new(uint64_t, NB_SECTORS);
+
+    verify_disk(v, tags);
+    v->found = model_new(tags, v->model->next_tag);
+    for (unsigned i = 0; i < MAX_SNAPSHOTS; i++) {
+        if (v->model->snapshots[i]) {
+            verify_snapshot(v, v->model->snapshots[i],
+                            &v->found->snapshots[i]);
         }
     }
 }
@@ -685,178 +214,729 @@ static void coroutine_fn verify_entry(void *opaque)
     v->st = image_open(v->sim);
     thinvm_store_set_discard(v->st, true);
     image_check(v->st);
-    v->found = model_new();
-    v->found->next_tag = v->model->next_tag;
-    verify_disk(v);
-    for (unsigned i = 0; i < MAX_SNAPSHOTS; i++) {
-        if (v->model->snapshots[i]) {
-            verify_snapshot(v, v->model->snapshots[i],
-                            &v->found->snapshots[i]);
-        }
-    }
+    /* only reads follow: cuts there would show nothing new */
+    sim_set_hook(v->sim, NULL, NULL);
+    verify_all(v);
     sim_finish(v->sim);
 }
 
-/* The disk may have been cut while it was small */
-static void coroutine_fn grow_entry(void *opaque)
-{
-    Life *l = opaque;
+static void cut_recovery(void *opaque);
 
-    set_size(l, VIRTUAL_SIZE);
-    sim_finish(l->sim);
+static void verify_run(Verify *v)
+{
+    if (v->seed) {
+        sim_set_hook(v->sim, cut_recovery, v);
+    }
+    sim_start(v->sim, verify_entry, v);
+    sim_run(v->sim);
 }
 
-static void live_on(Verify *v, Life *before)
+static void verify_destroy(Verify *v)
 {
-    Life next = {
-        .sim = v->sim,
-        .st = v->st,
-        .model = v->found,
-        .random.state = sim_random(&before->random),
-        .generation = before->generation + 1,
-        .steps = 12,
-        .cut_percent = 3,
+    thinvm_store_free(v->st);
+    if (v->found) {
+        model_free(v->found);
+    }
+    sim_free(v->sim);
+}
+
+/* A cut while the image recovers from a cut: nothing more may be lost */
+static void cut_recovery(void *opaque)
+{
+    Verify *before = opaque;
+    SimRandom r = { before->seed };
+    Verify v = {
+        .model = before->model,
+        .process_only = before->process_only,
     };
 
-    second_cuts++;
-    sim_start(next.sim, grow_entry, &next);
-    sim_run(next.sim);
-    run_workers(&next);
-}
-
-static void take_cut(void *opaque)
-{
-    Life *l = opaque;
-    Verify v = { .model = l->model };
-
-    if (l->no_cuts || !cuts_left ||
-        !sim_random_chance(&l->random, l->cut_percent)) {
+    before->seed = sim_random(&r) | 1;
+    if (!cuts_left || !sim_random_chance(&r, 4)) {
         return;
     }
     cuts_left--;
-    cuts_done++;
-    v.process_only = below(l, 4) == 0;
-    v.sim = sim_cut(l->sim, sim_random(&l->random), v.process_only);
-    sim_start(v.sim, verify_entry, &v);
-    sim_run(v.sim);
-    if (l->generation == 0 && below(l, 12) == 0) {
-        live_on(&v, l);
-    }
-    thinvm_store_free(v.st);
-    model_free(v.found);
-    sim_free(v.sim);
+    now.cuts++;
+    now.recovering++;
+    v.sim = sim_cut(before->sim, sim_random(&r),
+                    sim_random_below(&r, SIM_CUT__MAX));
+    verify_run(&v);
+    verify_destroy(&v);
 }
 
-typedef struct Birth {
-    ThinvmSim *sim;
-    ThinvmStore *st;
-} Birth;
+/* ------------------------------------------------------------------ */
+/* Owners                                                              */
+
+static ThinvmStore *coroutine_fn open_elsewhere(ThinvmSim *sim)
+{
+    ThinvmStore *st = thinvm_store_open(sim_attach(sim), 0, &error_abort);
+
+    thinvm_store_set_discard(st, true);
+    return st;
+}
+
+/* The old owner is fenced off, or dead, and perhaps still dying */
+static void coroutine_fn takeover_entry(void *opaque)
+{
+    Trial *t = opaque;
+    Life *l = &t->life;
+    Verify v = {
+        .sim = l->sim,
+        .model = l->model,
+        .process_only = !t->power_cycled,
+    };
+
+    v.st = l->follower ?: open_elsewhere(l->sim);
+    l->follower = NULL;
+    thinvm_store_begin_writing(v.st, ++l->epoch, &error_abort);
+    verify_all(&v);
+    t->successor = v.st;
+    t->succeeded = v.found;
+    sim_finish(l->sim);
+}
+
+static void take_over(Trial *t)
+{
+    Life *l = &t->life;
+
+    now.takeovers++;
+    l->down = true;
+    t->power_cycled = below(t, 3) == 0;
+    life_say("the owner is fenced off%s", t->power_cycled ?
+             ", the device loses what is in its cache" : "");
+    sim_fence(l->sim, l->st->dev);
+    if (t->power_cycled) {
+        sim_power_cycle(l->sim);
+    }
+    sim_start(l->sim, takeover_entry, t);
+}
+
+static void coroutine_fn handover_entry(void *opaque)
+{
+    Trial *t = opaque;
+    Life *l = &t->life;
+    ThinvmStore *next = l->follower ?: open_elsewhere(l->sim);
+
+    thinvm_store_end_writing(l->st, below(t, 2), &error_abort);
+    model_flushed(l->model, l->model->clock);
+    thinvm_store_begin_writing(next, ++l->epoch, &error_abort);
+    l->follower = l->st;
+    l->st = next;
+    sim_finish(l->sim);
+}
+
+static void coroutine_fn follower_entry(void *opaque)
+{
+    Life *l = opaque;
+
+    l->follower = open_elsewhere(l->sim);
+    sim_finish(l->sim);
+}
+
+static void begin_reign(Trial *t, bool last)
+{
+    Life *l = &t->life;
+
+    t->ios = 0;
+    t->fence_at = 0;
+    t->power_cycled = false;
+    if (!last && below(t, 3)) {
+        t->fence_at = 1 + below(t, below(t, 2) ? 100 : 3000);
+    }
+    if (!l->follower && below(t, 2)) {
+        sim_start(l->sim, follower_entry, l);
+        sim_run(l->sim);
+    }
+    now.followed += l->follower != NULL;
+}
+
+static void end_reign(Trial *t)
+{
+    Life *l = &t->life;
+
+    t->fence_at = 0;
+    if (t->successor) {
+        thinvm_store_free(l->st);
+        model_free(l->model);
+        l->st = t->successor;
+        l->model = t->succeeded;
+        t->successor = NULL;
+        l->down = false;
+    } else {
+        now.handovers++;
+        life_say("the image is handed over");
+        sim_start(l->sim, handover_entry, t);
+        sim_run(l->sim);
+        if (below(t, 2)) {
+            thinvm_store_free(l->follower);
+            l->follower = NULL;
+        }
+    }
+}
+
+static void coroutine_fn settle_entry(void *opaque)
+{
+    Life *l = opaque;
+
+    life_resize(l, VIRTUAL_SIZE);
+    sim_finish(l->sim);
+}
+
+static void at_io(void *opaque);
+
+static void live_reigns(Trial *t, unsigned reigns)
+{
+    Life *l = &t->life;
+
+    for (l->reign = 0; l->reign < reigns; l->reign++) {
+        bool last = l->reign + 1 == reigns;
+
+        life_say("reign %u of %u", l->reign + 1, reigns);
+        begin_reign(t, last);
+        sim_set_hook(l->sim, at_io, t);
+        life_run(l);
+        if (t->successor || !last) {
+            end_reign(t);
+        }
+        /* a cut, or the end of a reign, may have left the disk small */
+        sim_start(l->sim, settle_entry, l);
+        sim_run(l->sim);
+        sim_set_hook(l->sim, NULL, NULL);
+    }
+    thinvm_store_free(l->follower);
+    l->follower = NULL;
+}
+
+/* ------------------------------------------------------------------ */
+/* Cuts                                                                */
+
+static void live_on(Verify *v, Trial *before)
+{
+    Trial next = {
+        .life = {
+            .sim = v->sim,
+            .st = v->st,
+            .model = g_steal_pointer(&v->found),
+            .seed = before->life.seed,
+            .generation = before->life.generation + 1,
+            .steps = 10,
+            .tight = before->life.tight,
+            .epoch = before->life.epoch + 1,
+        },
+        .random.state = sim_random(&before->random),
+        .cut_percent = before->every ? 20 : 3,
+    };
+
+    now.again++;
+    sim_start(v->sim, settle_entry, &next.life);
+    sim_run(v->sim);
+    live_reigns(&next, 1 + below(&next, 2));
+    v->st = next.life.st;
+    v->found = next.life.model;
+}
+
+static void cut(Trial *t, SimCut kind)
+{
+    Life *l = &t->life;
+    Verify v = {
+        .model = l->model,
+        .process_only = kind == SIM_CUT_PROCESS && !t->power_cycled,
+    };
+
+    if (!cuts_left) {
+        return;
+    }
+    cuts_left--;
+    now.cuts++;
+    now.cut = cut_name(kind);
+    life_say("cut %" PRIu64 ": %s", now.cuts, now.cut);
+    v.sim = sim_cut(l->sim, sim_random(&t->random), kind);
+    if (below(t, 10) == 0) {
+        v.seed = sim_random(&t->random) | 1;
+    }
+    verify_run(&v);
+    if (l->generation == 0 && below(t, 12) == 0) {
+        live_on(&v, t);
+    }
+    verify_destroy(&v);
+    if (now.cuts % 25000 == 0) {
+        g_test_message("%" PRIu64 " cuts, at seed %" PRIu64, now.cuts,
+                       now.seed);
+    }
+}
+
+/* Before each I/O takes effect */
+static void at_io(void *opaque)
+{
+    static const SimCut kinds[] = {
+        SIM_CUT_POWER, SIM_CUT_POWER, SIM_CUT_POWER, SIM_CUT_POWER,
+        SIM_CUT_PROCESS, SIM_CUT_PROCESS, SIM_CUT_NOTHING, SIM_CUT_ALL,
+    };
+    Trial *t = opaque;
+
+    t->ios++;
+    if (t->every) {
+        for (SimCut kind = 0; kind < SIM_CUT__MAX; kind++) {
+            cut(t, kind);
+        }
+    } else if (sim_random_chance(&t->random, t->cut_percent)) {
+        cut(t, kinds[below(t, ARRAY_SIZE(kinds))]);
+    }
+    if (t->ios == t->fence_at && !t->life.down) {
+        take_over(t);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Lives                                                               */
 
 static void coroutine_fn birth_entry(void *opaque)
 {
-    Birth *b = opaque;
+    Life *l = opaque;
 
-    image_create(b->sim, VIRTUAL_SIZE);
-    b->st = image_open(b->sim);
-    thinvm_store_set_discard(b->st, true);
-    sim_finish(b->sim);
+    image_create(l->sim, VIRTUAL_SIZE);
+    l->st = image_open(l->sim);
+    l->epoch = 1;
+    thinvm_store_set_discard(l->st, true);
+    sim_finish(l->sim);
 }
 
 static void coroutine_fn death_entry(void *opaque)
 {
-    Birth *b = opaque;
+    Life *l = opaque;
 
-    thinvm_store_end_writing(b->st, true, &error_abort);
-    image_check(b->st);
-    sim_finish(b->sim);
+    thinvm_store_end_writing(l->st, true, &error_abort);
+    image_check(l->st);
+    sim_finish(l->sim);
 }
 
 /* An image from its creation to a clean end, with cuts on the way */
-static void live(uint64_t seed)
+static void live(uint64_t seed, uint64_t variant, unsigned steps, bool every)
 {
-    Birth b = { .sim = sim_new(seed, DEVICE_SIZE, DEVICE_MAX) };
-    Life l = {
-        .sim = b.sim,
-        .model = model_new(),
-        .random.state = seed ^ 0x5eed,
-        .steps = 120,
+    Trial t = {
+        .life = {
+            .model = model_new(NULL, 1),
+            .seed = seed,
+        },
+        .random.state = seed ^ 0x5eed ^ variant << 40,
+        .every = every,
+    };
+    Life *l = &t.life;
+    unsigned reigns = 1 + below(&t, MAX_REIGNS - 1);
+
+    now.seed = seed;
+    now.variant = variant;
+    t.cut_percent = 2 + below(&t, 12);
+    l->steps = steps ?: 120 / reigns;
+    l->tight = below(&t, 8) == 0;
+    life_say("seed %" PRIu64 ", variant %" PRIu64 ", up to %u reigns", seed,
+             variant, reigns);
+    l->sim = sim_new(seed ^ variant << 40, DEVICE_SIZE,
+                     l->tight ? DEVICE_SIZE + MiB : DEVICE_MAX);
+    sim_start(l->sim, birth_entry, l);
+    sim_run(l->sim);
+    sim_set_fault(l->sim, device_fault);
+    now.alive = true;
+    live_reigns(&t, reigns);
+    now.alive = false;
+    now.grown += sim_count(l->sim, SIM_GROW);
+    sim_start(l->sim, death_entry, l);
+    sim_run(l->sim);
+    thinvm_store_free(l->st);
+    model_free(l->model);
+    sim_free(l->sim);
+}
+
+static void tell(const char *what)
+{
+    g_test_message("%s: %" PRIu64 " cuts, %" PRIu64 " of them in a recovery, "
+                   "%" PRIu64 " images lived on, %" PRIu64 " snapshots "
+                   "compared, %" PRIu64 " takeovers and %" PRIu64 " handovers, "
+                   "%" PRIu64 " reigns followed, %" PRIu64 " enlargements; "
+                   "seeds %" PRIu64 " to %" PRIu64, what, now.cuts,
+                   now.recovering, now.again, now.snapshots, now.takeovers,
+                   now.handovers, now.followed, now.grown, options.seed,
+                   now.seed);
+}
+
+/* Lives, until there were enough cuts */
+static void test_cuts(void)
+{
+    memset(&now, 0, sizeof(now));
+    cuts_left = options.cuts;
+    for (uint64_t seed = options.seed; cuts_left; seed++) {
+        live(seed, 0, 0, options.every);
+    }
+    tell("random");
+    if (now.cuts > 5000 && !options.every) {
+        /* The load must be what it is meant to be */
+        g_assert_cmpuint(now.again * 100, >=, now.cuts);
+        g_assert_cmpuint(now.recovering * 100, >=, now.cuts);
+        g_assert_cmpuint(now.snapshots * 10, >=, now.cuts);
+        g_assert_cmpuint(now.takeovers, >, 0);
+        g_assert_cmpuint(now.handovers, >, 0);
+        g_assert_cmpuint(now.followed, >, 0);
+        g_assert_cmpuint(now.grown, >, 0);
+    }
+}
+
+/* Short lives with a cut at each of their I/Os, in every way */
+static void test_every(void)
+{
+    memset(&now, 0, sizeof(now));
+    cuts_left = UINT64_MAX;
+    for (uint64_t seed = 1; seed <= 3; seed++) {
+        live(seed + options.seed * 1000, 0, 3, true);
+    }
+    tell("every I/O");
+}
+
+/* One life, or parts of it, in several orders */
+static void test_replay(void)
+{
+    memset(&now, 0, sizeof(now));
+    cuts_left = options.cuts;
+    for (uint64_t i = 0; i < MAX(options.tries, 1); i++) {
+        live(options.seed, options.variant + i, 0, options.every);
+    }
+    tell("replay");
+}
+
+/* ------------------------------------------------------------------ */
+/* Shrinking                                                           */
+
+static int64_t shrink_deadline;
+
+/* Our own program with other arguments: does it fail? */
+static bool run_fails(char **argv, char **output)
+{
+    g_autofree char *out = NULL, *err = NULL;
+    g_autoptr(GError) error = NULL;
+    int status = 0;
+
+    if (!g_spawn_sync(NULL, argv, NULL, 0, NULL, NULL, &out, &err, &status,
+                      &error)) {
+        g_error("%s", error->message);
+    }
+    if (output) {
+        *output = g_strconcat(out, err, NULL);
+    }
+    return status != 0;
+}
+
+static GPtrArray *replay_args(const char *steps, unsigned nb_steps)
+{
+    GPtrArray *argv = g_ptr_array_new_with_free_func(g_free);
+
+    g_ptr_array_add(argv, g_strdup("/proc/self/exe"));
+    g_ptr_array_add(argv, g_strdup_printf("--seed=%" PRIu64, options.seed));
+    g_ptr_array_add(argv, g_strdup_printf("--variant=%" PRIu64,
+                                          options.variant));
+    g_ptr_array_add(argv, g_strdup("--tries=" SHRINK_TRIES));
+    g_ptr_array_add(argv, g_strdup("--cuts=" SHRINK_CUTS));
+    g_ptr_array_add(argv, g_strdup_printf("--steps=%s", steps));
+    if (options.fault) {
+        g_ptr_array_add(argv, g_strdup_printf("--fault=%s", options.fault));
+    }
+    if (options.every || nb_steps <= FEW_STEPS) {
+        g_ptr_array_add(argv, g_strdup("--every"));
+    }
+    g_ptr_array_add(argv, g_strdup("--no-shrink"));
+    return argv;
+}
+
+static bool life_fails(const bool *keep, unsigned nb, void *opaque)
+{
+    g_autofree char *list = shrink_list(keep, nb);
+    g_autoptr(GPtrArray) argv = NULL;
+    unsigned nb_steps = 0;
+    bool fails;
+
+    if (g_get_monotonic_time() > shrink_deadline) {
+        return false;
+    }
+    for (unsigned i = 0; i < nb; i++) {
+        nb_steps += keep[i];
+    }
+    argv = replay_args(list, nb_steps);
+    g_ptr_array_add(argv, NULL);
+    fails = run_fails((char **)argv->pdata, NULL);
+    fprintf(stderr, "# %u steps: %s\n", nb_steps, fails ? "fails" : "passes");
+    return fails;
+}
+
+/* The command that we were called for: make --steps shorter, and tell */
+static int shrink_life(void)
+{
+    bool *keep = g_new0(bool, LIFE_NB_STEPS);
+    g_autofree char *list = NULL, *output = NULL, *command = NULL;
+    g_autoptr(GPtrArray) argv = NULL;
+    unsigned left;
+
+    for (unsigned i = 0; i < LIFE_NB_STEPS; i++) {
+        keep[i] = life_chosen(i);
+    }
+    shrink_deadline = g_get_monotonic_time() + SHRINK_SECONDS * G_USEC_PER_SEC;
+    if (!life_fails(keep, LIFE_NB_STEPS, NULL)) {
+        fprintf(stderr, "Its steps alone do not fail: not shrunk\n");
+        return 1;
+    }
+    left = shrink(keep, LIFE_NB_STEPS, life_fails, NULL, SHRINK_TESTS);
+    list = shrink_list(keep, LIFE_NB_STEPS);
+    argv = replay_args(list, left);
+    g_ptr_array_add(argv, g_strdup("--verbose"));
+    g_ptr_array_add(argv, NULL);
+    run_fails((char **)argv->pdata, &output);
+    argv->pdata[0] = g_strdup("test-thinvm-crash");
+    command = g_strjoinv(" ", (char **)argv->pdata);
+    fprintf(stderr, "%s\nSmallest failing history: %u steps (above)\n"
+            "Replay: %s\n", output, left, command);
+    return 1;
+}
+
+/* Append; the signal handler below must not allocate */
+static void G_GNUC_PRINTF(3, 4) put(char *text, size_t size,
+                                    const char *fmt, ...)
+{
+    size_t used = strlen(text);
+    va_list ap;
+
+    va_start(ap, fmt);
+    vsnprintf(text + used, size - used, fmt, ap);
+    va_end(ap);
+}
+
+static void list_made(char *text, size_t size)
+{
+    const bool *made = life_made();
+
+    put(text, size, "--steps=");
+    for (unsigned i = 0; i < LIFE_NB_STEPS; i++) {
+        unsigned last = i;
+
+        if (!made[i]) {
+            continue;
+        }
+        while (last + 1 < LIFE_NB_STEPS && made[last + 1]) {
+            last++;
+        }
+        put(text, size, text[8] ? ",%u-%u" : "%u-%u", i, last);
+        i = last;
+    }
+}
+
+/* A test has failed: say where, and replace this program by the shrinker */
+static void on_failure(int sig)
+{
+    static char text[300], seed[40], variant[40], fault[40], steps[100000];
+    char *const argv[] = {
+        (char *)"test-thinvm-crash", (char *)"--shrink", seed, variant, steps,
+        (char *)(options.every ? "--every" : fault),
+        options.every ? fault : NULL, NULL
     };
 
-    l.cut_percent = 2 + below(&l, 12);
-    sim_start(b.sim, birth_entry, &b);
-    sim_run(b.sim);
-    l.st = b.st;
-    run_workers(&l);
-    sim_start(b.sim, death_entry, &b);
-    sim_run(b.sim);
-    thinvm_store_free(b.st);
-    model_free(l.model);
-    sim_free(b.sim);
-}
-
-static void test_cuts(gconstpointer data)
-{
-    const uint64_t *first_seed = data;
-
-    for (uint64_t seed = *first_seed; cuts_left; seed++) {
-        current_seed = seed;
-        live(seed);
+    if (!now.alive) {
+        signal(sig, SIG_DFL);
+        raise(sig);
     }
-    g_test_message("%" PRIu64 " cuts, %" PRIu64 " of them lived on, %" PRIu64
-                   " snapshots compared, seeds %" PRIu64 " to %" PRIu64,
-                   cuts_done, second_cuts, snapshots_seen, *first_seed,
-                   current_seed);
-    g_assert_cmpuint(second_cuts * 100, >=, cuts_done > 1000 ? cuts_done : 0);
-}
-
-static void tell_seed(int sig)
-{
-    static char text[100];
-    int n = snprintf(text, sizeof(text),
-                     "\nFailed in the life with --seed %" PRIu64
-                     ", at its cut number %" PRIu64 " or so\n",
-                     current_seed, cuts_done);
-
-    if (write(STDERR_FILENO, text, n) < 0) {
-        _exit(1);
+    put(text, sizeof(text), "Failed in the life with --seed %" PRIu64
+        " --variant %" PRIu64 ", at its cut number %" PRIu64 " (%s)\n",
+        now.seed, now.variant, now.cuts, now.cut ?: "none");
+    if (write(STDERR_FILENO, text, strlen(text)) > 0 && !options.no_shrink) {
+        put(seed, sizeof(seed), "--seed=%" PRIu64, now.seed);
+        put(variant, sizeof(variant), "--variant=%" PRIu64, now.variant);
+        put(fault, sizeof(fault), "--fault=%s", options.fault ?: "");
+        list_made(steps, sizeof(steps));
+        execv("/proc/self/exe", argv);
     }
-    signal(SIGABRT, SIG_DFL);
-    raise(SIGABRT);
+    signal(sig, SIG_DFL);
+    raise(sig);
 }
 
-static uint64_t number(const char *text, uint64_t otherwise)
+static void catch_failures(void)
 {
-    return text ? g_ascii_strtoull(text, NULL, 0) : otherwise;
+    struct sigaction sa = { .sa_handler = on_failure, .sa_flags = SA_NODEFER };
+    sigset_t all;
+
+    sigfillset(&all);
+    sigprocmask(SIG_UNBLOCK, &all, NULL);
+    sigaction(SIGABRT, &sa, NULL);
+    sigaction(SIGSEGV, &sa, NULL);
+    sigaction(SIGBUS, &sa, NULL);
+    sigaction(SIGTRAP, &sa, NULL);      /* g_error() */
 }
 
-/* Take "--name N" out of the arguments: GLib has a --seed of its own */
+/* ------------------------------------------------------------------ */
+/* Does the test find what it is for?                                  */
+
+/* A device, or a data path, that breaks one of its promises is noticed */
+static void test_fault(gconstpointer data)
+{
+    g_autofree char *fault = g_strdup_printf("--fault=%s", (char *)data);
+    g_autofree char *output = NULL;
+    char *argv[] = { (char *)"/proc/self/exe", fault,
+                     (char *)"--cuts=10000", (char *)"--no-shrink", NULL };
+
+    g_assert_true(run_fails(argv, &output));
+    g_assert_nonnull(strstr(output, "Failed in the life with --seed "));
+}
+
+/* and the life in which it was noticed is shrunk to a few steps */
+static void test_shrink(void)
+{
+    g_autofree char *output = NULL;
+    g_auto(GStrv) again = NULL;
+    char *argv[] = { (char *)"/proc/self/exe", (char *)"--fault=order",
+                     (char *)"--cuts=10000", NULL };
+    const char *smallest, *replay;
+    unsigned steps;
+
+    g_assert_true(run_fails(argv, &output));
+    smallest = strstr(output, "Smallest failing history: ");
+    g_assert_nonnull(smallest);
+    g_assert_cmpint(sscanf(smallest, "Smallest failing history: %u", &steps),
+                    ==, 1);
+    g_assert_cmpuint(steps, >, 0);
+    g_assert_cmpuint(steps, <=, 8);
+    /* What it prints does replay it */
+    replay = strstr(smallest, "Replay: ");
+    g_assert_nonnull(replay);
+    again = g_strsplit(g_strstrip((char *)replay + strlen("Replay: ")), " ",
+                       0);
+    g_free(again[0]);
+    again[0] = g_strdup("/proc/self/exe");
+    g_assert_true(run_fails(again, NULL));
+}
+
+/* ------------------------------------------------------------------ */
+
+/* Take "--name VALUE" or "--name=VALUE" out of the arguments, or NULL */
 static const char *take_option(int *argc, char **argv, const char *name)
 {
-    for (int i = 1; i + 1 < *argc; i++) {
-        if (!strcmp(argv[i], name)) {
-            const char *value = argv[i + 1];
+    size_t length = strlen(name);
 
-            memmove(&argv[i], &argv[i + 2], (*argc - i - 1) * sizeof(char *));
-            *argc -= 2;
-            return value;
+    for (int i = 1; i < *argc; i++) {
+        const char *value;
+        int nb = 1;
+
+        if (strncmp(argv[i], name, length)) {
+            continue;
         }
+        if (argv[i][length] == '=') {
+            value = argv[i] + length + 1;
+        } else if (!argv[i][length] && i + 1 < *argc) {
+            value = argv[i + 1];
+            nb = 2;
+        } else {
+            continue;
+        }
+        memmove(&argv[i], &argv[i + nb], (*argc - i - nb + 1) *
+                sizeof(char *));
+        *argc -= nb;
+        return value;
     }
     return NULL;
 }
 
+static bool take_flag(int *argc, char **argv, const char *name)
+{
+    for (int i = 1; i < *argc; i++) {
+        if (!strcmp(argv[i], name)) {
+            memmove(&argv[i], &argv[i + 1], (*argc - i) * sizeof(char *));
+            (*argc)--;
+            return true;
+        }
+    }
+    return false;
+}
+
+static uint64_t take_number(int *argc, char **argv, const char *name,
+                            const char *variable, uint64_t otherwise)
+{
+    const char *text = take_option(argc, argv, name);
+    uint64_t number;
+
+    text = text ?: variable ? getenv(variable) : NULL;
+    if (!text) {
+        return otherwise;
+    }
+    if (qemu_strtou64(text, NULL, 0, &number) < 0) {
+        fprintf(stderr, "%s: '%s' is not a number\n", name, text);
+        exit(1);
+    }
+    return number;
+}
+
+static bool set_fault(const char *name)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(fault_names); i++) {
+        if (!strcmp(name, fault_names[i])) {
+            if (i + 1 < SIM_FAULT__MAX) {
+                device_fault = i + 1;
+            } else {
+                image_fault = i + 2 - SIM_FAULT__MAX;
+            }
+            return true;
+        }
+    }
+    return false;
+}
+
+static void parse(int *argc, char **argv)
+{
+    options.cuts = take_number(argc, argv, "--cuts", "THINVM_CUTS", 10000);
+    options.seed = take_number(argc, argv, "--seed", "THINVM_SEED", 1);
+    options.variant = take_number(argc, argv, "--variant", NULL, 0);
+    options.tries = take_number(argc, argv, "--tries", NULL, 0);
+    options.steps = take_option(argc, argv, "--steps");
+    options.fault = take_option(argc, argv, "--fault");
+    options.every = take_flag(argc, argv, "--every");
+    options.verbose = take_flag(argc, argv, "--verbose");
+    options.no_shrink = take_flag(argc, argv, "--no-shrink");
+    options.shrink = take_flag(argc, argv, "--shrink");
+    if (options.fault && !*options.fault) {
+        options.fault = NULL;
+    }
+    if (!life_set_steps(options.steps)) {
+        fprintf(stderr, "--steps: no list of steps: %s\n", options.steps);
+        exit(1);
+    }
+    if (options.fault && !set_fault(options.fault)) {
+        fprintf(stderr, "--fault: there is no fault '%s'\n", options.fault);
+        exit(1);
+    }
+    life_set_verbose(options.verbose);
+}
+
 int main(int argc, char **argv)
 {
-    static uint64_t seed;
+    parse(&argc, argv);
+    if (options.shrink) {
+        sigset_t all;
 
-    cuts_left = number(getenv("THINVM_CUTS"), 10000);
-    seed = number(getenv("THINVM_SEED"), 1);
-    cuts_left = number(take_option(&argc, argv, "--cuts"), cuts_left);
-    seed = number(take_option(&argc, argv, "--seed"), seed);
-
+        /* we may be in the place of a program that was in a handler */
+        sigfillset(&all);
+        sigprocmask(SIG_UNBLOCK, &all, NULL);
+        return shrink_life();
+    }
     g_test_init(&argc, &argv, NULL);
     qemu_init_main_loop(&error_abort);
     module_call_init(MODULE_INIT_TRACE);
-    signal(SIGABRT, tell_seed);
-    g_test_add_data_func("/thinvm/crash/cuts", &seed, test_cuts);
+    catch_failures();
+
+    if (options.tries || options.steps) {
+        g_test_add_func("/thinvm/crash/replay", test_replay);
+        return g_test_run();
+    }
+    g_test_add_func("/thinvm/crash/cuts", test_cuts);
+    if (!options.fault && !options.every) {
+        g_test_add_func("/thinvm/crash/every-io", test_every);
+        for (unsigned i = 0; i < ARRAY_SIZE(fault_names); i++) {
+            g_autofree char *path = g_strdup_printf("/thinvm/crash/fault/%s",
+                                                    fault_names[i]);
+
+            g_test_add_data_func(path, fault_names[i], test_fault);
+        }
+        g_test_add_func("/thinvm/crash/shrink", test_shrink);
+    }
     return g_test_run();
 }

@@ -11,6 +11,37 @@
 #include "thinvm-sim-image.h"
 #include "block/thinvm/store-int.h"
 
+ImageFault image_fault;
+unsigned image_dawdle;
+
+static void coroutine_fn dawdle(ThinvmSim *sim, unsigned turns)
+{
+    while (turns--) {
+        sim_yield(sim);
+    }
+}
+
+static unsigned take_dawdle(void)
+{
+    unsigned turns = image_dawdle;
+
+    image_dawdle = 0;
+    return turns;
+}
+
+static unsigned request_begin(ThinvmStore *st)
+{
+    return image_fault == IMAGE_FAULT_EPOCH ? UINT_MAX :
+           thinvm_store_request_begin(st);
+}
+
+static void request_end(ThinvmStore *st, unsigned token)
+{
+    if (token != UINT_MAX) {
+        thinvm_store_request_end(st, token);
+    }
+}
+
 void image_fill(uint8_t *buf, uint64_t first, unsigned sectors, uint64_t tag)
 {
     for (unsigned i = 0; i < sectors; i++) {
@@ -61,7 +92,7 @@ ThinvmStore *coroutine_fn image_open(ThinvmSim *sim)
 }
 
 /* Data of a fresh cluster, or of parts that are not valid yet */
-static int coroutine_fn write_data(ThinvmSim *sim, uint64_t guest,
+static int coroutine_fn write_data(ThinvmStore *st, uint64_t guest,
                                    uint64_t physical, unsigned part,
                                    unsigned nb, uint64_t tag)
 {
@@ -69,21 +100,21 @@ static int coroutine_fn write_data(ThinvmSim *sim, uint64_t guest,
     uint64_t first = guest * IMAGE_SECTORS + part * (IMAGE_PART / SIM_SECTOR);
 
     image_fill(buf, first, nb * IMAGE_PART / SIM_SECTOR, tag);
-    return sim_device(sim)->co_pwrite(sim_device(sim),
-                                      physical * IMAGE_CLUSTER +
-                                      part * IMAGE_PART,
-                                      nb * IMAGE_PART, buf);
+    return st->dev->co_pwrite(st->dev,
+                              physical * IMAGE_CLUSTER + part * IMAGE_PART,
+                              nb * IMAGE_PART, buf);
 }
 
 /*
  * The same for a cluster that a snapshot shares: all of it, with what the old
  * one has
  */
-static int coroutine_fn write_copy(ThinvmSim *sim, const ThinvmMapping *old,
+static int coroutine_fn write_copy(ThinvmSim *sim, ThinvmStore *st,
+                                   const ThinvmMapping *old,
                                    uint64_t physical, unsigned part,
-                                   unsigned nb, uint64_t tag)
+                                   unsigned nb, uint64_t tag, unsigned turns)
 {
-    ThinvmDevice *dev = sim_device(sim);
+    ThinvmDevice *dev = st->dev;
     g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
     uint64_t first = old->guest * IMAGE_SECTORS +
                      part * (IMAGE_PART / SIM_SECTOR);
@@ -91,6 +122,7 @@ static int coroutine_fn write_copy(ThinvmSim *sim, const ThinvmMapping *old,
                             buf);
 
     if (ret == 0) {
+        dawdle(sim, turns);
         image_fill(buf + part * IMAGE_PART, first, nb * IMAGE_PART / SIM_SECTOR,
                    tag);
         ret = dev->co_pwrite(dev, physical * IMAGE_CLUSTER, IMAGE_CLUSTER,
@@ -101,7 +133,8 @@ static int coroutine_fn write_copy(ThinvmSim *sim, const ThinvmMapping *old,
 
 static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
                                   const ThinvmMapping *old, unsigned part,
-                                  unsigned nb, uint64_t tag, uint64_t *ticket)
+                                  unsigned nb, uint64_t tag, unsigned turns,
+                                  uint64_t *ticket)
 {
     ThinvmOp op = {
         .type = THINVM_OP_MAP,
@@ -124,9 +157,15 @@ static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
     if (ret < 0) {
         return ret;
     }
-    ret = copy ? write_copy(sim, old, op.physical, part, nb, tag) :
-          write_data(sim, old->guest, op.physical, part, nb, tag);
+    if (image_fault == IMAGE_FAULT_ORDER) {
+        ret = thinvm_store_execute(st, &op, ticket, NULL);
+    }
     if (ret == 0) {
+        ret = copy ? write_copy(sim, st, old, op.physical, part, nb, tag,
+                                turns) :
+              write_data(st, old->guest, op.physical, part, nb, tag);
+    }
+    if (ret == 0 && image_fault != IMAGE_FAULT_ORDER) {
         ret = thinvm_store_execute(st, &op, ticket, NULL);
     }
     if (ret < 0) {
@@ -135,7 +174,7 @@ static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
     return ret;
 }
 
-static int coroutine_fn write_mapped(ThinvmSim *sim, ThinvmStore *st,
+static int coroutine_fn write_mapped(ThinvmStore *st,
                                      const ThinvmMapping *m, unsigned part,
                                      unsigned nb, uint64_t tag,
                                      uint64_t *ticket)
@@ -146,7 +185,7 @@ static int coroutine_fn write_mapped(ThinvmSim *sim, ThinvmStore *st,
         .physical = m->physical,
         .valid = MAKE_64BIT_MASK(part, nb),
     };
-    int ret = write_data(sim, m->guest, m->physical, part, nb, tag);
+    int ret = write_data(st, m->guest, m->physical, part, nb, tag);
 
     if (ret == 0 && (m->valid & op.valid) != op.valid) {
         ret = thinvm_store_execute(st, &op, ticket, NULL);
@@ -158,7 +197,7 @@ int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                              unsigned part, unsigned nb, uint64_t tag,
                              uint64_t *ticket)
 {
-    unsigned token = thinvm_store_request_begin(st);
+    unsigned token = request_begin(st), turns = take_dawdle();
     ThinvmMapping m;
     uint64_t dummy;
     int ret;
@@ -168,12 +207,36 @@ int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
     ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, true, &m);
     if (ret == 0) {
         if (m.type == THINVM_MAPPING_DATA && !m.shared) {
-            ret = write_mapped(sim, st, &m, part, nb, tag, ticket);
+            ret = write_mapped(st, &m, part, nb, tag, ticket);
         } else {
-            ret = write_new(sim, st, &m, part, nb, tag, ticket);
+            ret = write_new(sim, st, &m, part, nb, tag, turns, ticket);
         }
     }
-    thinvm_store_request_end(st, token);
+    request_end(st, token);
+    return ret;
+}
+
+int coroutine_fn image_overwrite(ThinvmSim *sim, ThinvmStore *st,
+                                 uint64_t guest, unsigned part, unsigned nb,
+                                 uint64_t tag, const unsigned *copiers)
+{
+    unsigned token = request_begin(st);
+    unsigned turns = take_dawdle();
+    uint16_t parts = MAKE_64BIT_MASK(part, nb);
+    ThinvmMapping m;
+    int ret;
+
+    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, true, &m);
+    if (ret == 0 && (m.type != THINVM_MAPPING_DATA || m.shared ||
+                     (m.valid & parts) != parts ||
+                     (*copiers && image_fault != IMAGE_FAULT_COPY))) {
+        ret = -EAGAIN;
+    }
+    if (ret == 0) {
+        dawdle(sim, turns);
+        ret = write_data(st, guest, m.physical, part, nb, tag);
+    }
+    request_end(st, token);
     return ret;
 }
 
@@ -181,7 +244,7 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
                                       uint64_t guest, uint64_t count,
                                       uint64_t tag, uint64_t *ticket)
 {
-    unsigned token = thinvm_store_request_begin(st);
+    unsigned token = request_begin(st);
     uint64_t dummy;
     int ret = 0;
 
@@ -200,7 +263,7 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
             break;
         }
         for (uint64_t i = 0; i < op.count && ret == 0; i++) {
-            ret = write_data(sim, guest + i, op.physical + i, 0, THINVM_PARTS,
+            ret = write_data(st, guest + i, op.physical + i, 0, THINVM_PARTS,
                              tag);
         }
         if (ret == 0) {
@@ -212,7 +275,7 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
         guest += op.count;
         count -= op.count;
     }
-    thinvm_store_request_end(st, token);
+    request_end(st, token);
     return ret;
 }
 
@@ -220,23 +283,24 @@ int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
                                  const ThinvmPointer *root, uint64_t guest,
                                  uint8_t *buf)
 {
-    unsigned token = thinvm_store_request_begin(st);
+    unsigned token = request_begin(st);
+    unsigned turns = take_dawdle();
     ThinvmMapping m;
     int ret;
 
     ret = thinvm_store_lookup(st, THINVM_TREE_DISK, root, guest, 1, false, &m);
+    dawdle(sim, turns);
     memset(buf, 0, IMAGE_CLUSTER);
     if (ret == 0 && m.type == THINVM_MAPPING_DATA) {
-        ret = sim_device(sim)->co_pread(sim_device(sim),
-                                        m.physical * IMAGE_CLUSTER,
-                                        IMAGE_CLUSTER, buf);
+        ret = st->dev->co_pread(st->dev, m.physical * IMAGE_CLUSTER,
+                                IMAGE_CLUSTER, buf);
         for (unsigned i = 0; i < THINVM_PARTS; i++) {
             if (!(m.valid & 1 << i)) {
                 memset(buf + i * IMAGE_PART, 0, IMAGE_PART);
             }
         }
     }
-    thinvm_store_request_end(st, token);
+    request_end(st, token);
     return ret;
 }
 
@@ -244,6 +308,34 @@ int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                             uint8_t *buf)
 {
     return image_read_root(sim, st, NULL, guest, buf);
+}
+
+int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                              uint8_t *buf)
+{
+    unsigned turns = take_dawdle();
+
+    for (;;) {
+        uint64_t changes;
+        unsigned token;
+        int ret;
+
+        /* joined before: a state that is replaced stays as long */
+        token = thinvm_store_request_begin(st);
+        ret = thinvm_store_catch_up(st, NULL, NULL);
+        changes = thinvm_store_changes(st);
+        if (ret == 0) {
+            image_dawdle = turns;
+            ret = image_read(sim, st, guest, buf);
+        }
+        if (ret == 0 && image_fault != IMAGE_FAULT_FOLLOW) {
+            ret = thinvm_store_catch_up(st, NULL, NULL);
+        }
+        thinvm_store_request_end(st, token);
+        if (ret < 0 || changes == thinvm_store_changes(st)) {
+            return ret;
+        }
+    }
 }
 
 uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,

@@ -40,6 +40,14 @@ ThinvmStore *coroutine_fn image_open(ThinvmSim *sim);
 int coroutine_fn image_write(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                              unsigned part, unsigned nb, uint64_t tag,
                              uint64_t *ticket);
+/*
+ * The same when all these parts are valid and the cluster is private: such a
+ * write excludes nobody (io-write.c, WRITE_IN_PLACE).  -EAGAIN if not so, or
+ * if somebody may be copying a cluster: *@copiers.
+ */
+int coroutine_fn image_overwrite(ThinvmSim *sim, ThinvmStore *st,
+                                 uint64_t guest, unsigned part, unsigned nb,
+                                 uint64_t tag, const unsigned *copiers);
 /* Map @count clusters with one operation, all of them written with @tag */
 int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
                                       uint64_t guest, uint64_t count,
@@ -54,8 +62,30 @@ int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
 /* Tag of the first sector of the cluster */
 uint64_t coroutine_fn image_read_tag(ThinvmSim *sim, ThinvmStore *st,
                                      uint64_t guest);
+/* Read as one who follows another owner: what was freed meanwhile is read
+ * again */
+int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
+                              uint8_t *buf);
 /* thinvm_store_check() finds nothing wrong.  Aborts if it does */
 void coroutine_fn image_check(ThinvmStore *st);
+
+/*
+ * The next image_overwrite(), image_read() or image_follow() lets so many
+ * turns pass between its look-up and its I/O, and the next image_write() that
+ * copies between its read and its write.
+ */
+extern unsigned image_dawdle;
+
+/* Rules that these helpers can be made to break, for tests of the tests */
+typedef enum ImageFault {
+    IMAGE_FAULT_NONE,
+    IMAGE_FAULT_EPOCH,          /* requests do not join an epoch */
+    IMAGE_FAULT_ORDER,          /* the mapping first, then the data */
+    IMAGE_FAULT_FOLLOW,         /* no second catch-up behind a read */
+    IMAGE_FAULT_COPY,           /* writes in place do not heed copiers */
+} ImageFault;
+extern ImageFault image_fault;
+
 /*
  * Recount: every cluster that the disk's tree maps has count 1 and is mapped
  * once, and every other has 0, or is metadata.  Aborts if not.  No request

@@ -34,9 +34,17 @@ typedef struct Cached {
     uint8_t data[];
 } Cached;
 
+/* A host's access to the device */
+typedef struct Access {
+    ThinvmDevice device;
+    ThinvmSim *sim;
+    bool fenced;
+} Access;
+
 /* An I/O, or a turn, that waits for the scheduler */
 typedef struct Waiting {
     Coroutine *co;
+    Access *access;             /* NULL: just a turn */
     SimKind kind;               /* 0: just a turn */
     uint64_t offset, bytes;
     void *buf;
@@ -44,8 +52,14 @@ typedef struct Waiting {
     int ret;
 } Waiting;
 
+/* A discard that was completed, and lands later (SIM_FAULT_DISCARD) */
+typedef struct Late {
+    QSIMPLEQ_ENTRY(Late) next;
+    uint64_t offset, bytes, when;
+} Late;
+
 struct ThinvmSim {
-    ThinvmDevice device;
+    GPtrArray *accesses;        /* the first is sim_device()'s */
     SimRandom random;
     uint64_t seed;              /* of the earlier tenant's bytes */
     uint64_t max_length;
@@ -64,6 +78,9 @@ struct ThinvmSim {
     int fail_error;
     bool fail_once, failed;
     uint64_t lossy_start, lossy_end;
+
+    SimFault fault;
+    QSIMPLEQ_HEAD(, Late) late;
 };
 
 /* ------------------------------------------------------------------ */
@@ -206,7 +223,13 @@ void sim_poke(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
 
 void sim_truncate(ThinvmSim *sim, uint64_t length)
 {
+    g_assert(length <= sim->max_length);
     sim->visible.length = sim->durable.length = length;
+}
+
+uint64_t sim_length(ThinvmSim *sim)
+{
+    return sim->visible.length;
 }
 
 /* ------------------------------------------------------------------ */
@@ -225,24 +248,55 @@ static void do_write(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
     view_write(sim, &sim->visible, offset, bytes, buf);
 }
 
+/* What a discarded sector reads as; false: as before */
+static bool discarded_sector(SimRandom *r, uint8_t *buf)
+{
+    switch (sim_random_below(r, 3)) {
+    case 0:
+        memset(buf, 0, SIM_SECTOR);
+        return true;
+    case 1:
+        memset(buf, 0xd5, SIM_SECTOR);
+        return true;
+    default:
+        return false;
+    }
+}
+
 static void do_discard(ThinvmSim *sim, uint64_t offset, uint64_t bytes)
 {
-    g_autofree uint8_t *buf = g_malloc(SIM_SECTOR);
+    uint8_t buf[SIM_SECTOR];
 
     sim->discarded += bytes;
     for (uint64_t end = offset + bytes; offset < end; offset += SIM_SECTOR) {
-        switch (sim_random_below(&sim->random, 3)) {
-        case 0:
-            memset(buf, 0, SIM_SECTOR);
-            break;
-        case 1:
-            memset(buf, 0xd5, SIM_SECTOR);
-            break;
-        default:
-            continue;
+        if (discarded_sector(&sim->random, buf)) {
+            do_write(sim, offset, SIM_SECTOR, buf);
         }
-        do_write(sim, offset, SIM_SECTOR, buf);
     }
+}
+
+static void land_late_discards(ThinvmSim *sim, bool all)
+{
+    Late *d;
+
+    while ((d = QSIMPLEQ_FIRST(&sim->late)) &&
+           (all || d->when <= sim->sequence)) {
+        QSIMPLEQ_REMOVE_HEAD(&sim->late, next);
+        do_discard(sim, d->offset, d->bytes);
+        g_free(d);
+    }
+}
+
+static void put_off_discard(ThinvmSim *sim, uint64_t offset, uint64_t bytes)
+{
+    Late *d = g_new(Late, 1);
+
+    *d = (Late) {
+        .offset = offset,
+        .bytes = bytes,
+        .when = sim->sequence + 20,
+    };
+    QSIMPLEQ_INSERT_TAIL(&sim->late, d, next);
 }
 
 /* What completed before the flush was issued becomes durable */
@@ -250,6 +304,9 @@ static void do_flush(ThinvmSim *sim, uint64_t sequence)
 {
     Cached *c;
 
+    if (sim->fault == SIM_FAULT_FLUSH) {
+        return;
+    }
     while ((c = QSIMPLEQ_FIRST(&sim->cache)) && c->sequence <= sequence) {
         view_write(sim, &sim->durable, c->offset, c->bytes, c->data);
         QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
@@ -320,7 +377,11 @@ static void take_effect(ThinvmSim *sim, Waiting *w)
         do_flush(sim, w->sequence);
         break;
     case SIM_DISCARD:
-        do_discard(sim, w->offset, w->bytes);
+        if (sim->fault == SIM_FAULT_DISCARD) {
+            put_off_discard(sim, w->offset, w->bytes);
+        } else {
+            do_discard(sim, w->offset, w->bytes);
+        }
         break;
     case SIM_GROW:
         if (w->bytes > sim->max_length) {
@@ -335,11 +396,13 @@ static void take_effect(ThinvmSim *sim, Waiting *w)
 /* ------------------------------------------------------------------ */
 /* Scheduler                                                           */
 
-static int coroutine_fn wait_turn(ThinvmSim *sim, SimKind kind,
-                                  uint64_t offset, uint64_t bytes, void *buf)
+static int coroutine_fn wait_turn(ThinvmSim *sim, Access *access,
+                                  SimKind kind, uint64_t offset,
+                                  uint64_t bytes, void *buf)
 {
     Waiting w = {
         .co = qemu_coroutine_self(),
+        .access = access,
         .kind = kind,
         .offset = offset,
         .bytes = bytes,
@@ -347,6 +410,9 @@ static int coroutine_fn wait_turn(ThinvmSim *sim, SimKind kind,
         .sequence = sim->sequence,
     };
 
+    if (access && access->fenced) {
+        return -EIO;
+    }
     if (kind & (SIM_READ | SIM_WRITE | SIM_DISCARD)) {
         g_assert(offset % SIM_SECTOR == 0 && bytes % SIM_SECTOR == 0);
         g_assert(bytes > 0);
@@ -361,7 +427,33 @@ static int coroutine_fn wait_turn(ThinvmSim *sim, SimKind kind,
 
 void coroutine_fn sim_yield(ThinvmSim *sim)
 {
-    wait_turn(sim, 0, 0, 0, NULL);
+    wait_turn(sim, NULL, 0, 0, 0, NULL);
+}
+
+/* Turns that a sleep takes here: long, beside an I/O */
+#define SLEEP_TURNS     50
+
+static ThinvmSim *current;      /* whose coroutine runs */
+
+static void enter(ThinvmSim *sim, Coroutine *co)
+{
+    ThinvmSim *before = current;
+
+    current = sim;
+    qemu_coroutine_enter(co);
+    current = before;
+}
+
+/*
+ * In the place of the clock's, so that who sleeps keeps to the order that the
+ * seed decides.
+ */
+void coroutine_fn qemu_co_sleep_ns_wakeable(QemuCoSleep *w,
+                                            QEMUClockType type, int64_t ns)
+{
+    for (int i = 0; i < SLEEP_TURNS; i++) {
+        sim_yield(current);
+    }
 }
 
 static void run_one(ThinvmSim *sim)
@@ -372,12 +464,15 @@ static void run_one(ThinvmSim *sim)
     if (w->kind && sim->hook) {
         sim->hook(sim->hook_opaque);
     }
+    land_late_discards(sim, false);
     g_ptr_array_remove_index_fast(sim->waiting, i);
-    if (w->kind) {
+    if (w->kind && w->access->fenced) {
+        w->ret = -EIO;          /* the hook has fenced it off */
+    } else if (w->kind) {
         sim->count[ctz32(w->kind)]++;
         take_effect(sim, w);
     }
-    qemu_coroutine_enter(w->co);
+    enter(sim, w->co);
 }
 
 bool sim_run_some(ThinvmSim *sim, uint64_t ios)
@@ -391,7 +486,11 @@ bool sim_run_some(ThinvmSim *sim, uint64_t ios)
         if (sim->waiting->len) {
             run_one(sim);
         } else {
+            ThinvmSim *before = current;
+
+            current = sim;
             aio_poll(qemu_get_current_aio_context(), true);
+            current = before;
         }
     }
     return true;
@@ -405,7 +504,7 @@ void sim_run(ThinvmSim *sim)
 void sim_start(ThinvmSim *sim, CoroutineEntry *entry, void *opaque)
 {
     sim->running++;
-    qemu_coroutine_enter(qemu_coroutine_create(entry, opaque));
+    enter(sim, qemu_coroutine_create(entry, opaque));
 }
 
 void sim_finish(ThinvmSim *sim)
@@ -417,58 +516,58 @@ void sim_finish(ThinvmSim *sim)
 /* ------------------------------------------------------------------ */
 /* The device as the store sees it                                     */
 
-static ThinvmSim *sim_of(ThinvmDevice *dev)
+static Access *access_of(ThinvmDevice *dev)
 {
-    return container_of(dev, ThinvmSim, device);
+    return container_of(dev, Access, device);
+}
+
+static int coroutine_fn device_io(ThinvmDevice *dev, SimKind kind,
+                                  uint64_t offset, uint64_t bytes, void *buf)
+{
+    Access *a = access_of(dev);
+
+    return wait_turn(a->sim, a, kind, offset, bytes, buf);
 }
 
 static int coroutine_fn sim_co_pread(ThinvmDevice *dev, uint64_t offset,
                                      uint64_t bytes, void *buf)
 {
-    return wait_turn(sim_of(dev), SIM_READ, offset, bytes, buf);
+    return device_io(dev, SIM_READ, offset, bytes, buf);
 }
 
 static int coroutine_fn sim_co_pwrite(ThinvmDevice *dev, uint64_t offset,
                                       uint64_t bytes, const void *buf)
 {
-    return wait_turn(sim_of(dev), SIM_WRITE, offset, bytes, (void *)buf);
+    return device_io(dev, SIM_WRITE, offset, bytes, (void *)buf);
 }
 
 static int coroutine_fn sim_co_flush(ThinvmDevice *dev)
 {
-    return wait_turn(sim_of(dev), SIM_FLUSH, 0, 0, NULL);
+    return device_io(dev, SIM_FLUSH, 0, 0, NULL);
 }
 
 static int coroutine_fn sim_co_pdiscard(ThinvmDevice *dev, uint64_t offset,
                                         uint64_t bytes)
 {
-    return wait_turn(sim_of(dev), SIM_DISCARD, offset, bytes, NULL);
+    return device_io(dev, SIM_DISCARD, offset, bytes, NULL);
 }
 
 static int64_t coroutine_fn sim_co_length(ThinvmDevice *dev)
 {
-    return sim_of(dev)->visible.length;
+    return access_of(dev)->sim->visible.length;
 }
 
 static int coroutine_fn sim_co_grow(ThinvmDevice *dev, uint64_t bytes)
 {
-    return wait_turn(sim_of(dev), SIM_GROW, 0, ROUND_UP(bytes, SIM_BLOCK),
-                     NULL);
+    return device_io(dev, SIM_GROW, 0, ROUND_UP(bytes, SIM_BLOCK), NULL);
 }
 
-ThinvmDevice *sim_device(ThinvmSim *sim)
+ThinvmDevice *sim_attach(ThinvmSim *sim)
 {
-    return &sim->device;
-}
+    Access *a = g_new0(Access, 1);
 
-/* ------------------------------------------------------------------ */
-/* Life                                                                */
-
-static ThinvmSim *sim_alloc(uint64_t seed, uint64_t max_length)
-{
-    ThinvmSim *sim = g_new0(ThinvmSim, 1);
-
-    sim->device = (ThinvmDevice) {
+    a->sim = sim;
+    a->device = (ThinvmDevice) {
         .co_pread = sim_co_pread,
         .co_pwrite = sim_co_pwrite,
         .co_flush = sim_co_flush,
@@ -476,10 +575,39 @@ static ThinvmSim *sim_alloc(uint64_t seed, uint64_t max_length)
         .co_length = sim_co_length,
         .co_grow = sim_co_grow,
     };
+    g_ptr_array_add(sim->accesses, a);
+    return &a->device;
+}
+
+ThinvmDevice *sim_device(ThinvmSim *sim)
+{
+    return &((Access *)g_ptr_array_index(sim->accesses, 0))->device;
+}
+
+/* ------------------------------------------------------------------ */
+/* Life                                                                */
+
+static void cache_drop(ThinvmSim *sim)
+{
+    Cached *c;
+
+    while ((c = QSIMPLEQ_FIRST(&sim->cache))) {
+        QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
+        g_free(c);
+    }
+}
+
+static ThinvmSim *sim_alloc(uint64_t seed, uint64_t max_length)
+{
+    ThinvmSim *sim = g_new0(ThinvmSim, 1);
+
+    sim->accesses = g_ptr_array_new_with_free_func(g_free);
+    sim_attach(sim);
     sim->random.state = seed;
     sim->max_length = max_length;
     sim->waiting = g_ptr_array_new();
     QSIMPLEQ_INIT(&sim->cache);
+    QSIMPLEQ_INIT(&sim->late);
     return sim;
 }
 
@@ -496,61 +624,160 @@ ThinvmSim *sim_new(uint64_t seed, uint64_t length, uint64_t max_length)
 
 void sim_free(ThinvmSim *sim)
 {
-    Cached *c;
-
     if (!sim) {
         return;
     }
     g_assert(!sim->running && !sim->waiting->len);
-    while ((c = QSIMPLEQ_FIRST(&sim->cache))) {
-        QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
-        g_free(c);
-    }
+    land_late_discards(sim, true);
+    cache_drop(sim);
     view_destroy(&sim->durable, sim->max_length);
     view_destroy(&sim->visible, sim->max_length);
     g_ptr_array_free(sim->waiting, true);
+    g_ptr_array_free(sim->accesses, true);
     g_free(sim);
+}
+
+/* ------------------------------------------------------------------ */
+/* Cuts                                                                */
+
+/* SIM_FAULT_TEAR: a part of the sector arrives that no device has to write */
+static void tear_sector(ThinvmSim *cut, uint64_t offset, const uint8_t *data)
+{
+    unsigned bytes = 8 * sim_random_below(&cut->random, SIM_SECTOR / 8);
+
+    view_write(cut, &cut->durable, offset, bytes, data);
 }
 
 /* Let a write arrive whole, not at all, or in some of its sectors */
 static void arrive(ThinvmSim *cut, unsigned percent, uint64_t offset,
                    uint64_t bytes, const uint8_t *data)
 {
-    bool torn = percent < 100 && sim_random_chance(&cut->random, 40);
+    bool torn = percent > 0 && percent < 100 &&
+                sim_random_chance(&cut->random, 40);
     bool whole = sim_random_chance(&cut->random, percent);
 
     for (uint64_t i = 0; i < bytes; i += SIM_SECTOR) {
         if (torn ? sim_random_chance(&cut->random, 50) : whole) {
             view_write(cut, &cut->durable, offset + i, SIM_SECTOR, data + i);
+        } else if (cut->fault == SIM_FAULT_TEAR) {
+            tear_sector(cut, offset + i, data + i);
         }
     }
 }
 
-ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, bool keep_all)
+static void arrive_discard(ThinvmSim *cut, unsigned percent, uint64_t offset,
+                           uint64_t bytes)
+{
+    uint8_t buf[SIM_SECTOR];
+
+    for (uint64_t i = 0; i < bytes; i += SIM_SECTOR) {
+        if (sim_random_chance(&cut->random, percent) &&
+            discarded_sector(&cut->random, buf)) {
+            view_write(cut, &cut->durable, offset + i, SIM_SECTOR, buf);
+        }
+    }
+}
+
+/* Of 100 writes, how many arrive: those in the cache, those in flight */
+static void cut_chances(ThinvmSim *cut, SimCut kind, unsigned *cached,
+                        unsigned *in_flight)
 {
     static const unsigned chances[] = { 0, 20, 50, 80, 99, 50 };
-    ThinvmSim *cut = sim_alloc(seed, sim->max_length);
     unsigned percent = chances[sim_random_below(&cut->random,
                                                 ARRAY_SIZE(chances))];
+
+    *cached = kind == SIM_CUT_POWER ? percent :
+              kind == SIM_CUT_NOTHING ? 0 : 100;
+    *in_flight = kind == SIM_CUT_NOTHING ? 0 :
+                 kind == SIM_CUT_ALL ? 100 : percent;
+}
+
+/* Bring into cut->durable what arrives of what @sim's hosts have written */
+static void settle(ThinvmSim *cut, ThinvmSim *sim, SimCut kind)
+{
+    unsigned cached, in_flight;
     Cached *c;
 
-    cut->seed = sim->seed;
-    view_copy(&cut->durable, &sim->durable, sim->max_length);
+    cut_chances(cut, kind, &cached, &in_flight);
     QSIMPLEQ_FOREACH(c, &sim->cache, next) {
-        arrive(cut, keep_all ? 100 : percent, c->offset, c->bytes, c->data);
+        arrive(cut, cached, c->offset, c->bytes, c->data);
     }
     for (guint i = 0; i < sim->waiting->len; i++) {
         Waiting *w = g_ptr_array_index(sim->waiting, i);
 
+        if (w->kind && w->access->fenced) {
+            continue;
+        }
         if (w->kind == SIM_WRITE) {
-            arrive(cut, percent, w->offset, w->bytes, w->buf);
+            arrive(cut, in_flight, w->offset, w->bytes, w->buf);
+        } else if (w->kind == SIM_DISCARD) {
+            arrive_discard(cut, in_flight, w->offset, w->bytes);
         }
     }
-    if (keep_all || sim_random_chance(&cut->random, 50)) {
+    if (cached == 100 || (cached && sim_random_chance(&cut->random, 50))) {
         cut->durable.length = sim->visible.length;
     }
+}
+
+ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, SimCut kind)
+{
+    ThinvmSim *cut = sim_alloc(seed, sim->max_length);
+
+    cut->seed = sim->seed;
+    cut->fault = sim->fault;
+    view_copy(&cut->durable, &sim->durable, sim->max_length);
+    settle(cut, sim, kind);
     view_copy(&cut->visible, &cut->durable, cut->max_length);
     return cut;
+}
+
+void sim_power_cycle(ThinvmSim *sim)
+{
+    for (guint i = 0; i < sim->waiting->len; i++) {
+        Waiting *w = g_ptr_array_index(sim->waiting, i);
+
+        g_assert(!(w->kind & (SIM_WRITE | SIM_DISCARD)) || w->access->fenced ||
+                 sim->fault == SIM_FAULT_FENCE);
+    }
+    settle(sim, sim, SIM_CUT_POWER);
+    cache_drop(sim);
+    view_destroy(&sim->visible, sim->max_length);
+    view_copy(&sim->visible, &sim->durable, sim->max_length);
+}
+
+/* Part of a write that was aborted may have been done */
+static void abort_write(ThinvmSim *sim, const Waiting *w)
+{
+    uint64_t sectors = w->bytes / SIM_SECTOR;
+    uint64_t first = sim_random_below(&sim->random, sectors);
+    uint64_t nb = sim_random_below(&sim->random, sectors - first + 1);
+
+    if (nb) {
+        do_write(sim, w->offset + first * SIM_SECTOR, nb * SIM_SECTOR,
+                 (uint8_t *)w->buf + first * SIM_SECTOR);
+    }
+}
+
+void sim_fence(ThinvmSim *sim, ThinvmDevice *dev)
+{
+    Access *a = access_of(dev);
+
+    if (sim->fault == SIM_FAULT_FENCE) {
+        return;
+    }
+    a->fenced = true;
+    for (guint i = 0; i < sim->waiting->len; i++) {
+        Waiting *w = g_ptr_array_index(sim->waiting, i);
+
+        if (w->access == a && w->kind == SIM_WRITE) {
+            abort_write(sim, w);
+        }
+    }
+}
+
+void sim_set_fault(ThinvmSim *sim, SimFault fault)
+{
+    sim->fault = fault;
 }
 
 void sim_fail(ThinvmSim *sim, unsigned kinds, uint64_t start, uint64_t end,

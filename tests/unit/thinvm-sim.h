@@ -9,12 +9,20 @@
  *  - A completed write is visible at once, but durable only when a flush that
  *    was issued after its completion has succeeded.
  *  - At a power cut every write that is not durable, in flight or completed,
- *    is kept, dropped or torn, independently and in any order.
+ *    is kept, dropped or torn, independently and in any order; so are the
+ *    sectors of a discard.
  *  - The device is not blank: each sector starts as the bytes of an earlier
  *    tenant, which no guest must ever see.
  *  - A discarded sector reads as zeroes, as before, or as garbage.
  *  - Each I/O waits until the scheduler picks it, so that concurrent
  *    coroutines interleave in an order that the seed decides.
+ *
+ *  - Several hosts may have it open (sim_attach()); one can be fenced off, and
+ *    what it had in flight then arrives, is torn, or is lost.
+ *  - It can be made to break a promise on purpose (sim_set_fault()): a test
+ *    that does not notice proves nothing.
+ *
+ * (No write asks for FUA: the store flushes, and for a guest's FUA QEMU does.)
  *
  * Everything is deterministic: the same seed gives the same run (as long as
  * nobody sleeps by the clock).
@@ -58,11 +66,41 @@ void sim_free(ThinvmSim *sim);
 ThinvmDevice *sim_device(ThinvmSim *sim);
 SimRandom *sim_rng(ThinvmSim *sim);
 
+/* What a cut does to writes that are not durable */
+typedef enum SimCut {
+    SIM_CUT_POWER,              /* chance decides, for each of them */
+    SIM_CUT_NOTHING,            /* all are lost */
+    SIM_CUT_ALL,                /* all arrive, those in flight too */
+    SIM_CUT_PROCESS,            /* only the process dies: completed writes
+                                   stay, for those in flight chance decides */
+    SIM_CUT__MAX
+} SimCut;
+
+/* A copy of what the device may look like after a cut now */
+ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, SimCut kind);
+/* The same to the device itself, while hosts go on that only read */
+void sim_power_cycle(ThinvmSim *sim);
+
 /*
- * What the device may look like after a power cut now.  With @keep_all only
- * the process dies: completed writes stay, those in flight may be torn.
+ * Another host's access to the same device; lives as long as @sim.
  */
-ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, bool keep_all);
+ThinvmDevice *sim_attach(ThinvmSim *sim);
+/*
+ * What @dev has in flight ends with -EIO, having arrived or not; so does
+ * all that it tries later.  Outside coroutines.
+ */
+void sim_fence(ThinvmSim *sim, ThinvmDevice *dev);
+
+/* Promises that a device can be made to break */
+typedef enum SimFault {
+    SIM_FAULT_NONE,
+    SIM_FAULT_FLUSH,            /* says that it has flushed and has not */
+    SIM_FAULT_TEAR,             /* tears inside of sectors */
+    SIM_FAULT_DISCARD,          /* a discard lands after its completion */
+    SIM_FAULT_FENCE,            /* lets writes of the fenced one through */
+    SIM_FAULT__MAX
+} SimFault;
+void sim_set_fault(ThinvmSim *sim, SimFault fault);
 
 /*
  * Fail the @nth I/O from now (0: the next) of the kinds in @kinds that
@@ -97,8 +135,9 @@ void sim_run(ThinvmSim *sim);
 /* Until all have ended or @ios more I/Os took effect; false: not ended */
 bool sim_run_some(ThinvmSim *sim, uint64_t ios);
 
-/* What an administrator may do: make the device shorter */
+/* What an administrator may do: make the device shorter, or longer */
 void sim_truncate(ThinvmSim *sim, uint64_t length);
+uint64_t sim_length(ThinvmSim *sim);
 /* Access around the scheduler and the cache: durable at once */
 void sim_peek(ThinvmSim *sim, uint64_t offset, uint64_t bytes, void *buf);
 void sim_poke(ThinvmSim *sim, uint64_t offset, uint64_t bytes,
