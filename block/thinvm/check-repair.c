@@ -14,6 +14,7 @@
  * image as it was.
  */
 #include "qemu/osdep.h"
+#include "qemu/lockable.h"
 #include "qapi/error.h"
 #include "check.h"
 
@@ -116,6 +117,58 @@ static int coroutine_fn apply_fixes(ThinvmCheck *c, int fix, bool all,
 }
 
 /*
+ * Pages of the newest base are damaged; perhaps those of the older one are
+ * not, which with the journal says the same.  True: so it is, and that is
+ * what the store has in memory now.
+ */
+static bool coroutine_fn fall_back(ThinvmCheck *c)
+{
+    g_autofree char *message = NULL;
+    ThinvmJournal *j = &c->st->journal;
+    Error *why = NULL;
+    uint64_t flushed;
+    bool whole;
+
+    if (!c->st->bases.has_older) {
+        return false;
+    }
+    WITH_QEMU_LOCK_GUARD(&c->st->lock) {
+        flushed = j->flushed_sequence;
+    }
+    error_setg(&why, "pages of the newest base are damaged");
+    whole = thinvm_replay_fall_back(c->st, why) == 0;
+    error_free(why);
+    if (!whole) {
+        return false;
+    }
+    c->quiet = true;
+    thinvm_check_all(c);
+    if (c->damaged) {
+        whole = false;
+        if (thinvm_replay_open(c->st, NULL) < 0) {
+            return false;       /* the caller meets it again */
+        }
+        thinvm_check_all(c);
+    }
+    thinvm_state_lock(c->s);
+    thinvm_state_set_applying(c->s, UINT64_MAX);
+    thinvm_state_unlock(c->s);
+    WITH_QEMU_LOCK_GUARD(&c->st->lock) {
+        /* Reading them again does not take that from them */
+        j->flushed_sequence = MAX(j->flushed_sequence, flushed);
+    }
+    if (whole) {
+        message = g_strdup_printf("the older base, of generation %" PRIu64
+                                  ", is whole: with the journal since then "
+                                  "nothing is lost",
+                                  c->st->bases.newest.generation);
+        c->report(c->opaque, message);
+        c->result->corruptions_fixed++;
+    }
+    return whole;
+}
+
+/*
  * After a walk, with the checkpoint mutex held, which is released.  If a tree
  * was rebuilt all of its counts must become right, or nothing durable.
  */
@@ -127,6 +180,9 @@ static int coroutine_fn repair_round(ThinvmCheck *c, int fix, GArray *spare,
     bool changed = rebuild;
     int ret = 0;
 
+    if (rebuild && !spare && fall_back(c)) {
+        rebuild = false;
+    }
     if (rebuild) {
         uint64_t nb_unflagged = c->nb_unflagged;
 

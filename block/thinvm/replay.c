@@ -480,11 +480,29 @@ static void publish(ThinvmStore *st, ThinvmState *s, const Position *pos)
     }
 }
 
-/* One attempt; *bases is what it was made from, also on failure */
+/*
+ * The newest base is damaged, though its superblock is not: do as if that
+ * were.  The journal leads from the older base to the same state.
+ */
+static void bases_fall_back(ThinvmBases *bases, const Error *why)
+{
+    bases->newest = bases->older;
+    bases->newest_slot = !bases->newest_slot;
+    bases->has_older = false;
+    bases->suspect = true;
+    error_free(bases->damage);
+    bases->damage = error_copy(why);
+}
+
+/*
+ * One attempt; *bases is what it was made from, also on failure.  @why: what
+ * is wrong with the newest base, so use the older one; or NULL.
+ */
 static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
-                                  Error **errp)
+                                  const Error *why, Error **errp)
 {
     g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
+    uint64_t sequence;
     ThinvmState *s;
     Position pos;
     int ret;
@@ -492,6 +510,14 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     ret = thinvm_bases_read(st->dev, bases, errp);
     if (ret < 0) {
         return ret;
+    }
+    sequence = bases->newest.sequence;
+    if (why && !bases->has_older) {
+        error_setg(errp, "There is no older base");
+        return -EBADMSG;
+    }
+    if (why) {
+        bases_fall_back(bases, why);
     }
     if (st->state && !qemu_uuid_is_equal(&bases->newest.uuid, &st->uuid)) {
         error_setg(errp, "The device holds another image now");
@@ -509,6 +535,12 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     }
     if (ret == 0) {
         ret = replay_all(st, s, bases, &pos, history, errp);
+    }
+    if (ret == 0 && pos.sequence < sequence) {
+        error_setg(errp, "The journal behind the older base ends at record %"
+                   PRIu64 ", before record %" PRIu64 " of the newest base",
+                   pos.sequence, sequence);
+        ret = -EBADMSG;
     }
     if (ret < 0) {
         thinvm_state_free(s);
@@ -538,6 +570,17 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     return 0;
 }
 
+int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why)
+{
+    ThinvmBases bases = {};
+    int ret = open_once(st, &bases, why, NULL);
+
+    if (ret < 0) {
+        thinvm_bases_destroy(&bases);
+    }
+    return ret;
+}
+
 /*
  * Opening while an owner writes may fail because of what the owner does.  If
  * its base has moved on meanwhile that explains everything: try again.
@@ -548,7 +591,7 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
         Error *local_err = NULL;
         ThinvmBases bases = {}, now = {};
         bool moved;
-        int ret = open_once(st, &bases, &local_err);
+        int ret = open_once(st, &bases, NULL, &local_err);
 
         if (ret == 0) {
             return 0;
@@ -557,6 +600,11 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
                 now.newest.generation != bases.newest.generation;
         thinvm_bases_destroy(&now);
         thinvm_bases_destroy(&bases);
+        if (!moved && ret == -EBADMSG &&
+            thinvm_replay_fall_back(st, local_err) == 0) {
+            error_free(local_err);
+            return 0;
+        }
         if (!moved || i == THINVM_MAX_RESTARTS) {
             error_propagate(errp, local_err);
             return ret;

@@ -286,6 +286,12 @@ void thinvm_bases_destroy(ThinvmBases *bases);
 /* Build a state out of base and journal, and put it in the place of st's */
 int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
 /*
+ * The same from the older base and the journal since then, for the reason
+ * @why; the newest base is not used any more.  -EBADMSG: that is no better,
+ * and nothing has changed.
+ */
+int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why);
+/*
  * The last look before writing: apply what is new, or start afresh if this is
  * not the newest base's history.  On success the store is STARTING.
  */
