@@ -350,19 +350,6 @@ static void coroutine_fn walk_snapshots(ThinvmCheck *c,
 /* ------------------------------------------------------------------ */
 /* The space map of metadata pages, and the backing file's name        */
 
-static void take_extent(ThinvmCheck *c, const ThinvmSpaceBlockLe *block)
-{
-    unsigned bits = c->info.cluster_bits - THINVM_PAGE_BITS;
-    ThinvmFreedRange range = {
-        .first = le64_to_cpu(block->first_page_le) >> bits,
-        .nb_clusters = le32_to_cpu(block->nb_pages_le) >> bits,
-    };
-
-    if (c->first_walk) {
-        g_array_append_val(c->extents, range);
-    }
-}
-
 static void coroutine_fn walk_space(ThinvmCheck *c, const ThinvmPointer *ptr,
                                     int level, unsigned index)
 {
@@ -387,11 +374,7 @@ static void coroutine_fn walk_space(ThinvmCheck *c, const ThinvmPointer *ptr,
     if (thinvm_check_read_page(c, &ref, buf, "space map of metadata") < 0) {
         return;
     }
-    if (level == 0) {
-        take_extent(c, (ThinvmSpaceBlockLe *)buf);
-        return;
-    }
-    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+    for (unsigned i = 0; level && i < THINVM_POINTERS_PER_PAGE; i++) {
         ThinvmPointer child;
 
         thinvm_pointer_decode(&child, (ThinvmPointerLe *)buf + i);

@@ -597,12 +597,19 @@ static void compare_promises(ThinvmCheck *c)
 
 void coroutine_fn thinvm_check_all(ThinvmCheck *c)
 {
+    ThinvmFreedRange extent;
+
     c->s = thinvm_store_state(c->st);
     thinvm_state_lock(c->s);
     thinvm_state_info(c->s, &c->info);
     c->has_backing = thinvm_state_backing(c->s)->name[0];
     thinvm_state_unlock(c->s);
     c->extents = g_array_new(false, false, sizeof(ThinvmFreedRange));
+    thinvm_state_lock(c->s);
+    while (thinvm_state_extent(c->s, c->extents->len, &extent)) {
+        g_array_append_val(c->extents, extent);
+    }
+    thinvm_state_unlock(c->s);
     if (c->fixes) {
         g_array_set_size(c->fixes, 0);
     }

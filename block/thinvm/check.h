@@ -79,8 +79,8 @@ typedef struct ThinvmCheck {
     GHashTable *owners, *places;    /* number / CHUNK -> uint64_t[CHUNK]:
                                        the first place that was met */
     bool multiple;                  /* a cluster has more than one user */
-    GArray *extents;                /* ThinvmFreedRange, in clusters: those
-                                       that the device's space map has */
+    GArray *extents;                /* ThinvmFreedRange, in clusters: also
+                                       those taken since the last base */
 
     bool incomplete;                /* something could not be read: what hangs
                                        on it was not counted */

@@ -218,6 +218,12 @@ static int window_fill(ThinvmState *s, uint64_t max, ThinvmNeeds *needs)
     }
     ret = thinvm_count_find_free(s, s->search_hint, MAX(max, THINVM_WINDOW),
                                  &first, &nb, needs);
+    if (ret == -ENOSPC) {
+        /* There are some: the tree lies.  To grow the device would not help,
+           and be repeated without end */
+        s->damaged = true;
+        ret = -EBADMSG;
+    }
     if (ret < 0) {
         return ret;
     }

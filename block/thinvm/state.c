@@ -470,6 +470,20 @@ int thinvm_state_cluster_count(ThinvmState *s, uint64_t cluster,
     return thinvm_count_get(s, cluster, count, needs);
 }
 
+bool thinvm_state_extent(ThinvmState *s, unsigned nr, ThinvmFreedRange *range)
+{
+    unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
+    ThinvmMetaExtent *e;
+
+    if (nr >= s->extents->len) {
+        return false;
+    }
+    e = g_ptr_array_index(s->extents, nr);
+    range->first = e->first_page >> bits;
+    range->nb_clusters = e->nb_pages >> bits;
+    return true;
+}
+
 void thinvm_state_roots(ThinvmState *s, ThinvmPointer *map,
                         ThinvmPointer *vmstate, ThinvmPointer *count,
                         ThinvmPointer *snapshot, ThinvmPointer *backing)

@@ -336,6 +336,8 @@ uint64_t thinvm_map_first_used(ThinvmState *s, const ThinvmPointer *root);
 int thinvm_state_page_count(ThinvmState *s, uint64_t page, uint16_t *count);
 int thinvm_state_cluster_count(ThinvmState *s, uint64_t cluster,
                                uint16_t *count, ThinvmNeeds *needs);
+/* The @nr'th metadata extent, in clusters, from 0; false: there are no more */
+bool thinvm_state_extent(ThinvmState *s, unsigned nr, ThinvmFreedRange *range);
 /* Root pointers as they are now (active trees, count tree); for the checker */
 void thinvm_state_roots(ThinvmState *s, ThinvmPointer *map,
                         ThinvmPointer *vmstate, ThinvmPointer *count,

@@ -5,9 +5,10 @@
 #
 #   run.py [--build DIR] [--all] [--only NAME]      as a suite of scripts/test:
 #       corpus      every input of corpus/, under ASan and UBSan
-#       fuzz        libFuzzer from that corpus: a minute, with --all an hour
+#       fuzz        libFuzzer from that corpus: 30 s, with --all an hour
 #       coverage    lines of format, journal and replay code that the corpus
 #                   and the unit tests reach (with --all)
+#       tools       the iotest thinvm-fuzz for an hour (with --all)
 #   run.py --fuzz SECONDS [--seed N]     libFuzzer; says executions and
 #       coverage; new inputs are kept in BUILD/fuzz/found
 #   run.py --coverage             the figures, file by file
@@ -36,7 +37,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 CORPUS = HERE / 'corpus'
-SHORT, LONG = 60, 3600          # seconds of fuzzing in scripts/test
+SHORT, LONG = 30, 3600          # seconds of fuzzing in scripts/test
 INPUT_LIMIT = 25                # seconds that one input may take
 MEMORY_LIMIT = 1024             # MiB that one input may take
 MAX_SIZE = 65536                # bytes of an input
@@ -337,8 +338,27 @@ class Suite:
             f'{per_cent:.1f} % of lines, {WANTED} % are wanted'
         self.report('coverage', wrong, f'{per_cent:.1f} % of lines')
 
+    def tools(self):
+        rounds = self.logs / 'tools.rounds'
+        log = self.logs / 'tools.log'
+        rounds.unlink(missing_ok=True)
+        with open(log, 'w', encoding='utf-8') as f:
+            status = subprocess.call(
+                [sys.executable, CHECKOUT /
+                 'tests/qemu-iotests/run-thinvm.py', '--build',
+                 self.args.build, '--only', 'thinvm-fuzz', '--time-limit',
+                 str(2 * LONG)], stdin=subprocess.DEVNULL, stdout=f,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ, THINVM_SECONDS=str(LONG),
+                         THINVM_SEED=str(1000 * self.args.seed),
+                         THINVM_FUZZ_ROUNDS=str(rounds)))
+        figures = f'{rounds.read_text().strip()} images in {LONG} s' \
+            if rounds.exists() else ''
+        self.report('tools', f'see {log}' if status else '', figures)
+
     def run(self):
-        tests = {'corpus': True, 'fuzz': True, 'coverage': self.args.all}
+        tests = {'corpus': True, 'fuzz': True, 'coverage': self.args.all,
+                 'tools': self.args.all}
         if self.args.only:
             if self.args.only not in tests:
                 return 2
@@ -346,7 +366,8 @@ class Suite:
         for name, wanted in tests.items():
             if not wanted:
                 print(f'skip {name} takes long: --all')
-            elif name != 'corpus' and not (self.clang and self.clang[1]):
+            elif name in ('fuzz', 'coverage') and \
+                    not (self.clang and self.clang[1]):
                 print(f'skip {name} needs clang and llvm: '
                       'apt install clang llvm')
             else:

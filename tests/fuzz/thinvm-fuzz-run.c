@@ -27,6 +27,7 @@ typedef struct Run {
     const uint8_t *data;        /* rest of the program */
     size_t size;
     bool clean;                 /* the check found nothing at the beginning */
+    bool repairing;             /* which may copy clusters of data */
     bool holding;               /* a request that stays */
     unsigned token;
     bool done;
@@ -128,6 +129,15 @@ static void check_write(void *opaque, uint64_t offset, uint64_t bytes,
     if (offset >= s->journal_offset &&
         offset + bytes <= s->journal_offset + s->journal_size) {
         return;
+    }
+    if (r->repairing && bytes == 1ULL << s->cluster_bits &&
+        offset % bytes == 0) {
+        uint64_t cluster = offset >> s->cluster_bits;
+
+        g_assert(cluster >= s->first_cluster && cluster < s->device_clusters);
+        if (!thinvm_extents_have_clusters(s, cluster, 1)) {
+            return;
+        }
     }
     for (page = offset / THINVM_PAGE_SIZE;
          page < DIV_ROUND_UP(offset + bytes, THINVM_PAGE_SIZE); page++) {
@@ -529,7 +539,9 @@ static void coroutine_fn repair(Run *r, int fix)
     ThinvmCheckResult first, second;
     bool failing = r->image->fail_in;
 
+    r->repairing = true;
     check(r, r->st, fix, &first);
+    r->repairing = false;
     if (check(r, r->st, 0, &second) || failing || first.check_errors ||
         !thinvm_store_writable(r->st)) {
         return;
