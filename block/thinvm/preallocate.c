@@ -145,6 +145,46 @@ allocate_registered(Preallocation *p, uint64_t first, uint64_t *count,
     return 0;
 }
 
+/*
+ * Is there room for all of it?  A device that cannot grow is refused before
+ * anything is done, and by name of what it lacks.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+check_room(Preallocation *p, uint64_t clusters, Error **errp)
+{
+    BlockDriverState *bs = p->bs;
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t runs = p->mode == PREALLOC_MODE_FULL ? 0 :
+                    clusters / THINVM_ENTRIES_PER_LEAF;
+    ThinvmState *state = thinvm_store_state(s->store);
+    uint64_t metadata, needed;
+    ThinvmInfoState info;
+    int64_t length;
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, &info);
+    metadata = thinvm_space_for_unwritten_runs(state, runs);
+    thinvm_state_unlock(state);
+    if (clusters + metadata <= info.available_clusters) {
+        return 0;
+    }
+    needed = (info.device_clusters - info.available_clusters + clusters +
+              metadata) << s->cluster_bits;
+    length = bdrv_co_getlength(bs->file->bs);
+    if (length >= 0 && length < needed &&
+        bdrv_co_truncate(bs->file, needed, false, PREALLOC_MODE_OFF, 0,
+                         NULL) < 0) {
+        error_setg(errp, "The device has %" PRId64 " bytes and cannot be "
+                   "enlarged; with preallocation it needs at least %" PRIu64
+                   ": %" PRIu64 " more for data, and %" PRIu64 " for metadata,"
+                   " with which writing there cannot run out of space",
+                   length, needed, clusters << s->cluster_bits,
+                   metadata << s->cluster_bits);
+        return -ENOSPC;
+    }
+    return 0;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 preallocate_clusters(Preallocation *p, uint64_t first, uint64_t end,
                      Error **errp)
@@ -196,6 +236,12 @@ thinvm_io_preallocate(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
     }
 
     trace_thinvm_preallocate(bs, offset, bytes, prealloc);
+    ret = check_room(&p, DIV_ROUND_UP(offset + bytes, s->cluster_size) -
+                     (offset >> s->cluster_bits), errp);
+    if (ret < 0) {
+        qemu_vfree(p.zeroes);
+        return ret;
+    }
     qatomic_inc(&s->preallocating);
     token = thinvm_store_request_begin(s->store);
     ret = preallocate_clusters(&p, offset >> s->cluster_bits,

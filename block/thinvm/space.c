@@ -273,15 +273,19 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
  * page for each MiB, with which the reserve takes little more than a
  * hundredth of it.  And a quarter of the cache: dirty pages cannot leave it.
  */
-void thinvm_space_update_bounds(ThinvmState *s)
+static uint32_t dirty_bound(ThinvmState *s, uint64_t device_clusters)
 {
     uint64_t leaves = (s->virtual_size >> s->cluster_bits) /
                       THINVM_ENTRIES_PER_LEAF;
-    uint64_t spare = (s->device_clusters << s->cluster_bits) / MiB;
+    uint64_t spare = (device_clusters << s->cluster_bits) / MiB;
+    uint64_t bound = MIN(MIN(2 * leaves, spare), s->cache_limit / 4);
 
-    s->dirty_bound = MIN(MIN(2 * leaves, spare), s->cache_limit / 4);
-    s->dirty_bound = MIN(MAX(s->dirty_bound, THINVM_MIN_DIRTY_BOUND),
-                         THINVM_MAX_DIRTY_BOUND);
+    return MIN(MAX(bound, THINVM_MIN_DIRTY_BOUND), THINVM_MAX_DIRTY_BOUND);
+}
+
+void thinvm_space_update_bounds(ThinvmState *s)
+{
+    s->dirty_bound = dirty_bound(s, s->device_clusters);
 }
 
 /*
@@ -319,6 +323,25 @@ uint64_t thinvm_space_last_pages(ThinvmState *s)
 uint64_t thinvm_space_reserve_pages(ThinvmState *s)
 {
     return 3ULL * (s->dirty_bound + thinvm_space_last_pages(s));
+}
+
+/*
+ * The device may have to grow for their data, and the reserve with it.
+ * Besides the promised pages: inner ones, what bases hold meanwhile, and what
+ * is taken ahead of need.
+ */
+uint64_t thinvm_space_for_unwritten_runs(ThinvmState *s, uint64_t runs)
+{
+    uint32_t bound = dirty_bound(s, s->device_clusters +
+                                 runs * THINVM_ENTRIES_PER_LEAF);
+    uint64_t pages = 3 * (bound + thinvm_space_last_pages(s)) + 2 * bound +
+                     s->promised_pages + runs + runs / 64;
+    unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
+    /* Two checkpoints bring the held ones back */
+    uint64_t free = s->nb_meta_free + s->held_new->len + s->held_frozen->len +
+                    s->held_old->len;
+
+    return pages <= free ? 0 : DIV_ROUND_UP(pages - free, 1u << bits);
 }
 
 uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent)

@@ -266,6 +266,11 @@ GArray *thinvm_space_take_freed(ThinvmState *s);
  * there is enough.  *urgent: operations are about to be refused.
  */
 uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent);
+/*
+ * Clusters of metadata that must be had beyond the present ones before this
+ * many unwritten runs more can be mapped.
+ */
+uint64_t thinvm_space_for_unwritten_runs(ThinvmState *s, uint64_t runs);
 
 /* ------------------------------------------------------------------ */
 /* Checkpoint                                                          */

@@ -131,7 +131,6 @@ struct BDRVThinvmState {
     CoMutex inflight_lock;
     QLIST_HEAD(, ThinvmInflight) inflight;
     unsigned copiers;               /* qatomic; thinvm_inflight_may_copy() */
-    unsigned copiers;               /* qatomic; thinvm_inflight_may_copy() */
 
     /*
      * mode.c: changed in the main loop or under mode_lock, read with
