@@ -7,7 +7,8 @@
 # that somebody writes to meanwhile it may say that it is damaged.
 #
 # Exit status: 0 fine; 1 cannot be done, with one message; check also 2 for
-# corruption and 3 for leaks alone, as qemu-img check.
+# corruption and 3 for leaks alone, as qemu-img check; dump 2 where it met
+# something damaged (it tells of the rest).
 
 import argparse
 import json
@@ -20,9 +21,8 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)),
                                 'lib'))
 
-from thinvm_reader import FormatError, Image, check          # noqa: E402
+from thinvm_reader import FormatError, Image, check, explain # noqa: E402
 from thinvm_reader import structures as fmt                  # noqa: E402
-from thinvm_reader.image import read_superblocks             # noqa: E402
 
 COPY = 1 << 20                  # bytes at once
 
@@ -161,114 +161,60 @@ def cmd_export(args):
 
 # --- dump -------------------------------------------------------------------
 
-def dump_superblocks(slots):
-    for slot, sb in enumerate(slots):
-        if isinstance(sb, FormatError):
-            print(f'superblock {slot}: {sb}')
-            continue
-        print(f'superblock {slot}:')
-        if sb.unknown:
-            print(f'  {sb.unknown}')
-            continue
-        for name in fmt.SUPERBLOCK_FIELDS[1:]:
-            value = getattr(sb, name)
-            if name == 'uuid':
-                value = uuid.UUID(bytes=value)
-            elif name in ('crc', 'record_crc', 'autoclear') or \
-                    'compatible' in name:
-                value = f'{value:#x}'
-            print(f'  {name}: {value}')
-        for name, _ in fmt.ROOTS:
-            print(f'  {name}: {getattr(sb, name)}')
-        print(f'  promised_pages: {sb.promised_pages}')
+def flat(d):
+    """A dictionary on one line."""
+    return ', '.join(f'{k} {v:#x}' if k in ('valid', 'crc') else f'{k} {v}'
+                     for k, v in d.items()
+                     if not isinstance(v, (list, dict)))
 
 
-def dump_journal(journal):
-    print(f'journal from byte {journal.sb.journal_position}: '
-          f'{len(journal.records)} records')
-    for r in journal.records:
-        print(f'  record {r.sequence} at {r.position}: epoch {r.epoch}, '
-              f'flushed {r.flushed}, {r.length} bytes, crc {r.crc:#010x}, '
-              f'{r.nb_operations} operations')
-        for op in r.operations():
-            print(f'    {op}')
-    print(f'  ends at {journal.end}'
-          + (f': {journal.damage}' if journal.damage else ''))
+def print_node(node, indent):
+    head = {k: v for k, v in node.items()
+            if k not in ('name', 'index', 'problem')}
+    name = node.get('name', node.get('index'))
+    print(clean(f'{indent}{name}: {flat(head)}'))
+    if 'problem' in node:
+        print(clean(f"{indent}  DAMAGED: {node['problem']}"))
+    for child in node.get('children', ()):
+        print_node(child, indent + '  ')
+    for item in node.get('items', ()):
+        print(clean(f'{indent}  {flat(item)}'))
 
 
-def entry_text(entry):
-    physical, valid, source = fmt.entry_fields(entry)
-    text = 'zeroes' if source else 'backing'
-    if physical:
-        text = f'{physical} valid {valid:#06x}, else {text}'
-    return text + (', shared' if entry >> 59 & 1 else '')
-
-
-def dump_items(page, indent):
-    """Equal neighbours on one line."""
-    last, first = None, 0
-    step = 1 if page.kind == fmt.MAP and page.level == 0 else 0
-    for i, item in enumerate(list(page.items) + [None]):
-        if i and last is not None and item is not None and (
-                item == last or step and last & (1 << 40) - 1 and
-                item == last + (i - first)):
-            continue
-        if last is not None and last not in (0, fmt.EMPTY):
-            text = entry_text(last) if step else str(last)
-            print(f'{indent}{first}' + (f'-{i - 1}' if i - 1 > first else '')
-                  + f': {text}')
-        last, first = item, i
-
-
-def dump_tree(image, name, pointer, kind, level, indent='', seen=None):
-    seen = set() if seen is None else seen
-    print(f'{indent}{name}: {pointer}')
-    if pointer.type != fmt.PAGEPTR or kind == fmt.NAME:
-        return
-    if pointer.address in seen:
-        print(f'{indent}  (shown above)')
-        return
-    seen.add(pointer.address)
-    page = image.page(pointer, kind, level)
-    if level:
-        for i, p in enumerate(page.items):
-            if p.type == fmt.PAGEPTR:
-                dump_tree(image, str(i), p, kind, level - 1, indent + '  ',
-                          seen)
-            elif p.type != fmt.NONE:
-                print(f'{indent}  {i}: {p}')
-    elif kind == fmt.SPACE:
-        print(f'{indent}  {len(page.items)} pages from {page.first_page}, '
-              f'{sum(map(bool, page.items))} in use')
-    elif kind == fmt.SNAPSHOTS:
-        for s in filter(None, page.items):
-            print(f'{indent}  {clean(str(snapshot_info(s)))}')
-    else:
-        dump_items(page, indent + '  ')
+def print_dump(e):
+    for sb in e['superblocks']:
+        used = ', used' if sb['slot'] == e['used-superblock'] else ''
+        print(f"superblock {sb['slot']}{used}:")
+        for key, value in sb.items():
+            if key != 'slot':
+                print(clean(f'  {key}: {value}'))
+    for block in e['ownership']:
+        print(clean(flat(block)))
+    journal = e['journal'] or {'records': []}
+    if 'start' in journal:
+        print(f"journal from byte {journal['start']} to {journal['end']}: "
+              f"{len(journal['records'])} records")
+    for record in journal.get('records', ()):
+        print(clean(f'  {flat(record)}'))
+        for operation in record['operations']:
+            print(clean(f'    {operation}'))
+    if 'problem' in journal:
+        print(clean(f"  DAMAGED: {journal['problem']}"))
+    for tree in e['trees']:
+        print_node(tree, '')
+    for snapshot in e['snapshots']:
+        print(clean(f'snapshot: {flat(snapshot)}'))
+    for problem in e['problems']:
+        print(clean(f'PROBLEM: {problem}'))
 
 
 def cmd_dump(args):
-    image = Image(args.image, superblock=args.superblock, replay=False)
-    dump_superblocks(image.slots)
-    dump_journal(image.journal)
-    sb, seen = image.sb, set()
-    for name, pointer, kind in (
-            ('disk', sb.map_root, fmt.MAP),
-            ('VM state', sb.vmstate_root, fmt.MAP),
-            ('counts', sb.count_root, fmt.COUNT),
-            ('space map', sb.space_root, fmt.SPACE),
-            ('snapshots', sb.snapshot_root, fmt.SNAPSHOTS),
-            ('backing file', sb.backing, fmt.NAME)):
-        dump_tree(image, name, pointer, kind, fmt.LEVELS[kind], '', seen)
-    for s in image.snapshots.values():
-        dump_tree(image, f'disk of snapshot {s.id}', s.root, fmt.MAP, 3, '',
-                  seen)
-        dump_tree(image, f'VM state of snapshot {s.id}', s.vmstate_root,
-                  fmt.MAP, 3, '', seen)
-    if image.backing_name:
-        print(f'backing file: {clean(image.backing_name)!r}, format '
-              f'{clean(image.backing_format)!r}')
-    return 0
+    e = explain(args.image, args.superblock)
+    if args.json:
+        print(json.dumps(e, indent=4))
+    else:
+        print_dump(e)
+    return 2 if e['problems'] else 0
 
 
 # --- claims -----------------------------------------------------------------
@@ -345,7 +291,8 @@ def parse(argv):
     p = command('export', cmd_export, 'write the disk as a raw image',
                 disk=True)
     p.add_argument('output')
-    command('dump', cmd_dump, 'superblocks, journal and trees for people')
+    command('dump', cmd_dump, 'superblocks, journal and trees, and what is '
+            'wrong with them', json_too=True)
     command('claims', cmd_claims, 'who owns or owned the image')
     return parser.parse_args(argv)
 

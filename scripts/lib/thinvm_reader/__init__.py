@@ -11,6 +11,7 @@
 #   replay       what operations do to it
 #   image        base and journal, and what the disk reads as
 #   check        recounts everything
+#   explain      all structures as data, also of a damaged image
 #
 # Nothing from an image is believed before its checksum, type and bounds were
 # looked at; whatever is wrong raises FormatError with the place and the value.
@@ -18,7 +19,8 @@
 # standard library.
 
 from .check import check
+from .explain import explain
 from .image import Image, RawImage
 from .structures import FormatError
 
-__all__ = ['FormatError', 'Image', 'RawImage', 'check']
+__all__ = ['FormatError', 'Image', 'RawImage', 'check', 'explain']
