@@ -17,7 +17,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 SUITES = [
     Suite('build', 'tests/build/run.py', 300, 300, quick=True),
-    Suite('unit', 'tests/unit/run-thinvm.py', 900, 3600, quick=True),
+    Suite('unit', 'tests/unit/run-thinvm.py', 900, 10800, quick=True),
+    Suite('fuzz', 'tests/fuzz/run.py', 600, 14400),
     Suite('iotests', 'tests/qemu-iotests/run-thinvm.py', 1800, 10800),
     Suite('functional', 'tests/functional/run.py', 1800, 10800),
 ]
