@@ -10,7 +10,9 @@
 #   run-thinvm.py [--build DIR] [--only TEXT] [--all] [--tap] [--jobs N]
 #
 # prints "ok NAME", "not ok NAME" or "skip NAME reason" (see
-# scripts/lib/testrun.py), with --tap the same as TAP for meson.
+# scripts/lib/testrun.py), with --tap the same as TAP for meson.  With --all
+# test-thinvm-crash makes a million cuts more, split over the processors; their
+# progress is told on stderr.
 
 import argparse
 import concurrent.futures
@@ -18,37 +20,56 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 LIMIT = 600             # seconds that one program may take
+LIMIT_ALL = 10000       # the same for a part of a million cuts
+CUTS_ALL = 1000000
+SEED_ALL = 1000000      # of the first part's first life, and so on
 CASE = re.compile(r'^(not )?ok \d+ (?:- )?(\S+)(?:\s+#\s*SKIP\s*(.*))?')
 
 
-def run(program, log_dir, options):
-    """Run one program; returns [(verdict, name, detail)]."""
+def call(argv, log, env, limit):
+    """Run to the end; returns (status, output)."""
+    lines = []
+    with open(log, 'w', encoding='utf-8') as f, \
+            subprocess.Popen(argv, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True,
+                             errors='replace', stdin=subprocess.DEVNULL,
+                             env=env) as process:
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        for line in process.stdout:
+            f.write(line)
+            f.flush()
+            lines.append(line)
+            if ' cuts, at seed ' in line:
+                print(f'{log.stem}: {line.strip("# ")}', end='',
+                      file=sys.stderr, flush=True)
+        rc = process.wait()
+        overdue = not timer.is_alive()
+        timer.cancel()
+    return f'killed after {limit} s' if overdue else rc, ''.join(lines)
+
+
+def run(program, log_dir, options, part='', limit=LIMIT):
+    """Run one program, or a part of it; returns [(verdict, name, detail)]."""
     if not program.exists():
         return [('not ok', program.name, 'was not built: is it in the table '
                  'of tests/unit/thinvm/meson.build?')]
-    log = log_dir / (program.name + '.log')
+    log = log_dir / (program.name + part.replace('/', '-') + '.log')
     env = dict(os.environ, G_TEST_SRCDIR=str(CHECKOUT / 'tests' / 'unit'),
                G_TEST_BUILDDIR=str(program.parent))
-    with open(log, 'w+', encoding='utf-8', errors='replace') as f:
-        try:
-            rc = subprocess.call([str(program), '--tap', '-k', *options],
-                                 stdout=f, stderr=subprocess.STDOUT,
-                                 stdin=subprocess.DEVNULL, env=env,
-                                 timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            rc = f'killed after {LIMIT} s'
-        f.seek(0)
-        output = f.read()
+    rc, output = call([str(program), '--tap', '-k', *options], log, env,
+                      limit)
     results = []
     for line in output.splitlines():
         m = CASE.match(line)
         if not m:
             continue
-        name = program.name + m.group(2)
+        name = program.name + m.group(2) + part
         if m.group(1):
             results.append(('not ok', name, str(log)))
         elif m.group(3) is not None:
@@ -57,8 +78,17 @@ def run(program, log_dir, options):
             results.append(('ok', name, ''))
     failed = any(r[0] == 'not ok' for r in results)
     if (rc and not failed) or not results:
-        results.append(('not ok', program.name, f'exit {rc}, see {log}'))
+        results.append(('not ok', program.name + part,
+                        f'exit {rc}, see {log}'))
     return results
+
+
+def million_cuts(parts):
+    """(options, part, limit) of each run of test-thinvm-crash."""
+    for n in range(parts):
+        yield (['-p', '/thinvm/crash/cuts', '--cuts', str(CUTS_ALL // parts),
+                '--seed', str(SEED_ALL * (n + 1))],
+               f'/all-{n + 1}-of-{parts}', LIMIT_ALL)
 
 
 def main():
@@ -86,6 +116,10 @@ def main():
     bad = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run, p, log_dir, options) for p in programs]
+        for p in programs:
+            if args.all and p.name == 'test-thinvm-crash':
+                jobs += [pool.submit(run, p, log_dir, *more)
+                         for more in million_cuts(args.jobs)]
         for job in concurrent.futures.as_completed(jobs):
             for verdict, name, detail in job.result():
                 count += 1

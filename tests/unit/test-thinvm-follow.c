@@ -400,6 +400,126 @@ static void coroutine_fn test_adopt_cut_off(ThinvmSim *sim)
     store_close(follower, true);
 }
 
+/* ------------------------------------------------------------------ */
+
+typedef struct Reader {
+    ThinvmSim *sim;
+    ThinvmStore *st;
+    uint64_t tag;
+    bool done;
+} Reader;
+
+static void coroutine_fn reader_entry(void *opaque)
+{
+    Reader *r = opaque;
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+
+    image_dawdle = 5000;
+    g_assert_cmpint(image_follow(r->sim, r->st, 0, buf), ==, 0);
+    r->tag = image_tag(buf, 0);
+    r->done = true;
+    sim_finish(r->sim);
+}
+
+static uint64_t coroutine_fn place_of(ThinvmStore *st, uint64_t guest)
+{
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmMapping m;
+
+    g_assert_cmpint(thinvm_store_lookup(st, 0, NULL, guest, 1, false, &m), ==,
+                    0);
+    g_assert_cmpint(m.type, ==, THINVM_MAPPING_DATA);
+    thinvm_store_request_end(st, token);
+    return m.physical;
+}
+
+/* The owner gives guest cluster 0's place to guest cluster 900 */
+static void coroutine_fn reuse(ThinvmSim *sim, ThinvmStore *owner)
+{
+    uint64_t place = place_of(owner, 0);
+
+    thinvm_store_unmap(owner, 0, 0, 1, THINVM_SOURCE_ZERO, NULL, &error_abort);
+    flush(owner);
+    thinvm_store_reclaim(owner, false);
+    for (uint64_t guest = 900; guest == 900 ||
+         place_of(owner, guest - 1) != place; guest++) {
+        g_assert_cmpuint(guest, <, 1200);
+        write_one(sim, owner, guest, 99);
+    }
+    flush(owner);
+}
+
+/* What a read returns whose cluster changes hands while it lasts */
+static uint64_t coroutine_fn read_meanwhile(ThinvmSim *sim)
+{
+    Reader r = { sim };
+    ThinvmStore *owner;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_one(sim, owner, 0, 11);
+    flush(owner);
+    r.st = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    sim_start(sim, reader_entry, &r);
+    for (int i = 0; i < 30; i++) {
+        sim_yield(sim);         /* it has caught up and looked up */
+    }
+    reuse(sim, owner);
+    /* another reader: now nothing is left for the first one's catch-up */
+    follow(r.st, true);
+    g_assert_false(r.done);
+    while (!r.done) {
+        sim_yield(sim);
+    }
+    store_close(owner, false);
+    thinvm_store_free(r.st);
+    return r.tag;
+}
+
+/* Another reader's catch-up does not hide that a cluster was freed */
+static void coroutine_fn test_follow_hidden(ThinvmSim *sim)
+{
+    g_assert_cmpuint(read_meanwhile(sim), ==, TAG_ZERO);
+    /* It would, if only one's own catch-up counted: else this shows nothing */
+    image_fault = IMAGE_FAULT_HIDDEN;
+    g_assert_cmpuint(read_meanwhile(sim), ==, TAG_FOREIGN);
+    image_fault = IMAGE_FAULT_NONE;
+}
+
+/* What a follower has in quarantine the owner may have used again */
+static void coroutine_fn test_follow_quarantine(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    uint64_t discarded;
+    unsigned token;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_one(sim, owner, 0, 11);
+    flush(owner);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    thinvm_store_set_discard(follower, true);
+    /* a request that lasts keeps it there */
+    token = thinvm_store_request_begin(follower);
+    reuse(sim, owner);
+    follow(follower, true);
+    g_assert_cmpuint(follower->quarantined_ranges, >, 0);
+    store_close(owner, false);
+    discarded = sim_discarded(sim);
+    take_over(follower);
+    thinvm_store_request_end(follower, token);
+    for (int i = 0; i < 3; i++) {
+        write_one(sim, follower, 5000 + i, 5);
+        flush(follower);
+        thinvm_store_reclaim(follower, true);
+    }
+    g_assert_cmpuint(sim_discarded(sim), ==, discarded);
+    g_assert_cmpuint(image_read_tag(sim, follower, 900), ==, 99);
+    image_recount(sim, follower);
+    image_check(follower);
+    store_close(follower, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -408,6 +528,8 @@ int main(int argc, char **argv)
 
     add("/thinvm/follow/owner", test_follow);
     add("/thinvm/follow/cut-off", test_follow_cut_off);
+    add("/thinvm/follow/hidden", test_follow_hidden);
+    add("/thinvm/follow/quarantine", test_follow_quarantine);
     add("/thinvm/follow/preload", test_preload);
     add("/thinvm/follow/preload-small", test_preload_small);
     add("/thinvm/follow/preload-error", test_preload_error);

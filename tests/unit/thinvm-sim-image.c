@@ -316,6 +316,7 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
     unsigned turns = take_dawdle();
 
     for (;;) {
+        bool changed = false, repeat;
         uint64_t changes;
         unsigned token;
         int ret;
@@ -329,10 +330,13 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
             ret = image_read(sim, st, guest, buf);
         }
         if (ret == 0 && image_fault != IMAGE_FAULT_FOLLOW) {
-            ret = thinvm_store_catch_up(st, NULL, NULL);
+            ret = thinvm_store_catch_up(st, &changed, NULL);
         }
+        /* by whomever: our own catch-up may have found nothing left to do */
+        repeat = image_fault == IMAGE_FAULT_HIDDEN ? changed :
+                 changes != thinvm_store_changes(st);
         thinvm_store_request_end(st, token);
-        if (ret < 0 || changes == thinvm_store_changes(st)) {
+        if (ret < 0 || !repeat) {
             return ret;
         }
     }
