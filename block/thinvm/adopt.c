@@ -148,7 +148,7 @@ unsigned thinvm_state_preload_percent(ThinvmState *s,
 typedef struct Adopt {
     ThinvmState *s, *old;
     int tree;
-    uint64_t sequence;          /* that the base includes; 0: clean pages only */
+    uint64_t sequence;          /* of the base; 0: clean pages only */
     uint64_t adopted;
     ThinvmNeeds *needs;
 } Adopt;

@@ -18,6 +18,7 @@
 #include "block/qdict.h"
 #include "system/block-backend.h"
 #include "driver-snapshot.h"
+#include "handover.h"
 
 #define THINVM_OPT_JOURNAL_SIZE "journal_size"
 
@@ -82,7 +83,12 @@ static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
         error_prepend(errp, "Refusing to overwrite a thinvm image: ");
         return -EBUSY;
     }
-    return 0;
+    if (view.newest_epoch) {
+        bdrv_graph_co_rdlock();
+        ret = thinvm_fence_clear(blk_bs(blk), &view.newest, errp);
+        bdrv_graph_co_rdunlock();
+    }
+    return ret;
 }
 
 /*

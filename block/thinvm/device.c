@@ -61,7 +61,9 @@ thinvm_node_pwrite(ThinvmDevice *dev, uint64_t offset, uint64_t bytes,
 
     if (ret < 0) {
         trace_thinvm_metadata_write_failed(bs, offset, bytes, ret);
-        thinvm_mode_write_failed(bs);
+        if (thinvm_mode_write_failed(bs)) {
+            ret = bdrv_co_pwrite(bs->file, offset, bytes, buf, 0);
+        }
     }
     return ret;
 }

@@ -3,6 +3,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
+ *   fence.c       SCSI persistent reservations
  *   pulse.c       the periodic work of a node: an owner's heartbeats, a
  *                 follower's catching up and preloading
  *   heartbeat.c   heartbeats: writing one's own, watching another's, and
@@ -51,6 +52,31 @@ bool coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
                                          const QemuUUID *uuid,
                                          const ThinvmClaim *claim,
                                          ThinvmBeat *beat);
+
+/* ------------------------------------------------------------------ */
+/* fence.c                                                             */
+
+/*
+ * Reserve the device for the owner who is going to write @claim, or find that
+ * this cannot be had (0, unless the user insists).  @newest: the claim that
+ * was found, whose owner may be displaced.
+ */
+int coroutine_fn GRAPH_RDLOCK thinvm_fence_take(BDRVThinvmState *s,
+                                                const ThinvmClaim *claim,
+                                                const ThinvmClaim *newest,
+                                                Error **errp);
+void coroutine_fn GRAPH_RDLOCK thinvm_fence_release(BDRVThinvmState *s);
+/*
+ * 0: as it was, or not used.  1: it had to be taken again just now, so writes
+ * may have failed that will not again.  -EPERM: another has it.
+ */
+int coroutine_fn GRAPH_RDLOCK thinvm_fence_check(BDRVThinvmState *s);
+/* End the reservation of an owner who is no more; for creating over it */
+int coroutine_fn GRAPH_RDLOCK thinvm_fence_clear(BlockDriverState *file,
+                                                 const ThinvmClaim *newest,
+                                                 Error **errp);
+/* What protects the image from others, and why that */
+ThinvmFencing thinvm_fence_kind(BDRVThinvmState *s, const char **reason);
 
 /* ------------------------------------------------------------------ */
 /* pulse.c                                                             */

@@ -413,8 +413,9 @@ write_file(BlockDriverState *bs, BlkdebugEvent event, uint64_t device_offset,
     BLKDBG_CO_EVENT(bs->file, event);
     ret = bdrv_co_pwritev_part(bs->file, device_offset, bytes, qiov,
                                qiov_offset, flags);
-    if (ret < 0) {
-        thinvm_mode_write_failed(bs);
+    if (ret < 0 && thinvm_mode_write_failed(bs)) {
+        ret = bdrv_co_pwritev_part(bs->file, device_offset, bytes, qiov,
+                                   qiov_offset, flags);
     }
     return ret;
 }

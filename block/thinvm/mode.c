@@ -180,7 +180,7 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
                        "raised any more");
             ret = -EOVERFLOW;
         } else {
-            ret = thinvm_owner_claim(s, info.epoch + 1, errp);
+            ret = thinvm_owner_claim(s, info.epoch + 1, &s->claim, errp);
         }
     }
     if (ret >= 0) {
@@ -241,7 +241,7 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     if (thinvm_guest_is_stale(s, &view, errp)) {
         return -ESTALE;
     }
-    ret = thinvm_owner_claim(s, view.newest_epoch + 1, errp);
+    ret = thinvm_owner_claim(s, view.newest_epoch + 1, &view.newest, errp);
     if (ret < 0) {
         return ret;
     }
@@ -363,6 +363,7 @@ void thinvm_mode_lose(BDRVThinvmState *s, const char *reason)
         return;
     }
     qatomic_set(&s->owner, false);
+    qatomic_set(&s->fence.held, false);
     thinvm_store_poison(s->store);
     thinvm_owner_drop(s);
     trace_thinvm_mode_lose(s->bs, reason);
@@ -371,15 +372,24 @@ void thinvm_mode_lose(BDRVThinvmState *s, const char *reason)
     qapi_event_send_thinvm_ownership_lost(bdrv_get_node_name(s->bs), reason);
 }
 
-void coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
+bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
 {
     BDRVThinvmState *s = bs->opaque;
     g_autoptr(Error) local_err = NULL;
+    int ret;
 
-    if (qatomic_read(&s->owner) &&
-        thinvm_owner_verify(s, &local_err) == -EPERM) {
-        thinvm_mode_lose(s, error_get_pretty(local_err));
+    if (!qatomic_read(&s->owner)) {
+        return false;
     }
+    if (thinvm_owner_verify(s, &local_err) == -EPERM) {
+        thinvm_mode_lose(s, error_get_pretty(local_err));
+        return false;
+    }
+    ret = thinvm_fence_check(s);
+    if (ret == -EPERM) {
+        thinvm_mode_lose(s, "another has reserved the device");
+    }
+    return ret > 0;
 }
 
 /* ------------------------------------------------------------------ */

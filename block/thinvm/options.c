@@ -205,12 +205,6 @@ bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp)
     if (reservation < 0) {
         goto out;
     }
-    if (reservation == THINVM_RESERVATION_ON) {
-        error_setg(errp, "Option '%s' is 'on', but this version cannot take "
-                   "SCSI persistent reservations; use 'auto' or 'off'",
-                   THINVM_OPT_RESERVATION);
-        goto out;
-    }
     if (!thinvm_parse_numbers(dst, opts, errp) ||
         !thinvm_parse_watermarks(dst, opts, errp) ||
         !thinvm_parse_snapshot(dst, opts, errp)) {

@@ -39,6 +39,8 @@
 #include "handover.h"
 #include "trace.h"
 
+/* How long a claim must stand where nothing else decides a race */
+#define THINVM_LEASE_NS     (1000 * SCALE_MS)
 #define THINVM_CLAIM_AREA   (THINVM_NB_CLAIMS * THINVM_PAGE_SIZE)
 
 /* Claims that nodes of this process hold */
@@ -206,6 +208,14 @@ static bool thinvm_process_gone(const ThinvmClaim *claim)
     }
     return p.zombie || (claim->process_start && p.start &&
                         p.start != claim->process_start);
+}
+
+bool thinvm_owner_process_ended(uint32_t pid)
+{
+    ThinvmProcess p;
+
+    return (kill(pid, 0) < 0 && errno == ESRCH) ||
+           (thinvm_process_look(pid, &p) && p.zombie);
 }
 
 static bool thinvm_is_this_host(const ThinvmClaim *claim)
@@ -490,17 +500,39 @@ void thinvm_owner_drop(BDRVThinvmState *s)
     QLIST_SAFE_REMOVE(s, owner_link);
 }
 
+/*
+ * Of two that claim at the same time, both having seen nobody, the one whose
+ * block lands last has it.  Where neither the device nor a lock decides, wait
+ * longer than a write takes, and look again.  Not after a hand-over: the guest
+ * stands still, and nobody else is told to take what was released; if somebody
+ * does all the same, the next look at the claim tells (heartbeat.c).
+ */
+static bool thinvm_owner_must_wait(BDRVThinvmState *s,
+                                   const ThinvmClaim *newest)
+{
+    const char *reason;
+
+    return thinvm_fence_kind(s, &reason) == THINVM_FENCING_CLAIM &&
+           !(newest->epoch && newest->state == THINVM_CLAIM_RELEASED);
+}
+
 int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
-                                    Error **errp)
+                                    const ThinvmClaim *newest, Error **errp)
 {
     ThinvmClaim claim = {
         .epoch = epoch,
         .state = THINVM_CLAIM_ACTIVE,
     };
+    ThinvmClaim found;
     int ret;
 
     thinvm_identity(&claim);
     qemu_uuid_generate(&claim.nonce);
+    found = *newest;            /* it may be our own, which we replace */
+    ret = thinvm_fence_take(s, &claim, &found, errp);
+    if (ret < 0) {
+        return ret;
+    }
 
     /* Registered first: nobody of this process may take it for a leftover */
     qemu_mutex_lock(&thinvm_owner_lock);
@@ -516,9 +548,14 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     } else {
         ret = thinvm_owner_verify(s, errp);
     }
+    if (ret == 0 && thinvm_owner_must_wait(s, &found)) {
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_LEASE_NS);
+        ret = thinvm_owner_verify(s, errp);
+    }
     trace_thinvm_owner_claim(s->bs, epoch, ret);
     if (ret < 0) {
         thinvm_owner_drop(s);
+        thinvm_fence_release(s);
     }
     return ret;
 }
@@ -539,6 +576,7 @@ int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
     }
     s->claim = claim;
     thinvm_owner_drop(s);
+    thinvm_fence_release(s);
     thinvm_pulse_saw_claim(s, &claim);
     return 0;
 }

@@ -93,6 +93,10 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_own(ThinvmPulse *p)
     if (ret == -EPERM || !qatomic_read(&s->owner)) {
         return;
     }
+    if (thinvm_fence_check(s) == -EPERM && qatomic_read(&s->owner)) {
+        thinvm_mode_lose(s, "another has reserved the device");
+        return;
+    }
     WITH_QEMU_LOCK_GUARD(&p->lock) {
         counter = ++p->counter;
     }
@@ -382,6 +386,13 @@ void thinvm_pulse_info(BDRVThinvmState *s, ThinvmInfo *dst)
     QEMU_LOCK_GUARD(&p->lock);
     if (p->saw_claim) {
         dst->image_owner = thinvm_pulse_owner_info(s, p);
+    }
+    if (qatomic_read(&s->owner)) {
+        const char *reason;
+
+        dst->has_fencing = true;
+        dst->fencing = thinvm_fence_kind(s, &reason);
+        dst->fencing_reason = g_strdup(reason);
     }
     if (p->followed) {
         dst->follower = thinvm_pulse_follower_info(s, p);

@@ -16,6 +16,7 @@
  *   io.c                the data path
  *   mode.c              the mapping-cache modes and the hand-over
  *   owner.c             claims of ownership
+ *   fence.c             SCSI persistent reservations
  *   heartbeat.c         heartbeats of owners
  *   pulse.c             periodic work: heartbeats, following, preloading
  *   volume.c            free space of the device, and its growth
@@ -89,6 +90,16 @@ typedef struct ThinvmVolume {
     double mean;
 } ThinvmVolume;
 
+/* fence.c: the device's reservation, if it is used */
+typedef struct ThinvmFence {
+    CoMutex lock;                   /* one check at a time */
+    bool held;                      /* qatomic */
+    bool aptpl;                     /* the device can keep it over power loss */
+    uint64_t key;
+    int64_t renewed_ms;             /* when it had to be taken again, last */
+    const char *reason;             /* why it is held, or not; for people */
+} ThinvmFence;
+
 /* What a read began with, when it followed another owner (mode.c) */
 typedef struct ThinvmLook {
     bool followed;
@@ -147,6 +158,8 @@ struct BDRVThinvmState {
     bool returning;                 /* unused, as the guest never ran here */
 
     ThinvmOptions options;
+
+    ThinvmFence fence;              /* fence.c */
 
     /* owner.c: our newest claim, valid after the first one was made */
     ThinvmClaim claim;
@@ -283,9 +296,9 @@ thinvm_mode_commit_found(BlockDriverState *bs, uint64_t ticket);
 int coroutine_fn GRAPH_RDLOCK thinvm_co_flush_to_os(BlockDriverState *bs);
 /*
  * Something could not be written: is the image still ours?  If not, ownership
- * is lost from now on.
+ * is lost from now on.  True: what stood in the way is gone; write it again.
  */
-void coroutine_fn GRAPH_RDLOCK thinvm_mode_write_failed(BlockDriverState *bs);
+bool coroutine_fn GRAPH_RDLOCK thinvm_mode_write_failed(BlockDriverState *bs);
 
 /*
  * The user's wish.  When this returns 0, the promise of @mode holds for
@@ -382,11 +395,17 @@ void coroutine_fn thinvm_owner_watch(ThinvmDevice *dev, const QemuUUID *uuid,
  */
 bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
                            Error **errp);
-/* Write a claim of @epoch, durably, and see that it is there */
-int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
-                                    Error **errp);
-int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
-                                      ThinvmClaimState state, Error **errp);
+/*
+ * Reserve the device where that can be had, then write a claim of @epoch,
+ * durably, and see that it is there.  @newest: the claim that was found.
+ */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
+                   const ThinvmClaim *newest, Error **errp);
+int coroutine_fn GRAPH_RDLOCK
+thinvm_owner_release(BDRVThinvmState *s, ThinvmClaimState state, Error **errp);
+/* Has a process of this host ended? */
+bool thinvm_owner_process_ended(uint32_t pid);
 /* The name of the host that made @claim, fit to be shown; g_free() it */
 char *thinvm_owner_host(const ThinvmClaim *claim);
 /* @errp: our claim is no longer the newest, but @newest is */
