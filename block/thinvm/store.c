@@ -260,6 +260,18 @@ static int check_counters(ThinvmStore *st, uint64_t epoch, Error **errp)
     return 0;
 }
 
+/*
+ * A repair changes the state without a record, and may have been interrupted
+ * between its two checkpoints: what is journalled from now on would not fit
+ * the older base, which is as it was before.
+ */
+static int coroutine_fn settle_repair(ThinvmStore *st)
+{
+    return st->bases.has_older &&
+           st->bases.older.sequence == st->bases.newest.sequence ?
+           thinvm_store_checkpoint(st) : 0;
+}
+
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp)
 {
@@ -307,6 +319,11 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
         goto fail;
     }
     qatomic_set(&st->mode, THINVM_STORE_WRITING);
+    ret = settle_repair(st);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write a checkpoint");
+        goto fail;
+    }
     ret = clear_unknown_autoclear(st);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not clear the image's autoclear "
