@@ -87,7 +87,8 @@ class Runner:
         self.build = args.build.resolve()
         self.source = self.build / 'qemu-src' / 'tests' / 'qemu-iotests'
         self.format = args.format
-        self.limit = args.time_limit
+        self.limit = args.time_limit * (6 if args.all else 1)
+        self.all = args.all
         self.logs = self.build / 'test-logs' / 'iotests'
         self.scratch = Path(scratch)
         self.tree = self.build / 'iotests'
@@ -125,6 +126,8 @@ class Runner:
         env = dict(os.environ, PATH='/usr/bin:/bin:/usr/sbin:/sbin',
                    TEST_DIR=f'{images}/', SOCK_DIR=f'{directory}/',
                    TMPDIR=str(directory), PYTHONDONTWRITEBYTECODE='1')
+        if self.all:
+            env['THINVM_TEST_ALL'] = '1'
         log = self.logs / f'{name}.log'
         try:
             with open(log, 'w', encoding='utf-8') as f:
@@ -224,7 +227,8 @@ def parse_args():
                    help='show the tests and their status, run none')
     p.add_argument('--jobs', type=int, default=2)
     p.add_argument('--all', action='store_true',
-                   help='also the slow ones, and try those that wait for a '
+                   help='also the slow ones, all of thinvm-failing (six times '
+                   'the time limit), and try those that wait for a '
                    'feature or need what may be missing here')
     p.add_argument('--time-limit', type=int, default=LIMIT, metavar='SEC')
     p.add_argument('--update', action='store_true',

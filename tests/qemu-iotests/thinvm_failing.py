@@ -146,7 +146,7 @@ class Daemon:
     def ended(self):
         self.process.wait(TIMEOUT)
         self.log.seek(0)
-        return f'status {self.process.returncode}, {self.log.read()}'
+        return self.log.read()
 
     def quit(self):
         self.process.stdin.write(b'{"execute": "quit"}\n')
@@ -156,7 +156,8 @@ class Daemon:
         except subprocess.TimeoutExpired:
             raise Failure('the storage daemon does not end')
         if self.process.returncode not in (0, 1):
-            raise Failure(f'the storage daemon crashed: {self.ended()}')
+            raise Failure('the storage daemon crashed, status '
+                          f'{self.process.returncode}: {self.ended()}')
 
     def destroy(self):
         if self.process.poll() is None:
@@ -201,6 +202,7 @@ class Run:
                 self.close()
             self.qsd.quit()
             self.reached = self._count()
+            self.stderr = self.qsd.ended()
         finally:
             if self.nbd:
                 self.nbd.close()
