@@ -12,7 +12,7 @@ import time
 
 from lib.context import Failure, check, wait_for
 from lib.image import GiB, File, create, require_clean
-from lib.model import BAD, make_block, read_block
+from lib.model import BAD, make_block, read_sectors
 from lib.nbd import NBDClient
 from lib.node import mode_of
 from lib.qmp import QMPError
@@ -202,15 +202,19 @@ def follower_sees_only_its_blocks(ctx):
     while time.monotonic() < end and owner.is_alive():
         index = source.randrange(owner.BLOCKS)
         sure = owner.sure.get(index, 0)
-        seq = read_block(reader.read(index * owner.CLUSTER, 4096),
-                         owner.seed, 0, index)
-        check(seq != BAD, 'block %d is none that was written there (after '
-              '%d writes)', index, owner.issued)
-        zero_is_right = not sure or owner.trimmed.get(index, 0) > sure
-        check(sure <= seq <= owner.issued or (seq == 0 and zero_is_right),
-              'block %d holds write %d, but %d was flushed before', index,
-              seq, sure)
-        seen.add(seq)
+        data = reader.read(index * owner.CLUSTER, 4096)
+        # A read amid a write may see some sectors of it and not the others.
+        seqs = read_sectors(data, owner.seed, 0, index)
+        check(seqs != BAD, 'block %d is none that was written there (after '
+              '%d writes); it is of block %s', index, owner.issued,
+              [other for other in range(owner.BLOCKS) if read_sectors(
+                  data, owner.seed, 0, other) != BAD])
+        for seq in seqs:
+            zero_is_right = not sure or owner.trimmed.get(index, 0) > sure
+            check(sure <= seq <= owner.issued or (seq == 0 and zero_is_right),
+                  'block %d holds write %d, but %d was flushed before', index,
+                  seq, sure)
+        seen.update(seqs)
     owner.ending = True
     owner.join(30)
     check(owner.error is None, 'the owner fails: %s', owner.error)
