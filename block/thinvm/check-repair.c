@@ -145,10 +145,10 @@ static bool coroutine_fn fall_back(ThinvmCheck *c)
     thinvm_check_all(c);
     if (c->damaged) {
         whole = false;
-        if (thinvm_replay_open(c->st, NULL) < 0) {
-            return false;       /* the caller meets it again */
+        /* If that fails what is in memory has to do: the older one */
+        if (thinvm_replay_open(c->st, NULL) == 0) {
+            thinvm_check_all(c);
         }
-        thinvm_check_all(c);
     }
     thinvm_state_lock(c->s);
     thinvm_state_set_applying(c->s, UINT64_MAX);
