@@ -274,7 +274,8 @@ def run_coverage(build, clang, tools):
         *(HERE / f'{n}.c' for n in (*FUZZER, 'thinvm-fuzz-main')), *engine],
         (*WRAPPED, 'qemu_uuid_generate')), [str(p) for p in inputs()])]
     for name in UNIT_TESTS:
-        options = ['--cuts', '200'] if 'crash' in name else []
+        options = ['-p', '/thinvm/crash/cuts', '--cuts', '200'] \
+            if 'crash' in name else []
         programs.append((program.link(name, [*test_sources(name), *engine]),
                          options))
     for path, options in programs:
