@@ -354,24 +354,26 @@ static int64_t thinvm_measure_clusters(BlockDriverState *in_bs,
 /*
  * Metadata for @clusters of data in the worst case: every page of the mapping
  * and count trees, twice, since a checkpoint writes new ones before the old
- * are free; rounded up to whole extents.
+ * are free; the reserve of three times the bound on dirty pages, and two
+ * bounds that are taken ahead of need (space.c).
  */
 static uint64_t thinvm_measure_metadata(uint64_t clusters,
                                         uint64_t cluster_size)
 {
+    uint64_t leaves = DIV_ROUND_UP(clusters, THINVM_ENTRIES_PER_LEAF);
+    uint64_t bound = MIN(MAX(2 * leaves, THINVM_MIN_DIRTY_BOUND),
+                         THINVM_MAX_DIRTY_BOUND);
     uint64_t pages = 0, level;
 
-    level = DIV_ROUND_UP(clusters, THINVM_ENTRIES_PER_LEAF);
-    for (; level > 1; level = DIV_ROUND_UP(level, THINVM_POINTERS_PER_PAGE)) {
+    for (level = leaves; level > 1;
+         level = DIV_ROUND_UP(level, THINVM_POINTERS_PER_PAGE)) {
         pages += level;
     }
     level = DIV_ROUND_UP(clusters, THINVM_COUNTS_PER_LEAF);
     for (; level > 1; level = DIV_ROUND_UP(level, THINVM_POINTERS_PER_PAGE)) {
         pages += level;
     }
-    return ROUND_UP(2 * pages * THINVM_PAGE_SIZE,
-                    MAX(cluster_size, THINVM_EXTENT_MAX_PAGES *
-                                      THINVM_PAGE_SIZE));
+    return ROUND_UP((2 * pages + 5 * bound) * THINVM_PAGE_SIZE, cluster_size);
 }
 
 static bool thinvm_measure_options(QemuOpts *opts, ThinvmSuperblock *sb,

@@ -26,9 +26,6 @@
 #include "qemu/interval-tree.h"
 #include "state.h"
 
-/* Dirty pages at which a checkpoint must have been written; clamp */
-#define THINVM_MIN_DIRTY_BOUND  64
-#define THINVM_MAX_DIRTY_BOUND  4096
 /* Clusters reserved at a time for allocations that have no goal */
 #define THINVM_WINDOW           64
 /* Pages of level 1 that look-ups find at once; 128 are 1 TiB at 64 KiB */

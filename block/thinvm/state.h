@@ -96,6 +96,10 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
                              const void *buf, ThinvmNeeds *needs,
                              Error **errp);
 
+/* Dirty pages at which a checkpoint must have been written; clamp */
+#define THINVM_MIN_DIRTY_BOUND  64
+#define THINVM_MAX_DIRTY_BOUND  4096
+
 /* Scalars; stable while the lock is held */
 typedef struct ThinvmInfoState {
     QemuUUID uuid;
