@@ -21,6 +21,7 @@ MAGIC = b'ThinVM\x1a\n'
 RECORD_MAGIC = 0x524a5654
 TYPE_PAGE = 1
 RECORD_MAX = 256 * 1024
+FAR = 1 << 28                   # no block of a file lies from here on
 
 # Trees: root in the superblock, levels of inner pages
 MAP, COUNT, SPACE, SNAPSHOTS, NAME = 'map', 'count', 'space', 'snap', 'name'
@@ -93,7 +94,9 @@ class Forger:
     def block(self, number):
         """4 KiB of the device, to be changed in place."""
         if number not in self.blocks:
-            data = os.pread(self.file, PAGE, number * PAGE)
+            data = b''
+            if number < FAR:
+                data = os.pread(self.file, PAGE, number * PAGE)
             data += bytes(PAGE - len(data))
             self.original[number] = data
             self.blocks[number] = bytearray(data)
@@ -356,6 +359,6 @@ class Forger:
     def write(self):
         """Without a right checksum."""
         for number, block in self.blocks.items():
-            if block != self.original[number]:
+            if number < FAR and block != self.original[number]:
                 os.pwrite(self.file, block, number * PAGE)
                 self.original[number] = bytes(block)
