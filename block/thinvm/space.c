@@ -12,7 +12,8 @@
  *
  * Policy: low places first, in windows of contiguous clusters, so that a
  * volume which grows on demand stays small; a caller that continues a
- * sequence names the place where it would like to go on.
+ * sequence names the place where it would like to go on.  It goes on there
+ * unless so much is free below that the volume would grow without need.
  */
 #include "qemu/osdep.h"
 #include "state-int.h"
@@ -183,6 +184,17 @@ static void window_take(ThinvmState *s, uint64_t first, uint64_t nb)
     }
 }
 
+/*
+ * Is there more room below @goal than a 32nd of what is in use?  All that is
+ * not free may lie there, so this is what is free there at least.
+ */
+static bool is_too_high(ThinvmState *s, uint64_t goal)
+{
+    uint64_t used = s->device_clusters - s->nb_count_free + s->nb_busy;
+
+    return goal > used + used / 32;
+}
+
 static int reserve_goal(ThinvmState *s, uint64_t goal, uint64_t max,
                         uint64_t *first, uint64_t *nb, ThinvmNeeds *needs)
 {
@@ -194,7 +206,8 @@ static int reserve_goal(ThinvmState *s, uint64_t goal, uint64_t max,
         window_take(s, *first, *nb);
         return 0;
     }
-    if (goal >= s->device_clusters || thinvm_space_is_busy(s, goal)) {
+    if (goal >= s->device_clusters || is_too_high(s, goal) ||
+        thinvm_space_is_busy(s, goal)) {
         return -ENOENT;
     }
     ret = thinvm_count_find_free(s, goal, max, first, nb, needs);
