@@ -272,6 +272,25 @@ static int coroutine_fn settle_repair(ThinvmStore *st)
            thinvm_store_checkpoint(st) : 0;
 }
 
+/*
+ * Operations leave the last quarter of the ring free, but EPOCH takes from it
+ * each time that somebody becomes the owner.  If all of these died at once
+ * there would be no room left for the next one, and nobody could write to the
+ * image any more.  So whoever finds the ring fuller than operations make it
+ * writes the checkpoint now that they would have to wait for.
+ */
+static int coroutine_fn make_room(ThinvmStore *st)
+{
+    int ret = 0;
+
+    /* The first may free nothing: the older base's records are kept too */
+    for (int i = 0; i < THINVM_NB_BASES && ret == 0 &&
+                    thinvm_journal_used(st) > st->journal.size / 4 * 3; i++) {
+        ret = thinvm_store_checkpoint(st);
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp)
 {
@@ -320,6 +339,9 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     }
     qatomic_set(&st->mode, THINVM_STORE_WRITING);
     ret = settle_repair(st);
+    if (ret == 0) {
+        ret = make_room(st);
+    }
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not write a checkpoint");
         goto fail;
