@@ -149,9 +149,8 @@ thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
     };
     int ret;
 
-    ret = thinvm_mode_begin_write(bs);
+    ret = thinvm_mode_begin_change(bs, errp);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the image");
         return ret;
     }
     snap.id = thinvm_next_id(s);
@@ -205,7 +204,7 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
     uint32_t slot;
     int ret;
 
-    ret = thinvm_mode_begin_write(bs);
+    ret = thinvm_mode_begin_change(bs, errp);
     if (ret < 0) {
         return ret;
     }

@@ -389,19 +389,12 @@ bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
     if (ret == -EPERM) {
         thinvm_mode_lose(s, "another has reserved the device");
     }
-    return ret > 0;
+    /* Another request may have found out meanwhile */
+    return ret > 0 && qatomic_read(&s->owner);
 }
 
 /* ------------------------------------------------------------------ */
 /* Opening and activation                                              */
-
-/* Nobody deletes a protected snapshot, so there is nothing to ask about */
-static void thinvm_reader_of_snapshot(BDRVThinvmState *s)
-{
-    if (s->view && (s->view->flags & THINVM_SNAPSHOT_PROTECTED)) {
-        s->follow = false;
-    }
-}
 
 int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
 {
@@ -430,13 +423,11 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     s->mode = THINVM_CACHE_MODE_MIGRATION;
     s->follow = thinvm_device_coherent(bs);
     if (s->follow || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
-        thinvm_reader_of_snapshot(s);
         return 0;
     }
     if (s->view && !wished && view.kind != THINVM_OWNER_OTHER) {
         /* This host's page cache is no obstacle: nobody else writes */
         s->follow = true;
-        thinvm_reader_of_snapshot(s);
         return 0;
     }
     if (wished) {
@@ -452,7 +443,10 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     return -EBUSY;
 }
 
-/* A read-only node just reads the image again */
+/*
+ * A node that never writes just reads the image again.  One that shows a
+ * snapshot does so too: others may have deleted it meanwhile.
+ */
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_reader_refresh(BlockDriverState *bs, Error **errp)
 {
@@ -477,10 +471,7 @@ int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
     Error *local_err = NULL;
     int ret;
 
-    if (s->view) {
-        return 0;               /* a snapshot never changes */
-    }
-    if (bdrv_is_read_only(bs)) {
+    if (s->view || bdrv_is_read_only(bs)) {
         return thinvm_reader_refresh(bs, errp);
     }
     /*
@@ -549,7 +540,11 @@ int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
     return ret;
 }
 
-/* In write-through mode an overwrite waits for the mapping that it found */
+/*
+ * In write-through mode an overwrite waits for the mapping that it found.
+ * What was written while ownership went is not to be acknowledged: the place
+ * may be the new owner's.
+ */
 int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
                                           uint64_t ticket)
 {
@@ -558,7 +553,28 @@ int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
     if (!ticket && qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITETHROUGH) {
         ticket = thinvm_store_ticket(s->store);
     }
-    return ticket ? thinvm_mode_commit(bs, ticket) : 0;
+    if (ticket) {
+        int ret = thinvm_mode_commit(bs, ticket);
+
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return likely(qatomic_read(&s->owner)) ? 0 : -EIO;
+}
+
+/* What the node is that no owner can be, or NULL */
+static const char *thinvm_must_not_write(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    if (s->view) {
+        return "shows a snapshot";
+    }
+    if (bdrv_is_read_only(bs)) {
+        return "is read-only";
+    }
+    return bs->open_flags & BDRV_O_INACTIVE ? "is inactive" : NULL;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -570,6 +586,9 @@ thinvm_first_write(BlockDriverState *bs)
 
     if (qatomic_read(&s->lost)) {
         return -EIO;
+    }
+    if (thinvm_must_not_write(bs)) {
+        return -EACCES;         /* nor has bs->file the permission */
     }
     ret = thinvm_mode_take(bs, false, &local_err);
     if (ret < 0) {
@@ -591,6 +610,24 @@ int coroutine_fn thinvm_mode_begin_write(BlockDriverState *bs)
         return 0;
     }
     return thinvm_first_write(bs);
+}
+
+int coroutine_fn thinvm_mode_begin_change(BlockDriverState *bs, Error **errp)
+{
+    const char *why = thinvm_must_not_write(bs);
+    int ret;
+
+    if (why) {
+        error_setg(errp, "Node '%s' %s; only a node that writes the image can "
+                   "change it", bdrv_get_device_or_node_name(bs), why);
+        return -EACCES;
+    }
+    ret = thinvm_mode_begin_write(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Node '%s' cannot change its image",
+                         bdrv_get_device_or_node_name(bs));
+    }
+    return ret;
 }
 
 int coroutine_fn thinvm_mode_commit(BlockDriverState *bs, uint64_t ticket)

@@ -58,9 +58,8 @@ thinvm_co_deletion_prepare(BlockDriverState *bs, void *opaque, Error **errp)
     uint32_t slot;
     int ret;
 
-    ret = thinvm_mode_begin_write(bs);
+    ret = thinvm_mode_begin_change(bs, errp);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the image");
         return ret;
     }
     ret = thinvm_require_snapshot(bs->opaque, p->id, p->name, &snap, &slot,
@@ -98,25 +97,29 @@ static BDRVThinvmState *thinvm_find_viewer(BDRVThinvmState *s, uint64_t id)
     return NULL;
 }
 
+/* Main loop: that is where nodes come and go */
+static int thinvm_deletion_unseen(BDRVThinvmState *s, uint64_t id,
+                                  Error **errp)
+{
+    BDRVThinvmState *viewer = thinvm_find_viewer(s, id);
+
+    if (viewer) {
+        error_setg(errp, "Snapshot %" PRIu64 " is being read: node '%s' "
+                   "shows it", id, bdrv_get_device_or_node_name(viewer->bs));
+        return -EBUSY;
+    }
+    return 0;
+}
+
 int thinvm_deletion_prepare(BlockDriverState *bs, const char *id,
                             const char *name, bool force, ThinvmDeletion *del,
                             Error **errp)
 {
-    BDRVThinvmState *s = bs->opaque, *viewer;
     ThinvmPrepare p = { .id = id, .name = name, .force = force, .del = del };
     int ret = thinvm_run(bs, thinvm_co_deletion_prepare, &p, errp);
 
-    if (ret < 0) {
-        return ret;
-    }
-    viewer = thinvm_find_viewer(s, del->name.id);
-    if (viewer) {
-        error_setg(errp, "Snapshot %" PRIu64 " is being read: node '%s' "
-                   "shows it", del->name.id,
-                   bdrv_get_device_or_node_name(viewer->bs));
-        return -EBUSY;
-    }
-    return 0;
+    return ret < 0 ? ret : thinvm_deletion_unseen(bs->opaque, del->name.id,
+                                                  errp);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -139,10 +142,13 @@ int coroutine_fn thinvm_deletion_mark(BlockDriverState *bs,
                                       Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
-    int ret = thinvm_mode_begin_write(bs);
+    int ret = thinvm_mode_begin_change(bs, errp);
 
+    /* A job may have waited since it was prepared */
+    if (ret >= 0 && qemu_in_main_thread()) {
+        ret = thinvm_deletion_unseen(s, del->name.id, errp);
+    }
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the image");
         return ret;
     }
     if (force) {
@@ -335,10 +341,9 @@ int coroutine_fn thinvm_snapshot_protect(BlockDriverState *bs, const char *id,
     BDRVThinvmState *s = bs->opaque;
     ThinvmSnapshotName at;
     ThinvmSnapshot snap;
-    int ret = thinvm_mode_begin_write(bs);
+    int ret = thinvm_mode_begin_change(bs, errp);
 
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the image");
         return ret;
     }
     ret = thinvm_require_snapshot(s, id, name, &snap, &at.slot, errp);

@@ -281,6 +281,12 @@ thinvm_mode_end_read(BlockDriverState *bs, const ThinvmLook *look,
  */
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_write(BlockDriverState *bs);
 /*
+ * The same before a change that no guest's write permission covers (of
+ * snapshots, say): also finds nodes that must not write, and says why.
+ */
+int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_change(BlockDriverState *bs,
+                                                       Error **errp);
+/*
  * After an operation was executed, before the request is acknowledged: in
  * write-through mode waits for its record, in write-back mode sees to it that
  * it will be committed in time.

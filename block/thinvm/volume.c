@@ -201,10 +201,8 @@ thinvm_co_grow(BlockDriverState *bs, void *opaque, Error **errp)
     ThinvmGrow *grow = opaque;
     int ret;
 
-    ret = thinvm_mode_begin_write(bs);
+    ret = thinvm_mode_begin_change(bs, errp);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Node '%s' cannot change its image",
-                         bdrv_get_node_name(bs));
         return ret;
     }
     return thinvm_volume_notice(s, grow->size, errp);
