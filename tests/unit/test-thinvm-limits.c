@@ -4,12 +4,47 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The ring of the journal, when owners come and go without doing anything;
- * and the place on the device, which shall stay as small as what is in use.
- * Nothing of a guest's data is written here.
+ * the place on the device, which shall stay as small as what is in use; and
+ * the metadata pages that are kept for writes into unwritten runs.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
 #include "block/thinvm/state-int.h"
+
+/* ------------------------------------------------------------------ */
+/* Snapshots                                                           */
+
+static int coroutine_fn snapshot_create(ThinvmStore *st)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmSnapshot snap = {
+        .icount = UINT64_MAX, .date_sec = 1, .name = "one",
+        .id = thinvm_snapshot_next_id(s), .virtual_size = s->virtual_size,
+    };
+    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
+
+    return thinvm_store_execute(st, &op, NULL, NULL);
+}
+
+/* How many steps it took; one that still has children stays */
+static unsigned coroutine_fn snapshot_delete(ThinvmStore *st, uint32_t slot,
+                                             uint64_t id, unsigned steps)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .guest = slot, .value = id,
+    };
+    unsigned done;
+
+    for (done = 0; done < steps; done++) {
+        uint64_t before = stats_of(st).operations;
+
+        if (thinvm_store_execute(st, &op, NULL, NULL) < 0 ||
+            stats_of(st).operations == before) {
+            break;
+        }
+    }
+    return done;
+}
 
 /* ------------------------------------------------------------------ */
 /* The ring                                                            */
@@ -172,14 +207,8 @@ static void coroutine_fn volume_snapshot(Volume *v)
     ThinvmState *s = thinvm_store_state(v->st);
 
     if (v->snapshot[slot]) {
-        ThinvmOp op = {
-            .type = THINVM_OP_SNAPSHOT_DELETE_STEP,
-            .guest = slot, .value = v->snapshot[slot],
-        };
-        uint32_t nb = s->nb_snapshots;
-
-        while (s->nb_snapshots == nb) {
-            volume_do(v, &op);
+        while (snapshot_delete(v->st, slot, v->snapshot[slot], 1)) {
+            volume_count(v);
         }
         v->snapshot[slot] = 0;
         return;
@@ -187,16 +216,9 @@ static void coroutine_fn volume_snapshot(Volume *v)
     for (slot = 0; v->snapshot[slot]; slot++) {
         /* the lowest free one is taken */
     }
-    {
-        ThinvmSnapshot snap = {
-            .icount = UINT64_MAX, .date_sec = 1, .name = "one",
-            .id = s->next_snapshot_id, .virtual_size = s->virtual_size,
-        };
-        ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
-
-        volume_do(v, &op);
-        v->snapshot[slot] = snap.id;
-    }
+    v->snapshot[slot] = thinvm_snapshot_next_id(s);
+    g_assert_cmpint(snapshot_create(v->st), ==, 0);
+    volume_count(v);
 }
 
 static void coroutine_fn volume_step(Volume *v, unsigned nr)
@@ -282,11 +304,377 @@ static void coroutine_fn test_reuse(ThinvmSim *sim)
 }
 
 /* ------------------------------------------------------------------ */
+/* Leaves that unwritten runs are promised                             */
+
+#define RUN         THINVM_ENTRIES_PER_LEAF
+#define FULL_DEVICE (3 * GiB)
+#define FULL_RUNS   400         /* more than the device has room for */
+#define FIRST_RUN   4           /* what lies before is for single clusters */
+
+static ThinvmOp run_op(uint64_t run, uint64_t physical)
+{
+    return (ThinvmOp) {
+        .type = THINVM_OP_MAP_RUN, .guest = run * RUN, .physical = physical,
+    };
+}
+
+/* Reserve a whole run, or nothing */
+static int coroutine_fn reserve_run(ThinvmStore *st, uint64_t goal,
+                                    uint64_t *physical)
+{
+    uint64_t nb;
+    int ret = thinvm_store_reserve(st, goal, RUN, physical, &nb);
+
+    if (ret == 0 && nb < RUN) {
+        thinvm_store_unreserve(st, *physical, nb);
+        ret = -ENOSPC;
+    }
+    return ret;
+}
+
+/* Unwritten runs nearly as far as there is room; returns how many */
+static unsigned coroutine_fn fill_with_runs(ThinvmStore *st)
+{
+    uint64_t goal = 0, physical;
+    unsigned run = 0;
+
+    while (info_of(st).free_clusters > 2 * RUN &&
+           reserve_run(st, goal, &physical) == 0) {
+        ThinvmOp op = run_op(FIRST_RUN + run, physical);
+
+        if (thinvm_store_execute(st, &op, NULL, NULL) < 0) {
+            thinvm_store_unreserve(st, physical, RUN);
+            break;
+        }
+        goal = physical + RUN;
+        run++;
+    }
+    return run;
+}
+
+/* Single clusters, to the last one; returns how many */
+static unsigned coroutine_fn fill_with_clusters(ThinvmSim *sim,
+                                                ThinvmStore *st)
+{
+    unsigned nb = 0;
+
+    while (write_one(sim, st, nb, 7) == 0) {
+        nb++;
+    }
+    g_assert_cmpuint(nb, <, FIRST_RUN * RUN);
+    return nb;
+}
+
+/* There are as many pages as were promised */
+static void check_kept(ThinvmStore *st)
+{
+    ThinvmInfoState info = info_of(st);
+
+    g_assert_true(info.promises_exact);
+    g_assert_cmpuint(info.free_metadata_pages, >=, info.promised_pages);
+}
+
+static void coroutine_fn check_promises(ThinvmStore *st, uint64_t promised)
+{
+    check_kept(st);
+    g_assert_cmpuint(info_of(st).promised_pages, ==, promised);
+    image_check(st);
+}
+
+/*
+ * Each snapshot makes the next change copy a page with many unwritten runs,
+ * and thus promises as many pages more.  That goes on until one is refused.
+ * @nb single clusters are beside the runs, in the same page.
+ */
+static void coroutine_fn promise_too_much(ThinvmStore *st, unsigned nb)
+{
+    uint32_t slot = 0;
+    int ret = 0;
+
+    while (slot < nb && ret == 0) {
+        ret = snapshot_create(st);
+        if (ret == 0) {
+            ret = thinvm_store_unmap(st, 0, slot, 1, THINVM_SOURCE_ZERO,
+                                     NULL, NULL);
+            slot++;
+        }
+        check_kept(st);
+    }
+    g_assert_cmpint(ret, ==, -ENOSPC);
+    g_assert_cmpuint(slot, >, 0);
+    while (slot--) {
+        g_assert_cmpuint(snapshot_delete(st, slot, slot + 1, UINT_MAX), >, 0);
+        check_kept(st);
+    }
+    g_assert_cmpuint(info_of(st).nb_snapshots, ==, 0);
+}
+
+/* With a small cache, which bounds dirty pages, and with them the reserve */
+static ThinvmStore *coroutine_fn open_small(ThinvmSim *sim)
+{
+    ThinvmStore *st = thinvm_store_open(sim_device(sim), MiB, &error_abort);
+
+    thinvm_store_begin_writing(st, info_of(st).epoch + 1, &error_abort);
+    return st;
+}
+
+/*
+ * On a device that is full to the last cluster each unwritten run can be
+ * written to, though owners die and come again meanwhile.
+ */
+static void coroutine_fn test_promise_kept(ThinvmSim *sim)
+{
+    ThinvmInfoState info;
+    unsigned nb, single, order[FULL_RUNS];
+    ThinvmStore *st;
+
+    image_create(sim, 8 * GiB);
+    st = open_small(sim);
+    thinvm_store_grow(st, FULL_DEVICE, &error_abort);
+    nb = fill_with_runs(st);
+    single = fill_with_clusters(sim, st);
+    info = info_of(st);
+    g_test_message("%u unwritten runs, %" PRIu64 " clusters left, %" PRIu64
+                   " of %" PRIu64 " metadata pages free", nb,
+                   info.free_clusters, info.free_metadata_pages,
+                   info.metadata_pages);
+    g_assert_cmpuint(nb, <, FULL_RUNS);
+    g_assert_cmpuint(nb, >, 3 * info.dirty_bound);
+    check_promises(st, nb);
+    promise_too_much(st, single);
+    check_promises(st, nb);
+    for (unsigned i = 0; i < nb; i++) {
+        unsigned j = sim_random_below(sim_rng(sim), i + 1);
+
+        order[i] = order[j];
+        order[j] = i;
+    }
+    for (unsigned i = 0; i < nb; i++) {
+        uint64_t guest = (FIRST_RUN + order[i]) * RUN +
+                         sim_random_below(sim_rng(sim), RUN);
+
+        g_assert_cmpint(image_write(sim, st, guest, i % THINVM_PARTS, 1, 7,
+                                    NULL), ==, 0);
+        if (i % 50 == 49) {
+            g_assert_cmpint(flush(st), ==, 0);
+            store_die(st);
+            st = open_small(sim);
+            check_promises(st, nb - 1 - i);
+        }
+    }
+    check_promises(st, 0);
+    store_close(st, true);
+}
+
+/* ------------------------------------------------------------------ */
+
+#define LIVES       60
+#define LIFE_STEPS  100
+#define LIFE_RUNS   40
+#define LIFE_DEVICE (320 * MiB)
+#define LIFE_DISK   (LIFE_RUNS * RUN * (uint64_t)IMAGE_CLUSTER)
+
+/* What the lives have come by */
+static struct {
+    uint64_t most, unmaps, writes, copies, creates, deletes, gotos, shrinks;
+} seen;
+
+static void coroutine_fn life_map_run(Volume *v, uint64_t run)
+{
+    uint64_t physical;
+    ThinvmOp op;
+    int ret;
+
+    ret = reserve_run(v->st, 0, &physical);
+    if (ret == 0) {
+        op = run_op(run, physical);
+        ret = thinvm_store_execute(v->st, &op, NULL, NULL);
+        if (ret < 0) {
+            thinvm_store_unreserve(v->st, physical, RUN);
+        }
+    }
+    g_assert_true(ret == 0 || ret == -ENOSPC);
+}
+
+/* Most of the time where something is mapped */
+static void coroutine_fn life_write(Volume *v)
+{
+    ThinvmMapping m;
+    uint64_t guest;
+    bool mapped;
+    int ret;
+
+    for (int i = 0; i < 8; i++) {
+        guest = below(v, LIFE_RUNS * RUN);
+        ret = thinvm_store_lookup(v->st, 0, NULL, guest, 1, true, &m);
+        g_assert_cmpint(ret, ==, 0);
+        mapped = m.type == THINVM_MAPPING_DATA;
+        if (mapped) {
+            break;
+        }
+    }
+    ret = image_write(v->sim, v->st, guest, below(v, THINVM_PARTS), 1, 7,
+                      NULL);
+    if (mapped && !m.shared) {
+        g_assert_cmpint(ret, ==, 0);
+    }
+    g_assert_true(ret == 0 || ret == -ENOSPC);
+    seen.writes += mapped && !m.shared;
+    seen.copies += mapped && m.shared && ret == 0;
+}
+
+static void coroutine_fn life_unmap(Volume *v, uint64_t guest, uint64_t count)
+{
+    g_assert_cmpint(thinvm_store_unmap(v->st, 0, guest, count, below(v, 2),
+                                       NULL, NULL), ==, 0);
+    seen.unmaps++;
+}
+
+static void coroutine_fn life_shrink(Volume *v)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_RESIZE, .value = LIFE_DISK - below(v, LIFE_DISK / 8),
+    };
+    uint64_t guest;
+
+    op.value = ROUND_UP(op.value, SIM_SECTOR);
+    guest = DIV_ROUND_UP(op.value, IMAGE_CLUSTER);
+    life_unmap(v, guest, LIFE_RUNS * RUN - guest);
+    g_assert_cmpint(thinvm_store_execute(v->st, &op, NULL, NULL), ==, 0);
+    op.value = LIFE_DISK;
+    g_assert_cmpint(thinvm_store_execute(v->st, &op, NULL, NULL), ==, 0);
+    seen.shrinks++;
+}
+
+static void coroutine_fn life_goto(Volume *v, uint32_t slot, uint64_t id)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_SNAPSHOT_GOTO, .guest = slot, .value = id,
+        .physical = thinvm_snapshot_next_id(thinvm_store_state(v->st)),
+    };
+    int ret = thinvm_store_execute(v->st, &op, NULL, NULL);
+
+    g_assert_true(ret == 0 || ret == -ENOSPC);
+    seen.gotos += ret == 0;
+}
+
+static void coroutine_fn life_snapshot(Volume *v)
+{
+    uint32_t slot = below(v, 6);
+    ThinvmSnapshot snap;
+    int ret;
+
+    if (slot >= thinvm_snapshot_nb_slots(thinvm_store_state(v->st)) ||
+        thinvm_store_read_snapshot(v->st, slot, &snap, NULL) < 0) {
+        ret = snapshot_create(v->st);
+        g_assert_true(ret == 0 || ret == -ENOSPC);
+        seen.creates += ret == 0;
+    } else if (!(snap.flags & THINVM_SNAPSHOT_HIDDEN) && below(v, 2)) {
+        life_goto(v, slot, snap.id);
+    } else {
+        /* sometimes not to the end */
+        seen.deletes += snapshot_delete(v->st, slot, snap.id,
+                                        below(v, 3) ? UINT_MAX : below(v, 8));
+    }
+}
+
+static void coroutine_fn life_step(Volume *v)
+{
+    uint64_t run = below(v, LIFE_RUNS);
+    uint64_t guest = run * RUN + below(v, RUN);
+
+    switch (below(v, 24)) {
+    case 0 ... 6:
+        life_map_run(v, run);
+        break;
+    case 7 ... 15:
+        life_write(v);
+        break;
+    case 16 ... 19:
+        life_unmap(v, guest, 1 + below(v, 8));
+        break;
+    case 20:
+        life_unmap(v, guest, MIN(LIFE_RUNS * RUN - guest,
+                                 1 + below(v, 4 * RUN)));
+        break;
+    case 21:
+        g_assert_cmpint(below(v, 2) ? thinvm_store_checkpoint(v->st) :
+                                      flush(v->st), ==, 0);
+        thinvm_store_reclaim(v->st, false);
+        break;
+    case 22:
+        if (below(v, 4) == 0) {
+            life_shrink(v);
+        }
+        break;
+    default:
+        life_snapshot(v);
+        break;
+    }
+}
+
+static void coroutine_fn life_create_image(ThinvmSim *sim)
+{
+    image_create(sim, LIFE_DISK);
+}
+
+/* What the last life has left; another one, which ends without a word */
+static void coroutine_fn promise_life(ThinvmSim *sim)
+{
+    Volume v = { .sim = sim, .st = image_open(sim) };
+
+    check_promises(v.st, info_of(v.st).promised_pages);
+    for (int i = 0; i < LIFE_STEPS; i++) {
+        life_step(&v);
+        check_kept(v.st);
+        seen.most = MAX(seen.most, info_of(v.st).promised_pages);
+    }
+    check_promises(v.st, info_of(v.st).promised_pages);
+    store_die(v.st);
+}
+
+/* The check counts the runs themselves */
+static void test_promise_counted(void)
+{
+    ThinvmSim *sim = sim_new(1, LIFE_DEVICE, LIFE_DEVICE);
+
+    run_on(sim, life_create_image);
+    for (unsigned nr = 0; nr < LIVES; nr++) {
+        ThinvmSim *cut;
+
+        run_on(sim, promise_life);
+        cut = sim_cut(sim, nr, nr % SIM_CUT__MAX);
+        sim_free(sim);
+        sim = cut;
+    }
+    run_on(sim, promise_life);
+    sim_free(sim);
+    g_test_message("at most %" PRIu64 " runs promised, %" PRIu64 " unmaps, %"
+                   PRIu64 " writes, %" PRIu64 " copies, %" PRIu64
+                   " snapshots, %" PRIu64 " steps of deletion, %" PRIu64
+                   " reverts, %" PRIu64 " shrinks", seen.most, seen.unmaps,
+                   seen.writes, seen.copies, seen.creates, seen.deletes,
+                   seen.gotos, seen.shrinks);
+    g_assert_cmpuint(seen.most, >, 10);
+    g_assert_true(seen.unmaps > 100 && seen.writes > 40 && seen.copies > 100);
+    g_assert_true(seen.creates > 30 && seen.deletes > 100);
+    g_assert_true(seen.gotos > 20 && seen.shrinks > 20);
+}
+
+/* ------------------------------------------------------------------ */
 
 /* A LUN that is much larger than what is in use */
 static void run_large(gconstpointer data)
 {
     ThinvmSim *sim = sim_new(1, 4 * GiB, 4 * GiB);
+
+    run_on(sim, (TestBody *)data);
+    sim_free(sim);
+}
+
+static void run_full(gconstpointer data)
+{
+    ThinvmSim *sim = sim_new(1, DEVICE_SIZE, FULL_DEVICE);
 
     run_on(sim, (TestBody *)data);
     sim_free(sim);
@@ -304,5 +692,8 @@ int main(int argc, char **argv)
                          run_large);
     g_test_add_data_func("/thinvm/limits/high-water/reuse", test_reuse,
                          run_large);
+    g_test_add_data_func("/thinvm/limits/promise/kept", test_promise_kept,
+                         run_full);
+    g_test_add_func("/thinvm/limits/promise/counted", test_promise_counted);
     return g_test_run();
 }
