@@ -60,13 +60,14 @@ static const OpShape op_shapes[THINVM_OP__MAX] = {
     [THINVM_OP_SET_BACKING] = { "SET_BACKING", 0, THINVM_OP_BACKING_PAYLOAD },
     [THINVM_OP_EPOCH] = { "EPOCH", USES_VALUE },
     [THINVM_OP_SNAPSHOT_CREATE] = {
-        "SNAPSHOT_CREATE", 0, sizeof(ThinvmSnapshotLe),
+        "SNAPSHOT_CREATE", USES_COUNT, sizeof(ThinvmSnapshotLe),
     },
     [THINVM_OP_SNAPSHOT_DELETE_STEP] = {
         "SNAPSHOT_DELETE_STEP", USES_GUEST | USES_VALUE,
     },
     [THINVM_OP_SNAPSHOT_GOTO] = {
-        "SNAPSHOT_GOTO", USES_GUEST | USES_PHYSICAL | USES_VALUE,
+        "SNAPSHOT_GOTO",
+        USES_GUEST | USES_COUNT | USES_PHYSICAL | USES_VALUE,
     },
     [THINVM_OP_VMSTATE_SIZE] = { "VMSTATE_SIZE", USES_VALUE },
     [THINVM_OP_SNAPSHOT_PROTECT] = {
@@ -212,9 +213,21 @@ static const char *judge_mapping_op(const ThinvmOp *op)
     }
 }
 
-/* Here the guest field is a slot, and the physical one an id */
+/*
+ * Here the guest field is a slot, and the physical one an id; where a record
+ * is added, count is its slot plus one, or 0
+ */
 static const char *judge_snapshot_op(const ThinvmOp *op)
 {
+    bool adds = op->type == THINVM_OP_SNAPSHOT_CREATE ||
+                op->type == THINVM_OP_SNAPSHOT_GOTO;
+
+    if (adds && op->count > THINVM_MAX_SNAPSHOT_SLOTS) {
+        return "slot of the new record";
+    }
+    if (op->type == THINVM_OP_SNAPSHOT_CREATE) {
+        return NULL;
+    }
     if (op->guest >= THINVM_MAX_SNAPSHOT_SLOTS) {
         return "snapshot slot";
     }
@@ -255,6 +268,7 @@ static const char *judge_op(const ThinvmOp *op)
                ? NULL : "physical range";
     case THINVM_OP_EPOCH:
         return op->value && op->value <= THINVM_COUNTER_MAX ? NULL : "epoch";
+    case THINVM_OP_SNAPSHOT_CREATE:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
     case THINVM_OP_SNAPSHOT_PROTECT:

@@ -525,12 +525,14 @@ typedef enum ThinvmOpType {
     THINVM_OP_SET_BACKING = 9,
     /* value: epoch; the first record of every owner */
     THINVM_OP_EPOCH = 10,
-    /* snapshot (payload ThinvmSnapshotLe; its roots are ignored) */
+    /* snapshot (payload ThinvmSnapshotLe; its roots are ignored).  count:
+       the slot plus one, or 0: behind all others */
     THINVM_OP_SNAPSHOT_CREATE = 11,
     /* guest: slot, value: id; one bounded step: see snapshot.c */
     THINVM_OP_SNAPSHOT_DELETE_STEP = 12,
     /* guest: slot, value: id; the active disk becomes this snapshot's.
-       physical: id of the record that takes the former active tree */
+       physical: id of the record that takes the former active tree;
+       count: its slot, as above */
     THINVM_OP_SNAPSHOT_GOTO = 13,
     /* value: bytes of the active VM state */
     THINVM_OP_VMSTATE_SIZE = 14,

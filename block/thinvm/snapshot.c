@@ -162,42 +162,61 @@ static int need_record(ThinvmState *s, uint64_t slot, uint64_t id,
 }
 
 /*
- * The lowest free slot.  No slot below the hint is free, so a search reads
- * each leaf of records once in the life of a state at most; none at all as
- * long as no snapshot was deleted.  0, -EAGAIN
+ * Where an operation puts a new record is said by the operation: whoever
+ * replays it must not choose otherwise.  0, all there was in version 1.0,
+ * means behind all others.
  */
-static int new_slot(ThinvmState *s, ThinvmNeeds *needs, uint32_t *slot)
+static uint32_t append_slot(ThinvmState *s)
 {
-    if (s->nb_snapshots >= s->nb_snapshot_slots) {
-        s->free_slot_hint = s->nb_snapshot_slots;
+    return s->nb_snapshots ? s->nb_snapshot_slots : 0;
+}
+
+static uint32_t new_slot(ThinvmState *s, const ThinvmOp *op)
+{
+    return op->count ? op->count - 1 : append_slot(s);
+}
+
+/*
+ * No slot below the hint is free, so a search reads each leaf of records once
+ * in the life of a state at most; none at all as long as no snapshot was
+ * deleted.
+ */
+int thinvm_snapshot_choose_slot(ThinvmState *s, ThinvmOp *op,
+                                ThinvmNeeds *needs)
+{
+    uint32_t end = append_slot(s), slot;
+
+    if (op->type != THINVM_OP_SNAPSHOT_CREATE &&
+        op->type != THINVM_OP_SNAPSHOT_GOTO) {
+        return 0;
     }
-    if (!s->nb_snapshots) {
-        s->free_slot_hint = 0;
+    needs->nb_want = 0;
+    if (s->nb_snapshots >= end) {
+        s->free_slot_hint = end;
     }
-    for (*slot = s->free_slot_hint; *slot < s->nb_snapshot_slots; ++*slot) {
+    for (slot = s->free_slot_hint; slot < end; slot++) {
         ThinvmPage *leaf;
-        int ret = record_leaf(s, *slot, false, needs, &leaf);
+        int ret = record_leaf(s, slot, false, needs, &leaf);
 
         if (ret == -EAGAIN) {
             return ret;
         }
-        if (ret == -ENOENT || !leaf_record(leaf, *slot)->id_le) {
+        if (ret == -ENOENT || !leaf_record(leaf, slot)->id_le) {
             break;
         }
-        s->free_slot_hint = *slot + 1;
+        s->free_slot_hint = slot + 1;
     }
+    op->count = slot < end ? slot + 1 : 0;
     return 0;
 }
 
-static int need_new_record(ThinvmState *s, ThinvmNeeds *needs, Error **errp)
+static int need_new_record(ThinvmState *s, const ThinvmOp *op,
+                           ThinvmNeeds *needs, Error **errp)
 {
-    uint32_t slot = 0;
+    uint32_t slot = new_slot(s, op);
     ThinvmPage *leaf;
-    int ret = new_slot(s, needs, &slot);
+    int ret;
 
-    if (ret < 0) {
-        return ret;
-    }
     /* Each record holds two roots; the active trees hold two more */
     if (2 * (s->nb_snapshots + 2) > THINVM_MAX_ROOTS ||
         slot >= THINVM_MAX_SNAPSHOT_SLOTS) {
@@ -205,24 +224,27 @@ static int need_new_record(ThinvmState *s, ThinvmNeeds *needs, Error **errp)
                    s->nb_snapshots, THINVM_MAX_ROOTS / 2 - 1);
         return -EOVERFLOW;
     }
+    if (op->count && slot >= append_slot(s)) {
+        error_setg(errp, "slot %u of the new snapshot is not one of the %u "
+                   "that were in use", slot, append_slot(s));
+        return -EBADMSG;
+    }
     ret = record_leaf(s, slot, true, needs, &leaf);
+    if (ret == 0 && op->count && leaf_record(leaf, slot)->id_le) {
+        error_setg(errp, "slot %u of the new snapshot is not free, but has "
+                   "snapshot %" PRIu64, slot,
+                   le64_to_cpu(leaf_record(leaf, slot)->id_le));
+        return -EBADMSG;
+    }
     return ret == -ENOENT ? 0 : ret;
 }
 
-static ThinvmSnapshotLe *add_record(ThinvmState *s)
+static ThinvmSnapshotLe *add_record(ThinvmState *s, const ThinvmOp *op)
 {
-    ThinvmSnapshotLe *record;
-    ThinvmNeeds needs;
-    uint32_t slot;
-    int ret;
+    uint32_t slot = new_slot(s, op);
+    ThinvmSnapshotLe *record = writable_record(s, slot);
 
-    /* All in memory since prepare */
-    thinvm_needs_init(&needs);
-    ret = new_slot(s, &needs, &slot);
-    assert(ret == 0 && !needs.nb_want && !needs.nb_pinned);
-    record = writable_record(s, slot);
-    s->nb_snapshot_slots = MAX(s->nb_snapshots ? s->nb_snapshot_slots : 0,
-                               slot + 1);
+    s->nb_snapshot_slots = MAX(append_slot(s), slot + 1);
     s->nb_snapshots++;
     s->next_snapshot_id++;
     return record;
@@ -239,13 +261,13 @@ static int prepare_create(ThinvmState *s, const ThinvmOp *op,
                    PRIu64, op->snapshot->id, s->next_snapshot_id);
         return -EINVAL;
     }
-    return need_new_record(s, needs, errp);
+    return need_new_record(s, op, needs, errp);
 }
 
 static void apply_create(ThinvmState *s, const ThinvmOp *op)
 {
     ThinvmSnapshot snap = *op->snapshot;
-    ThinvmSnapshotLe *record = add_record(s);
+    ThinvmSnapshotLe *record = add_record(s, op);
 
     snap.parent_id = s->current_snapshot_id;
     snap.virtual_size = s->virtual_size;
@@ -283,7 +305,7 @@ static int prepare_goto(ThinvmState *s, const ThinvmOp *op,
                               errp)) {
         return -EBADMSG;
     }
-    return need_new_record(s, needs, errp);
+    return need_new_record(s, op, needs, errp);
 }
 
 /* An active root becomes what @from names, too */
@@ -303,7 +325,7 @@ static void root_take(ThinvmState *s, ThinvmPointerLe *root,
 
 static void apply_goto(ThinvmState *s, const ThinvmOp *op)
 {
-    ThinvmSnapshotLe *record = add_record(s), *from;
+    ThinvmSnapshotLe *record = add_record(s, op), *from;
     ThinvmSnapshot trash = {
         .id = op->physical,
         .flags = THINVM_SNAPSHOT_TRASH,
@@ -468,6 +490,7 @@ static void apply_delete(ThinvmState *s, const ThinvmOp *op)
     s->free_slot_hint = MIN(s->free_slot_hint, op->guest);
     if (--s->nb_snapshots == 0) {
         s->nb_snapshot_slots = 0;
+        s->free_slot_hint = 0;
     }
 }
 

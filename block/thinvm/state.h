@@ -319,6 +319,12 @@ int thinvm_snapshot_read(ThinvmState *s, uint32_t slot, ThinvmSnapshot *snap,
 uint32_t thinvm_snapshot_nb_slots(ThinvmState *s);
 /* The id that the next SNAPSHOT_CREATE must carry */
 uint64_t thinvm_snapshot_next_id(ThinvmState *s);
+/*
+ * Before prepare: an operation that adds a record gets the lowest free slot,
+ * and others stay as they are.  0 or -EAGAIN.
+ */
+int thinvm_snapshot_choose_slot(ThinvmState *s, ThinvmOp *op,
+                                ThinvmNeeds *needs);
 
 /* What would come free if a tree went: what no other tree uses */
 typedef struct ThinvmExclusive {

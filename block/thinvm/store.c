@@ -600,6 +600,9 @@ static int try_execute(ThinvmStore *st, ThinvmState *s, ThinvmOp *op,
         }
     }
     if (ret == 0) {
+        ret = thinvm_snapshot_choose_slot(s, op, needs);
+    }
+    if (ret == 0) {
         ret = thinvm_state_prepare(s, op, false, needs, errp);
     }
     if (ret == 0) {

@@ -460,8 +460,12 @@ static void make_op(Mutator *m, ThinvmOp *op)
     case THINVM_OP_META_EXTEND:
         op->count = 1 + below(m, 8);
         break;
+    case THINVM_OP_SNAPSHOT_CREATE:
+        op->count = below(m, 6);
+        break;
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
+        op->count = below(m, 6);
         op->guest = below(m, 4);
         op->value = 1 + below(m, 4);
         break;

@@ -39,7 +39,7 @@ static const ThinvmOp good_ops[] = {
     { .type = THINVM_OP_EPOCH, .value = 1ULL << 62 },
     { .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .guest = 524287, .value = 1 },
     { .type = THINVM_OP_SNAPSHOT_GOTO, .value = (1ULL << 62) - 1,
-      .physical = 1ULL << 62 },
+      .physical = 1ULL << 62, .count = 524288 },
     { .type = THINVM_OP_VMSTATE_SIZE, .value = 16 * PiB },
     { .type = THINVM_OP_SNAPSHOT_PROTECT, .guest = 7, .value = 9, .count = 1 },
 };
@@ -128,13 +128,14 @@ static void test_op_payloads(void)
 
     /* Roots of a new snapshot are not written, and must not be there */
     snapshot.flags = 0;
-    op = (ThinvmOp) { .type = THINVM_OP_SNAPSHOT_CREATE,
+    op = (ThinvmOp) { .type = THINVM_OP_SNAPSHOT_CREATE, .count = 524288,
                       .snapshot = &snapshot };
     g_assert_cmpuint(thinvm_op_length(&op), ==, 40 + 512);
     thinvm_op_encode(buf, &op);
     g_assert_cmpint(thinvm_op_decode(&back, &backing_room, &snapshot_room, buf,
                                      sizeof(buf), &error_abort), ==, 552);
     g_assert_true(back.snapshot == &snapshot_room);
+    g_assert_cmpuint(back.count, ==, 524288);
     g_assert_cmpstr(snapshot_room.name, ==, snapshot.name);
     g_assert_cmpint(snapshot_room.root.type, ==, THINVM_PTR_NONE);
     g_assert_cmpint(snapshot.root.type, ==, THINVM_PTR_PAGE);
@@ -149,6 +150,12 @@ static void test_op_payloads(void)
     err = NULL;
     g_assert_cmpint(decode(buf, sizeof(buf), &err), ==, -EBADMSG);
     expect_error(err, "flags 0x1");
+
+    put(buf, 40 + 76, 4, 0);
+    put(buf, 16, 8, 524289);
+    err = NULL;
+    g_assert_cmpint(decode(buf, sizeof(buf), &err), ==, -EBADMSG);
+    expect_error(err, "SNAPSHOT_CREATE: slot of the new record");
 }
 
 /* Offsets of an operation's fields */
@@ -221,6 +228,7 @@ static const struct {
     { 15, VALUE, 8, UINT64_MAX, "SNAPSHOT_GOTO: snapshot id" },
     { 15, VALUE, 8, 1ULL << 62, "SNAPSHOT_GOTO: id of the former" },
     { 15, PHYSICAL, 8, (1ULL << 62) + 1, "SNAPSHOT_GOTO: id of the former" },
+    { 15, COUNT_FIELD, 8, 524289, "SNAPSHOT_GOTO: slot of the new record" },
     { 16, VALUE, 8, 16 * PiB + 1, "VMSTATE_SIZE: VM state size" },
     { 17, GUEST, 8, 524288, "SNAPSHOT_PROTECT: snapshot slot" },
     { 17, VALUE, 8, 0, "SNAPSHOT_PROTECT: snapshot id" },

@@ -86,7 +86,19 @@ static uint64_t reserve(Fixture *f, uint64_t max, uint64_t *nb)
     return first;
 }
 
-static int execute(Fixture *f, const ThinvmOp *op, Error **errp)
+/* What the durability layer does before prepare */
+static void choose_slot(Fixture *f, ThinvmOp *op)
+{
+    ThinvmNeeds needs;
+
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(f->s);
+    g_assert_cmpint(thinvm_snapshot_choose_slot(f->s, op, &needs), ==, 0);
+    thinvm_needs_destroy(f->s, &needs);
+    thinvm_state_unlock(f->s);
+}
+
+static int execute(Fixture *f, ThinvmOp *op, Error **errp)
 {
     bool urgent;
     uint64_t wanted;
@@ -98,6 +110,7 @@ static int execute(Fixture *f, const ThinvmOp *op, Error **errp)
         extend.physical = reserve(f, wanted, &extend.count);
         g_assert_cmpint(execute_once(f, &extend, &error_abort), ==, 0);
     }
+    choose_slot(f, op);
     ret = execute_once(f, op, errp);
     reclaim(f);
     return ret;
@@ -474,6 +487,76 @@ static void test_slots_are_used_again(void)
     destroy(&f);
 }
 
+static void refuse_slot(Fixture *f, ThinvmOp *op, uint64_t count,
+                        const char *says)
+{
+    g_autoptr(Error) err = NULL;
+
+    op->count = count;
+    g_assert_cmpint(execute_once(f, op, &err), ==, -EBADMSG);
+    g_assert_nonnull(strstr(error_get_pretty(err), says));
+}
+
+/* What an operation says is done, as in 1.0 where it says nothing */
+static void test_slot_is_said(const void *opaque)
+{
+    bool is_goto = opaque;
+    ThinvmSnapshot snap = { .icount = UINT64_MAX, .name = "s" };
+    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
+    Fixture f;
+
+    init(&f);
+    snap.id = 1;
+    refuse_slot(&f, &op, 1, "slot 0 of the new snapshot is not one of the 0");
+    for (int i = 0; i < 12; i++) {
+        write_cluster(&f, i);
+        g_assert_cmpint(create(&f, &error_abort), ==, 0);
+    }
+    delete_record(&f, 3);
+    delete_record(&f, 10);
+    snap.id = 13;
+    if (is_goto) {
+        op = (ThinvmOp) {
+            .type = THINVM_OP_SNAPSHOT_GOTO, .guest = 4, .value = 5,
+            .physical = 13,
+        };
+    }
+    refuse_slot(&f, &op, 2, "slot 1 of the new snapshot is not free, but has "
+                "snapshot 2");
+    refuse_slot(&f, &op, 12, "not free");
+    refuse_slot(&f, &op, 13, "slot 12 of the new snapshot is not one of the "
+                "12 ");
+    refuse_slot(&f, &op, 524288, "not one of the 12 ");
+
+    /* A journal of version 1.0, whatever holes there are */
+    op.count = 0;
+    g_assert_cmpint(execute_once(&f, &op, &error_abort), ==, 0);
+    g_assert_cmpint(find(&f, 13, &snap), ==, 12);
+    g_assert_cmpuint(thinvm_snapshot_nb_slots(f.s), ==, 13);
+
+    /* Not the lowest: another program may choose as it likes */
+    snap.id = op.physical = 14;
+    op.count = 10;
+    g_assert_cmpint(execute_once(&f, &op, &error_abort), ==, 0);
+    g_assert_cmpint(find(&f, 14, &snap), ==, 9);
+
+    /* This one takes the lowest, until there is none */
+    choose_slot(&f, &op);
+    g_assert_cmpuint(op.count, ==, 3);
+    snap = (ThinvmSnapshot) { .icount = UINT64_MAX, .id = 15 };
+    op.physical = 15;
+    g_assert_cmpint(execute_once(&f, &op, &error_abort), ==, 0);
+    g_assert_cmpint(find(&f, 15, &snap), ==, 2);
+    choose_slot(&f, &op);
+    g_assert_cmpuint(op.count, ==, 0);
+    g_assert_cmpuint(thinvm_snapshot_nb_slots(f.s), ==, 13);
+
+    op = (ThinvmOp) { .type = THINVM_OP_SNAPSHOT_PROTECT, .count = 1 };
+    choose_slot(&f, &op);
+    g_assert_cmpuint(op.count, ==, 1);
+    destroy(&f);
+}
+
 static void test_limit(void)
 {
     const uint64_t limit = THINVM_MAX_ROOTS / 2 - 1;
@@ -541,6 +624,10 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/snapshots/deep", test_deep);
     g_test_add_func("/thinvm/snapshots/slots-are-used-again",
                     test_slots_are_used_again);
+    g_test_add_data_func("/thinvm/snapshots/slot-is-said/create", NULL,
+                         test_slot_is_said);
+    g_test_add_data_func("/thinvm/snapshots/slot-is-said/goto", "goto",
+                         test_slot_is_said);
     g_test_add_func("/thinvm/snapshots/limit", test_limit);
     g_test_add_func("/thinvm/snapshots/protected", test_protected);
     return g_test_run();

@@ -71,14 +71,15 @@ static void load_wanted(Fixture *f, ThinvmNeeds *needs)
     }
 }
 
-static int execute_raw(Fixture *f, const ThinvmOp *op, bool replay)
+static int execute_raw(Fixture *f, ThinvmOp *op, bool replay)
 {
     ThinvmNeeds needs;
     int ret;
 
     thinvm_needs_init(&needs);
     thinvm_state_lock(f->s);
-    while ((ret = thinvm_state_prepare(f->s, op, replay, &needs, NULL)) ==
+    while ((!replay && thinvm_snapshot_choose_slot(f->s, op, &needs) < 0) ||
+           (ret = thinvm_state_prepare(f->s, op, replay, &needs, NULL)) ==
            -EAGAIN) {
         load_wanted(f, &needs);
     }
@@ -142,7 +143,7 @@ static void extend_metadata(Fixture *f)
     }
 }
 
-static int execute(Fixture *f, const ThinvmOp *op)
+static int execute(Fixture *f, ThinvmOp *op)
 {
     Loose *loose;
     int ret;
@@ -151,8 +152,7 @@ static int execute(Fixture *f, const ThinvmOp *op)
     ret = execute_raw(f, op, false);
     reclaim(f);
     if (ret == 0) {
-        loose = g_new0(Loose, 1);
-        loose->op = *op;
+        loose = g_memdup2(&(Loose) { .op = *op }, sizeof(Loose));
         if (op->snapshot) {
             loose->snapshot = *op->snapshot;
             loose->op.snapshot = &loose->snapshot;
@@ -949,7 +949,7 @@ static void test_bulk(void)
 
 static void test_bad_operations(void)
 {
-    static const ThinvmOp bad[] = {
+    static ThinvmOp bad[] = {
         MAP_OP(511, 2, 5000),
         MAP_OP(0, 1, 0),
         MAP_OP(0, 1, DEVICE),

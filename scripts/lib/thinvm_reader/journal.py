@@ -28,9 +28,9 @@ OPERATIONS = {
     8: ('META_EXTEND', 'count physical', 0),
     9: ('SET_BACKING', '', 1152),
     10: ('EPOCH', 'value', 0),
-    11: ('SNAPSHOT_CREATE', '', 512),
+    11: ('SNAPSHOT_CREATE', 'count', 512),
     12: ('SNAPSHOT_DELETE_STEP', 'guest value', 0),
-    13: ('SNAPSHOT_GOTO', 'guest physical value', 0),
+    13: ('SNAPSHOT_GOTO', 'guest count physical value', 0),
     14: ('VMSTATE_SIZE', 'value', 0),
     15: ('SNAPSHOT_PROTECT', 'guest count value', 0),
 }
@@ -87,6 +87,8 @@ class Operation:
             check(name != 'SNAPSHOT_GOTO' or
                   value < self.physical <= COUNTER_MAX)
             check(name != 'SNAPSHOT_PROTECT' or self.count < 2)
+        if name in ('SNAPSHOT_CREATE', 'SNAPSHOT_GOTO'):
+            check(self.count <= MAX_SLOTS)
 
     def __str__(self):
         uses = next(o[1] for o in OPERATIONS.values() if o[0] == self.name)

@@ -269,14 +269,16 @@ class State(Pages):
                 f'{self.epoch}')
         self.epoch = op.value
 
-    def _add_snapshot(self, snapshot):
-        slot = next(n for n in range(self.nb_slots + 1)
-                    if n not in self.snapshots) if self.snapshots else 0
+    def _add_snapshot(self, op, snapshot):
+        end = self.nb_slots if self.snapshots else 0
+        slot = op.count - 1 if op.count else end
+        require(not op.count or slot < end and slot not in self.snapshots,
+                f'slot {slot} is in use, or not below {end}')
         require(snapshot.id == self.next_snapshot_id and slot < MAX_SLOTS,
                 f'id {snapshot.id} is not the next, {self.next_snapshot_id}, '
                 'or there is no slot')
         self.snapshots[slot] = snapshot
-        self.nb_slots = max(self.nb_slots, slot + 1)
+        self.nb_slots = max(end, slot + 1)
         self.next_snapshot_id += 1
 
     def _op_snapshot_create(self, op):
@@ -286,7 +288,7 @@ class State(Pages):
         s.parent_id = self.current_snapshot_id
         s.virtual_size, s.vmstate_size = self.virtual_size, self.vmstate_size
         s.root, s.vmstate_root = self.roots
-        self._add_snapshot(s)
+        self._add_snapshot(op, s)
         if s.root.type == PAGEPTR:
             self._change_page_count(s.root.address, +1)
         self.roots[VMSTATE], self.vmstate_size = EMPTY, 0
@@ -307,7 +309,7 @@ class State(Pages):
             date=0, date_nsec=0, vm_clock=0,
             icount=(1 << 64) - 1, root=self.roots[DISK],
             vmstate_root=self.roots[VMSTATE])
-        self._add_snapshot(trash)
+        self._add_snapshot(op, trash)
         for i, root in enumerate((s.root, s.vmstate_root)):
             if root.type == PAGEPTR:
                 self._change_page_count(root.address, +1)
