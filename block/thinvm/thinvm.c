@@ -203,6 +203,7 @@ static void thinvm_free(BlockDriverState *bs)
     thinvm_owner_drop(s);
     thinvm_pulse_destroy(s);
     thinvm_worker_destroy(s);
+    thinvm_volume_destroy(s);
     thinvm_mode_free_retired(s);
     if (s->store) {
         thinvm_store_free(g_steal_pointer(&s->store));
@@ -254,6 +255,7 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     qemu_co_mutex_init(&s->mode_lock);
     qemu_co_mutex_init(&s->fence.lock);
     thinvm_io_init(s);
+    thinvm_volume_init(s);
     thinvm_worker_init(s);
     thinvm_pulse_init(s);
 

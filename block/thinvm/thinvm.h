@@ -83,11 +83,10 @@ typedef struct ThinvmOptions {
 typedef struct ThinvmVolume {
     Stat64 reserved;                /* clusters, since the node was opened */
     bool low;                       /* atomic: THINVM_SPACE_LOW was sent */
-    uint64_t rate;                  /* atomic: bytes per second */
-    /* the worker's, for the rate */
+    QemuMutex lock;                 /* from here on: the rate */
     int64_t sampled_ms;
     uint64_t sampled;               /* @reserved at that time */
-    double mean;
+    double mean;                    /* bytes per second */
 } ThinvmVolume;
 
 /* fence.c: the device's reservation, if it is used */
@@ -451,6 +450,8 @@ typedef struct ThinvmSpace {
     bool low;
 } ThinvmSpace;
 
+void thinvm_volume_init(BDRVThinvmState *s);
+void thinvm_volume_destroy(BDRVThinvmState *s);
 /* Any context */
 void thinvm_volume_space(BDRVThinvmState *s, ThinvmSpace *space);
 /* thinvm_store_reserve() that watches the free space, and tells */

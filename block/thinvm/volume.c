@@ -14,14 +14,15 @@
  * armed again by the background worker or thinvm-grow, when there is more free
  * space than the watermark and a sixteenth.
  *
- * Threads: the data path runs in any; "low" and the counters are atomic, the
- * rate is kept by the worker, in the node's AioContext.
+ * Threads: the data path and queries run in any; "low" and the count of what was
+ * reserved are atomic, the rate has a lock.
  */
 
 #include "qemu/osdep.h"
 #include <math.h>
 #include "qapi/error.h"
 #include "qapi/qapi-events-thinvm.h"
+#include "qemu/lockable.h"
 #include "qemu/timer.h"
 #include "thinvm.h"
 #include "trace.h"
@@ -31,6 +32,8 @@
  * short enough to see a copy begin, long enough not to follow single bursts.
  */
 #define THINVM_RATE_HALF_LIFE_MS    3000
+/* Shorter times say nothing */
+#define THINVM_RATE_SHORTEST_MS     100
 
 /*
  * What an extension should bring at the present rate: oVirt has seen volumes
@@ -67,6 +70,42 @@ static uint64_t thinvm_wanted_size(const ThinvmSpace *space)
     return space->size + (headroom > space->free ? headroom - space->free : 0);
 }
 
+/*
+ * An exponential mean over uneven intervals, weights as powers of two.  It is
+ * brought up to date by whoever asks, so that it falls while nothing happens.
+ */
+static uint64_t thinvm_volume_rate(BDRVThinvmState *s)
+{
+    ThinvmVolume *v = &s->volume;
+    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+    uint64_t reserved = stat64_get(&v->reserved);
+    int64_t passed;
+    double kept, rate;
+
+    QEMU_LOCK_GUARD(&v->lock);
+    passed = now - v->sampled_ms;
+    if (passed >= THINVM_RATE_SHORTEST_MS) {
+        rate = (double)((reserved - v->sampled) << s->cluster_bits) * 1000 /
+               passed;
+        kept = exp2(-(double)passed / THINVM_RATE_HALF_LIFE_MS);
+        v->mean = v->mean * kept + rate * (1 - kept);
+        v->sampled_ms = now;
+        v->sampled = reserved;
+    }
+    return v->mean;
+}
+
+void thinvm_volume_init(BDRVThinvmState *s)
+{
+    qemu_mutex_init(&s->volume.lock);
+    s->volume.sampled_ms = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+}
+
+void thinvm_volume_destroy(BDRVThinvmState *s)
+{
+    qemu_mutex_destroy(&s->volume.lock);
+}
+
 void thinvm_volume_space(BDRVThinvmState *s, ThinvmSpace *space)
 {
     ThinvmInfoState info;
@@ -75,7 +114,7 @@ void thinvm_volume_space(BDRVThinvmState *s, ThinvmSpace *space)
     *space = (ThinvmSpace) {
         .size = info.device_clusters << info.cluster_bits,
         .free = info.available_clusters << info.cluster_bits,
-        .rate = qatomic_read(&s->volume.rate),
+        .rate = thinvm_volume_rate(s),
         .low = qatomic_read(&s->volume.low),
     };
     space->watermark = thinvm_watermark(s, space->size);
@@ -145,29 +184,6 @@ void thinvm_volume_rearm(BDRVThinvmState *s)
     }
 }
 
-/* An exponential mean over uneven intervals, weights as powers of two */
-static void thinvm_volume_sample(BDRVThinvmState *s)
-{
-    ThinvmVolume *v = &s->volume;
-    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
-    uint64_t reserved = stat64_get(&v->reserved);
-    int64_t passed = now - v->sampled_ms;
-    double kept, rate;
-
-    if (v->sampled_ms && passed < 100) {
-        return;                 /* too short to say anything */
-    }
-    if (v->sampled_ms) {
-        rate = (double)((reserved - v->sampled) << s->cluster_bits) * 1000 /
-               passed;
-        kept = exp2(-(double)passed / THINVM_RATE_HALF_LIFE_MS);
-        v->mean = v->mean * kept + rate * (1 - kept);
-        qatomic_set(&v->rate, (uint64_t)v->mean);
-    }
-    v->sampled_ms = now;
-    v->sampled = reserved;
-}
-
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_volume_notice(BDRVThinvmState *s, uint64_t size, Error **errp)
 {
@@ -181,7 +197,7 @@ thinvm_volume_notice(BDRVThinvmState *s, uint64_t size, Error **errp)
 
 void coroutine_fn thinvm_volume_tick(BDRVThinvmState *s)
 {
-    thinvm_volume_sample(s);
+    thinvm_volume_rate(s);
     if (!qatomic_read(&s->volume.low)) {
         return;
     }
