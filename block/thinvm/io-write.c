@@ -408,15 +408,19 @@ write_file(BlockDriverState *bs, BlkdebugEvent event, uint64_t device_offset,
            uint64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
            BdrvRequestFlags flags)
 {
+    BDRVThinvmState *s = bs->opaque;
+    bool again = false;
     int ret;
 
     BLKDBG_CO_EVENT(bs->file, event);
-    ret = bdrv_co_pwritev_part(bs->file, device_offset, bytes, qiov,
-                               qiov_offset, flags);
-    if (ret < 0 && thinvm_mode_write_failed(bs)) {
+    do {
+        if (!thinvm_still_owner(s)) {
+            return -EIO;
+        }
         ret = bdrv_co_pwritev_part(bs->file, device_offset, bytes, qiov,
                                    qiov_offset, flags);
-    }
+        again = ret < 0 && !again && thinvm_mode_write_failed(bs);
+    } while (again);
     return ret;
 }
 
@@ -499,6 +503,9 @@ copy_data(WriteChunk *c, uint64_t device_offset)
     WriteRequest *r = c->r;
     int ret;
 
+    if (!thinvm_still_owner(c->bs->opaque)) {
+        return -EIO;
+    }
     ret = bdrv_co_copy_range_to(r->src, r->src_offset + (c->offset - r->offset),
                                 c->bs->file, device_offset, c->bytes,
                                 r->read_flags, r->flags);

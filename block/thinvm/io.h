@@ -93,6 +93,17 @@ static inline ThinvmSource thinvm_mapping_source(const ThinvmMapping *m)
 }
 
 /*
+ * To be asked when all that had to be waited for has been, right before data
+ * are written.  A request passed thinvm_mode_begin_write(), but ownership can
+ * be lost at any time after (thinvm_mode_lose()), and the place that was found
+ * or reserved is the new owner's to give away.
+ */
+static inline bool thinvm_still_owner(BDRVThinvmState *s)
+{
+    return likely(qatomic_read(&s->owner));
+}
+
+/*
  * Is there a backing file, be it that it is not opened?  If not, what is
  * invalid in a new cluster may as well be known as zeroes.
  */

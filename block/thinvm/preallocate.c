@@ -34,12 +34,16 @@ static int coroutine_fn GRAPH_RDLOCK
 write_zeroes(Preallocation *p, uint64_t device_offset, uint64_t bytes)
 {
     BlockDriverState *bs = p->bs;
+    BDRVThinvmState *s = bs->opaque;
     uint64_t step;
     int ret = 0;
 
     for (; bytes && ret == 0; bytes -= step) {
         step = MIN(bytes, ZERO_BUFFER_SIZE);
         BLKDBG_CO_EVENT(bs->file, BLKDBG_WRITE_AIO);
+        if (!thinvm_still_owner(s)) {
+            return -EIO;
+        }
         ret = bdrv_co_pwrite(bs->file, device_offset, step, p->zeroes, 0);
         device_offset += step;
     }
@@ -56,6 +60,9 @@ zero_device(Preallocation *p, uint64_t physical, uint64_t count, bool *zeroed)
     int ret;
 
     *zeroed = false;
+    if (!thinvm_still_owner(s)) {
+        return -EIO;
+    }
     switch (p->mode) {
     case PREALLOC_MODE_FALLOC:
         ret = bdrv_co_pwrite_zeroes(p->bs->file, device_offset, bytes,
