@@ -7,6 +7,7 @@
 # Nothing here takes silence for consent: that a QEMU does not know a volume
 # means that it is another QEMU, until what is left shows otherwise.
 
+import contextlib
 import fcntl
 import json
 import os
@@ -217,24 +218,35 @@ class Qemu:
         self.command('qmp_capabilities')
 
     def close(self):
-        self.file.close()
+        # What went wrong before has been told, and is not to be hidden
+        with contextlib.suppress(OSError):
+            self.file.close()
         self.socket.close()
 
     def command(self, name, **arguments):
         message = {'execute': name,
                    'arguments': {k.replace('_', '-'): v
                                  for k, v in arguments.items()}}
-        self.file.write(json.dumps(message).encode() + b'\n')
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(message).encode() + b'\n')
+            self.file.flush()
+        except OSError as e:
+            raise Trouble('QEMU closed its monitor') from e
         while True:
-            line = self.file.readline()
-            if not line:
-                raise Trouble('QEMU closed its monitor')
-            reply = json.loads(line)
+            reply = json.loads(self.line())
             if 'error' in reply:
                 raise Trouble(f'{name}: {reply["error"]["desc"]}')
             if 'return' in reply:
                 return reply['return']
+
+    def line(self):
+        try:
+            line = self.file.readline()
+        except OSError as e:
+            raise Trouble('QEMU closed its monitor') from e
+        if not line.endswith(b'\n'):
+            raise Trouble('QEMU closed its monitor')
+        return line
 
     def job(self, name):
         return next((j for j in self.command('query-jobs')
@@ -354,10 +366,8 @@ class Qemu:
             return True
         self.require(parent)            # is this the right QEMU at all?
         if self.job(f'{name}-create'):
-            try:
+            with contextlib.suppress(Trouble):  # made anew, or given up
                 self.finish(f'{name}-create')
-            except Trouble:
-                pass                    # it is made anew, or given up
         ours = [n['node-name'] for n in self.all_nodes()
                 if same(n['file'], volume)]
         self.drop(*[n for n in (name, f'{name}-file') if n in ours])
@@ -367,10 +377,8 @@ class Qemu:
     def drop(self, *nodes):
         """Remove nodes, but those that QEMU needs or opened by itself."""
         for name in nodes:
-            try:
+            with contextlib.suppress(Trouble):
                 self.command('blockdev-del', node_name=name)
-            except Trouble:
-                pass
 
     def merge(self, volume, child, parent):
         """The child gets what only the image on volume has."""
