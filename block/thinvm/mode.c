@@ -218,6 +218,35 @@ static bool thinvm_guest_is_stale(BDRVThinvmState *s,
     return true;
 }
 
+/*
+ * Whose is the image?  Watching an owner takes seconds, in which it may have
+ * given the image up and another have taken it: then all begins anew.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_take_look(BDRVThinvmState *s, ThinvmOwnerView *view, Error **errp)
+{
+    ThinvmOwnerView now;
+    int ret;
+
+    do {
+        ret = thinvm_owner_look(&s->device, &s->uuid, s, view, errp);
+        if (ret < 0) {
+            return ret;
+        }
+        thinvm_owner_watch(&s->device, &s->uuid, view,
+                           s->options.force_takeover);
+        if (!view->watched) {
+            return 0;
+        }
+        ret = thinvm_owner_look(&s->device, &s->uuid, s, &now, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    } while (now.kind != view->kind ||
+             !qemu_uuid_is_equal(&now.newest.nonce, &view->newest.nonce));
+    return 0;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
 {
@@ -229,12 +258,10 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
                    "it again");
         return -EIO;
     }
-    ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+    ret = thinvm_take_look(s, &view, errp);
     if (ret < 0) {
         return ret;
     }
-    thinvm_owner_watch(&s->device, &s->uuid, &view,
-                       s->options.force_takeover);
     if (!thinvm_owner_may_take(&view, s->options.force_takeover, errp)) {
         return -EBUSY;
     }
@@ -541,16 +568,17 @@ int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
 }
 
 /*
- * In write-through mode an overwrite waits for the mapping that it found.
+ * In write-through mode an overwrite waits for the mapping that it found,
+ * whoever's that is.  (One that found nothing waits for its own record only.)
  * What was written while ownership went is not to be acknowledged: the place
  * may be the new owner's.
  */
 int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
-                                          uint64_t ticket)
+                                          uint64_t ticket, bool found)
 {
     BDRVThinvmState *s = bs->opaque;
 
-    if (!ticket && qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITETHROUGH) {
+    if (found && qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITETHROUGH) {
         ticket = thinvm_store_ticket(s->store);
     }
     if (ticket) {

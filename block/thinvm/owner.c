@@ -39,8 +39,13 @@
 #include "handover.h"
 #include "trace.h"
 
-/* How long a claim must stand where nothing else decides a race */
-#define THINVM_LEASE_NS     (1000 * SCALE_MS)
+/*
+ * How long a claim must stand where nothing else decides a race, if it was
+ * written in half of that; and if not, so that an owner whose claim it
+ * replaced has looked at it, and knows.
+ */
+#define THINVM_LEASE_MS         1000
+#define THINVM_LEASE_SLOW_MS    (THINVM_LEASE_MS + THINVM_HEARTBEAT_MS)
 #define THINVM_CLAIM_AREA   (THINVM_NB_CLAIMS * THINVM_PAGE_SIZE)
 
 /* Claims that nodes of this process hold */
@@ -500,20 +505,54 @@ void thinvm_owner_drop(BDRVThinvmState *s)
     QLIST_SAFE_REMOVE(s, owner_link);
 }
 
-/*
- * Of two that claim at the same time, both having seen nobody, the one whose
- * block lands last has it.  Where neither the device nor a lock decides, wait
- * longer than a write takes, and look again.  Not after a hand-over: the guest
- * stands still, and nobody else is told to take what was released; if somebody
- * does all the same, the next look at the claim tells (heartbeat.c).
- */
-static bool thinvm_owner_must_wait(BDRVThinvmState *s,
-                                   const ThinvmClaim *newest)
+/* Neither the device nor a lock decides between two that claim at once */
+static bool thinvm_claim_decides(BDRVThinvmState *s)
 {
     const char *reason;
 
-    return thinvm_fence_kind(s, &reason) == THINVM_FENCING_CLAIM &&
-           !(newest->epoch && newest->state == THINVM_CLAIM_RELEASED);
+    return thinvm_fence_kind(s, &reason) == THINVM_FENCING_CLAIM;
+}
+
+/* Is @newest still what the claim is to follow? */
+static int coroutine_fn thinvm_owner_still(BDRVThinvmState *s,
+                                           const ThinvmClaim *newest,
+                                           Error **errp)
+{
+    g_autofree char *host = NULL;
+    ThinvmOwnerView view;
+    int ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+
+    if (ret < 0 || (view.newest_epoch == newest->epoch &&
+                    (!newest->epoch ||
+                     qemu_uuid_is_equal(&view.newest.nonce,
+                                        &newest->nonce)))) {
+        return ret;
+    }
+    host = thinvm_owner_host(&view.newest);
+    error_setg(errp, "Process %" PRIu32 " on host '%s' has claimed the image "
+               "just now (epoch %" PRIu64 ")", view.newest.process, host,
+               view.newest_epoch);
+    return -EBUSY;
+}
+
+/*
+ * Of two that claim at the same time, both having seen nobody, the one whose
+ * block lands last has it: wait longer than a write takes, and look again.
+ * A write that took long may have landed when the other had already waited,
+ * looked, and begun to write the image: then wait until it knows, too.
+ *
+ * A fast one does not wait after a hand-over: the guest stands still, and
+ * nobody else is told to take what was released; if somebody does all the
+ * same, the next look at the claim tells (heartbeat.c).
+ */
+static int64_t thinvm_owner_wait_ms(const ThinvmClaim *newest,
+                                    int64_t took_ms)
+{
+    if (took_ms > THINVM_LEASE_MS / 2) {
+        return THINVM_LEASE_SLOW_MS;
+    }
+    return newest->epoch && newest->state == THINVM_CLAIM_RELEASED
+           ? 0 : THINVM_LEASE_MS;
 }
 
 int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
@@ -524,6 +563,8 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
         .state = THINVM_CLAIM_ACTIVE,
     };
     ThinvmClaim found;
+    int64_t start, wait = 0;
+    bool decides;
     int ret;
 
     thinvm_identity(&claim);
@@ -531,6 +572,14 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     found = *newest;            /* it may be our own, which we replace */
     ret = thinvm_fence_take(s, &claim, &found, errp);
     if (ret < 0) {
+        return ret;
+    }
+
+    decides = thinvm_claim_decides(s);
+    start = g_get_monotonic_time();
+    ret = decides ? thinvm_owner_still(s, &found, errp) : 0;
+    if (ret < 0) {
+        thinvm_fence_release(s);
         return ret;
     }
 
@@ -542,14 +591,18 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     qemu_mutex_unlock(&thinvm_owner_lock);
 
     ret = thinvm_claim_write(s, &claim);
+    if (decides) {
+        wait = thinvm_owner_wait_ms(&found, (g_get_monotonic_time() - start) /
+                                            1000);
+    }
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot write the claim of ownership "
                          "for epoch %" PRIu64, epoch);
     } else {
         ret = thinvm_owner_verify(s, errp);
     }
-    if (ret == 0 && thinvm_owner_must_wait(s, &found)) {
-        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_LEASE_NS);
+    if (ret == 0 && wait) {
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, wait * SCALE_MS);
         ret = thinvm_owner_verify(s, errp);
     }
     trace_thinvm_owner_claim(s->bs, epoch, ret);
