@@ -51,6 +51,7 @@ typedef struct WriteRequest {
     BdrvRequestFlags read_flags;    /* for @src */
     BdrvRequestFlags flags;
     uint64_t ticket;                /* of the last operation; 0: none */
+    bool found;                     /* some of it is written in place */
     bool no_space;                  /* no cluster could be reserved */
 } WriteRequest;
 
@@ -523,6 +524,9 @@ static int coroutine_fn GRAPH_RDLOCK write_data(WriteChunk *c)
     uint64_t device_offset = (c->physical << s->cluster_bits) +
                              thinvm_into_cluster(s, c->offset);
 
+    if (c->kind == WRITE_IN_PLACE) {
+        c->r->found = true;
+    }
     if (c->r->src) {
         /* parts that must be filled up need the data in memory */
         return nb_before || nb_behind ? -ENOTSUP : copy_data(c, device_offset);
@@ -773,6 +777,7 @@ static int coroutine_fn GRAPH_RDLOCK write_once(WriteRequest *r)
         (m.valid == THINVM_ALL_VALID ||
          !(thinvm_parts_touched(s, r->offset, r->bytes) & ~m.valid)) &&
         !thinvm_inflight_may_copy(s)) {
+        r->found = true;
         return write_file(r->bs, BLKDBG_WRITE_AIO,
                           thinvm_device_offset(s, &m, r->offset), r->bytes,
                           r->qiov, r->qiov_offset, r->flags);
@@ -804,7 +809,7 @@ static int coroutine_fn GRAPH_RDLOCK write_request(WriteRequest *r)
         /* what was freed since we joined could not be given to us: once more */
     }
     if (ret == 0) {
-        ret = thinvm_mode_commit_found(r->bs, r->ticket);
+        ret = thinvm_mode_commit_found(r->bs, r->ticket, r->found);
     }
     return ret;
 }

@@ -18,7 +18,8 @@
 typedef struct ZeroRequest {
     BlockDriverState *bs;
     bool may_unmap, no_fallback;
-    uint64_t ticket;
+    uint64_t ticket;            /* of the last operation; 0: none */
+    bool found;                 /* some of it was as it is to be */
 } ZeroRequest;
 
 bool GRAPH_RDLOCK thinvm_has_backing(BlockDriverState *bs)
@@ -57,6 +58,7 @@ invalidate(ZeroRequest *r, const ThinvmMapping *m, uint16_t parts)
     int ret;
 
     if (!op.valid) {
+        r->found = true;
         return 0;
     }
     ret = thinvm_store_execute(s->store, &op, &ticket, &err);
@@ -102,6 +104,7 @@ zero_parts_registered(ZeroRequest *r, uint64_t offset, uint64_t bytes)
         return ret;
     }
     if (reads_as_zero(r->bs, offset, bytes, &m)) {
+        r->found = true;
         return 0;
     }
     if (!can_invalidate(&m)) {
@@ -141,8 +144,12 @@ zero_in_cluster(ZeroRequest *r, uint64_t offset, uint64_t bytes,
 
     ret = thinvm_lookup(s, s->store, THINVM_TREE_DISK, offset, bytes, false,
                         &m);
-    if (ret < 0 || reads_as_zero(r->bs, offset, bytes, &m)) {
+    if (ret < 0) {
         return ret;
+    }
+    if (reads_as_zero(r->bs, offset, bytes, &m)) {
+        r->found = true;
+        return 0;
     }
     ret = -ENOTSUP;
     if (whole_parts) {
@@ -174,12 +181,12 @@ zero_clusters_registered(ZeroRequest *r, uint64_t first, uint64_t count)
             break;
         }
         if (can_invalidate(&m)) {
-            if (m.valid) {
-                m.count = 1;
-                ret = invalidate(r, &m, THINVM_ALL_VALID);
-            }
+            m.count = m.valid ? 1 : m.count;
+            ret = invalidate(r, &m, THINVM_ALL_VALID);
         } else if (m.type != THINVM_MAPPING_ZERO) {
             ret = unmap(r, first, m.count, THINVM_SOURCE_ZERO);
+        } else {
+            r->found = true;
         }
         first += m.count;
     }
@@ -274,7 +281,7 @@ thinvm_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     ret = zero_range(&r, offset, bytes);
     thinvm_store_request_end(s->store, token);
     if (ret == 0) {
-        ret = thinvm_mode_commit_found(bs, r.ticket);
+        ret = thinvm_mode_commit_found(bs, r.ticket, r.found);
     }
     return ret;
 }
@@ -311,7 +318,7 @@ thinvm_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     thinvm_inflight_end_request(s, &inflight);
     thinvm_store_request_end(s->store, token);
     if (ret == 0) {
-        ret = thinvm_mode_commit_found(bs, r.ticket);
+        ret = thinvm_mode_commit_found(bs, r.ticket, r.found);
     }
     return ret;
 }

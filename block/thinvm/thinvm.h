@@ -293,11 +293,13 @@ int coroutine_fn GRAPH_RDLOCK thinvm_mode_begin_change(BlockDriverState *bs,
 int coroutine_fn GRAPH_RDLOCK thinvm_mode_commit(BlockDriverState *bs,
                                                  uint64_t ticket);
 /*
- * The same at the end of a request that may have executed nothing (@ticket
- * 0): it relies on mappings whose record may not be written yet.
+ * The same at the end of a request, which may have executed nothing (@ticket
+ * 0).  @found: it relies, for some of what it covers, on mappings as it found
+ * them; whoever made them so may have done that after our last operation, and
+ * their record may not be written yet.
  */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_mode_commit_found(BlockDriverState *bs, uint64_t ticket);
+thinvm_mode_commit_found(BlockDriverState *bs, uint64_t ticket, bool found);
 int coroutine_fn GRAPH_RDLOCK thinvm_co_flush_to_os(BlockDriverState *bs);
 /*
  * Something could not be written: is the image still ours?  If not, ownership
