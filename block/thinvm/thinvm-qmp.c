@@ -16,13 +16,18 @@
 #include "qemu/module.h"
 #include "driver-snapshot.h"
 
-static BDRVThinvmState *thinvm_find(const char *node_name, Error **errp)
+/*
+ * What is done with a node waits in the event loop, and meanwhile another may
+ * close it: the caller gets a reference.
+ */
+static BlockDriverState *thinvm_find(const char *node_name, Error **errp)
 {
     BDRVThinvmState *s;
 
     QTAILQ_FOREACH(s, &thinvm_nodes, link) {
         if (!strcmp(bdrv_get_node_name(s->bs), node_name)) {
-            return s;
+            bdrv_ref(s->bs);
+            return s->bs;
         }
     }
     if (bdrv_find_node(node_name)) {
@@ -33,32 +38,62 @@ static BDRVThinvmState *thinvm_find(const char *node_name, Error **errp)
     return NULL;
 }
 
+/* All nodes, each with a reference */
+static GSList *thinvm_find_all(void)
+{
+    GSList *list = NULL;
+    BDRVThinvmState *s;
+
+    QTAILQ_FOREACH(s, &thinvm_nodes, link) {
+        bdrv_ref(s->bs);
+        list = g_slist_prepend(list, s->bs);
+    }
+    return g_slist_reverse(list);
+}
+
+static ThinvmInfo *thinvm_describe(BlockDriverState *bs, bool snapshot_tree,
+                                   Error **errp)
+{
+    ThinvmInfo *info = thinvm_info(bs->opaque);
+
+    info->node_name = g_strdup(bdrv_get_node_name(bs));
+    if (snapshot_tree &&
+        !thinvm_snapshot_tree(bs, THINVM_TREE_BUDGET, &info->snapshot_tree,
+                              errp)) {
+        qapi_free_ThinvmInfo(info);
+        return NULL;
+    }
+    info->has_snapshot_tree = snapshot_tree;
+    return info;
+}
+
 ThinvmInfoList *qmp_query_thinvm(const char *node_name, bool has_snapshot_tree,
                                  bool snapshot_tree, Error **errp)
 {
     ThinvmInfoList *list = NULL, **tail = &list;
-    BDRVThinvmState *s;
+    GSList *nodes;
 
-    if (node_name && !thinvm_find(node_name, errp)) {
-        return NULL;
-    }
-    QTAILQ_FOREACH(s, &thinvm_nodes, link) {
-        ThinvmInfo *info;
+    if (node_name) {
+        BlockDriverState *bs = thinvm_find(node_name, errp);
 
-        if (node_name && strcmp(bdrv_get_node_name(s->bs), node_name)) {
-            continue;
-        }
-        info = thinvm_info(s);
-        info->node_name = g_strdup(bdrv_get_node_name(s->bs));
-        QAPI_LIST_APPEND(tail, info);
-        if (snapshot_tree &&
-            !thinvm_snapshot_tree(s->bs, THINVM_TREE_BUDGET,
-                                  &info->snapshot_tree, errp)) {
-            qapi_free_ThinvmInfoList(list);
+        if (!bs) {
             return NULL;
         }
-        info->has_snapshot_tree = snapshot_tree;
+        nodes = g_slist_prepend(NULL, bs);
+    } else {
+        nodes = thinvm_find_all();
     }
+    for (GSList *l = nodes; l; l = l->next) {
+        ThinvmInfo *info = thinvm_describe(l->data, snapshot_tree, errp);
+
+        if (!info) {
+            qapi_free_ThinvmInfoList(list);
+            list = NULL;
+            break;
+        }
+        QAPI_LIST_APPEND(tail, info);
+    }
+    g_slist_free_full(nodes, (GDestroyNotify)bdrv_unref);
     return list;
 }
 
@@ -73,51 +108,51 @@ thinvm_co_set_mode(BlockDriverState *bs, void *opaque, Error **errp)
 void qmp_thinvm_set_cache_mode(const char *node_name, ThinvmCacheMode mode,
                                Error **errp)
 {
-    BDRVThinvmState *s = thinvm_find(node_name, errp);
+    BlockDriverState *bs = thinvm_find(node_name, errp);
+    BDRVThinvmState *s;
 
-    if (!s) {
+    if (!bs) {
         return;
     }
-    if (bdrv_is_read_only(s->bs)) {
+    s = bs->opaque;
+    if (bdrv_is_read_only(bs)) {
         error_setg(errp, "Node '%s' is read-only; the mapping-cache mode is "
                    "for nodes that write", node_name);
-        return;
-    }
-    if (qatomic_read(&s->lost)) {
+    } else if (qatomic_read(&s->lost)) {
         error_setg(errp, "Node '%s' has lost ownership of its image",
                    node_name);
-        return;
+    } else {
+        /* Writes must not race with the release that migration mode means */
+        bdrv_drained_begin(bs);
+        thinvm_run(bs, thinvm_co_set_mode, &mode, errp);
+        bdrv_drained_end(bs);
     }
-    /* Writes must not race with the release that migration mode means */
-    bdrv_drained_begin(s->bs);
-    thinvm_run(s->bs, thinvm_co_set_mode, &mode, errp);
-    bdrv_drained_end(s->bs);
+    bdrv_unref(bs);
 }
 
 /* ------------------------------------------------------------------ */
 /* Snapshots                                                           */
 
-/* The node, if it is one that can change its snapshots */
+/* The node, with a reference, if it is one that can change its snapshots */
 static BlockDriverState *thinvm_find_writer(const char *node_name,
                                             const char *id, const char *name,
                                             Error **errp)
 {
-    BDRVThinvmState *s = thinvm_find(node_name, errp);
+    BlockDriverState *bs = thinvm_find(node_name, errp);
 
-    if (!s) {
+    if (!bs) {
         return NULL;
     }
     if (!id && !name) {
         error_setg(errp, "Name or id of the snapshot must be given");
-        return NULL;
-    }
-    if (bdrv_is_read_only(s->bs) ||
-        (s->bs->open_flags & BDRV_O_INACTIVE)) {
+    } else if (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE)) {
         error_setg(errp, "Node '%s' is %s", node_name,
-                   bdrv_is_read_only(s->bs) ? "read-only" : "inactive");
-        return NULL;
+                   bdrv_is_read_only(bs) ? "read-only" : "inactive");
+    } else {
+        return bs;
     }
-    return s->bs;
+    bdrv_unref(bs);
+    return NULL;
 }
 
 void qmp_thinvm_snapshot_delete(const char *job_id, const char *node_name,
@@ -141,6 +176,7 @@ void qmp_thinvm_snapshot_delete(const char *job_id, const char *node_name,
     }
     thinvm_snapshot_delete_job(bs, job_id, id, name, force, speed, flags,
                                errp);
+    bdrv_unref(bs);
 }
 
 typedef struct ThinvmProtect {
@@ -164,6 +200,7 @@ void qmp_thinvm_snapshot_protect(const char *node_name, const char *id,
 
     if (bs) {
         thinvm_run(bs, thinvm_co_protect, &p, errp);
+        bdrv_unref(bs);
     }
 }
 
@@ -177,21 +214,20 @@ block_init(thinvm_qmp_init);
 ThinvmInfo *qmp_thinvm_grow(const char *node_name, bool has_size,
                             uint64_t size, Error **errp)
 {
-    BDRVThinvmState *s = thinvm_find(node_name, errp);
-    ThinvmInfo *info;
+    BlockDriverState *bs = thinvm_find(node_name, errp);
+    BDRVThinvmState *s;
+    ThinvmInfo *info = NULL;
 
-    if (!s) {
+    if (!bs) {
         return NULL;
     }
+    s = bs->opaque;
     if (!qatomic_read(&s->owner)) {
         error_setg(errp, "Node '%s' does not own its image; thinvm-grow is "
                    "for the node that writes it", node_name);
-        return NULL;
+    } else if (thinvm_volume_grow(bs, has_size ? size : 0, errp) >= 0) {
+        info = thinvm_describe(bs, false, errp);
     }
-    if (thinvm_volume_grow(s->bs, has_size ? size : 0, errp) < 0) {
-        return NULL;
-    }
-    info = thinvm_info(s);
-    info->node_name = g_strdup(node_name);
+    bdrv_unref(bs);
     return info;
 }
