@@ -75,11 +75,32 @@ static const BlockDevOps thinvm_job_dev_ops = {
 /* ------------------------------------------------------------------ */
 /* Work                                                                */
 
-/* The worker of whoever took the image over does the rest */
-static int thinvm_job_may_go_on(ThinvmDeleteJob *job, Error **errp)
+/*
+ * A block job that ends may put another node in the place of ours, also for
+ * the job's backend: then nobody tells us of drains any more.
+ */
+static bool GRAPH_RDLOCK thinvm_job_has_node(ThinvmDeleteJob *job)
+{
+    BlockDriverState *top = blk_bs(job->blk);
+
+    return top && bdrv_chain_contains(top, job->bs);
+}
+
+/* The worker of the node, or of whoever took the image over, does the rest */
+static int GRAPH_RDLOCK thinvm_job_may_go_on(ThinvmDeleteJob *job,
+                                             Error **errp)
 {
     BDRVThinvmState *s = job->bs->opaque;
 
+    if (!thinvm_job_has_node(job)) {
+        if (qatomic_read(&s->owner)) {
+            thinvm_worker_collect_soon(s);
+        }
+        error_setg(errp, "Node '%s' is not the disk any more; the deletion "
+                   "goes on when there is a node that writes its image",
+                   bdrv_get_node_name(job->bs));
+        return -EPERM;
+    }
     if (!qatomic_read(&s->owner)) {
         error_setg(errp, "Node '%s' has given up its image; the next owner "
                    "goes on with the deletion",
@@ -140,7 +161,9 @@ static int coroutine_fn thinvm_job_run(Job *opaque, Error **errp)
     }
     job->since = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     WITH_GRAPH_RDLOCK_GUARD() {
-        ret = thinvm_deletion_mark(job->bs, &job->del, job->force, errp);
+        ret = thinvm_job_has_node(job)
+              ? thinvm_deletion_mark(job->bs, &job->del, job->force, errp)
+              : thinvm_job_may_go_on(job, errp);
     }
     while (ret >= 0 && !done) {
         thinvm_job_rest(job);
@@ -151,8 +174,8 @@ static int coroutine_fn thinvm_job_run(Job *opaque, Error **errp)
             ret = thinvm_job_step(job, &done, errp);
         }
     }
-    if (ret >= 0 && thinvm_job_may_go_on(job, NULL) == 0) {
-        WITH_GRAPH_RDLOCK_GUARD() {
+    WITH_GRAPH_RDLOCK_GUARD() {
+        if (ret >= 0 && thinvm_job_may_go_on(job, NULL) == 0) {
             ret = thinvm_snapshot_settle(job->bs->opaque, errp);
         }
     }
