@@ -107,7 +107,9 @@ void thinvm_checkpoint_mark(ThinvmStore *st, uint64_t sequence)
 
 void thinvm_checkpoint_forget(ThinvmStore *st)
 {
-    st->frozen = NULL;          /* the state frees it */
+    if (st->frozen) {           /* else others may be looking */
+        st->frozen = NULL;      /* the state frees it */
+    }
     if (st->frozen_pages) {
         g_array_set_size(st->frozen_pages, 0);
     }
@@ -365,7 +367,9 @@ static int coroutine_fn checkpoint_locked(ThinvmStore *st)
     }
     ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
     if (ret == 0) {
-        assert(st->journal.flushed_sequence >= st->frozen_sequence);
+        WITH_QEMU_LOCK_GUARD(&st->lock) {
+            assert(st->journal.flushed_sequence >= st->frozen_sequence);
+        }
         ret = write_base(st);
     }
     if (ret < 0) {

@@ -169,7 +169,7 @@ void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op)
         thinvm_journal_seal(st);
     }
     if (!j->pending_length) {
-        j->pending_length = THINVM_RECORD_HEADER;
+        qatomic_set(&j->pending_length, THINVM_RECORD_HEADER);
     }
     if (j->pending_length + length > j->pending_allocated) {
         j->pending_allocated = MAX(THINVM_PAGE_SIZE,

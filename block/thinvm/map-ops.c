@@ -292,7 +292,7 @@ static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
         }
         slot = &thinvm_page_slots(page)[thinvm_map_index(guest, level)];
     }
-    page->guest = guest & ~(thinvm_map_span(bottom) - 1);
+    qatomic_set(&page->guest, guest & ~(thinvm_map_span(bottom) - 1));
     page->tree = tree;
     return page;
 }

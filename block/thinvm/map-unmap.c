@@ -168,7 +168,7 @@ static void unmap_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
         return;
     }
     page = thinvm_map_writable_child(s, slot, level);
-    page->guest = base;
+    qatomic_set(&page->guest, base);
     page->tree = tree;
     if (level == 0) {
         thinvm_gather_leaf(g, page, from - base, to - base);

@@ -164,9 +164,10 @@ void thinvm_map_short_cut_clear(ThinvmState *s)
 
 static void short_cut_enter(ThinvmState *s, uint64_t guest, Walk *w)
 {
-    ThinvmPage *page = qatomic_read(short_cut(s, guest));
+    ThinvmPage *page = qatomic_rcu_read(short_cut(s, guest));
 
-    if (page && page->guest == (guest & ~(thinvm_map_span(1) - 1))) {
+    if (page &&
+        qatomic_read(&page->guest) == (guest & ~(thinvm_map_span(1) - 1))) {
         walk_enter(w, page, guest);
     }
 }
@@ -180,9 +181,10 @@ static void short_cut_set(ThinvmState *s, uint64_t guest, ThinvmPage *page,
     }
     if (!seqlock_read_retry(&s->sequence, sequence) &&
         thinvm_page_find(s, page->number) == page) {
-        page->guest = guest & ~(thinvm_map_span(1) - 1);
+        qatomic_set(&page->guest, guest & ~(thinvm_map_span(1) - 1));
         s->short_cut_used = true;
-        qatomic_set(short_cut(s, guest), page);
+        /* who sees the page sees which one it is */
+        qatomic_rcu_set(short_cut(s, guest), page);
     }
     thinvm_state_unlock(s);
 }

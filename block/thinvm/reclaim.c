@@ -139,7 +139,8 @@ void thinvm_quarantine_add(ThinvmStore *st, ThinvmState *s,
     /* The stamp is read after what freed them was visible to everybody */
     smp_mb();
     QEMU_LOCK_GUARD(&st->lock);
-    st->quarantined_ranges += freed->len;
+    qatomic_set(&st->quarantined_ranges,
+                st->quarantined_ranges + freed->len);
     q = QSIMPLEQ_LAST(&st->quarantine, ThinvmQuarantine, next);
     if (q && q->sequence == sequence && q->request_epoch == st->request_epoch) {
         g_array_append_vals(q->ranges, freed->data, freed->len);
@@ -198,7 +199,8 @@ void thinvm_quarantine_settle(ThinvmStore *st)
             q = QSIMPLEQ_FIRST(&st->quarantine);
             if (q) {
                 QSIMPLEQ_REMOVE_HEAD(&st->quarantine, next);
-                st->quarantined_ranges -= q->ranges->len;
+                qatomic_set(&st->quarantined_ranges,
+                            st->quarantined_ranges - q->ranges->len);
             }
         }
         if (!q) {
@@ -236,7 +238,8 @@ static ThinvmQuarantine *quarantine_pop(ThinvmStore *st)
         return NULL;
     }
     QSIMPLEQ_REMOVE_HEAD(&st->quarantine, next);
-    st->quarantined_ranges -= q->ranges->len;
+    qatomic_set(&st->quarantined_ranges,
+                st->quarantined_ranges - q->ranges->len);
     return q;
 }
 

@@ -190,7 +190,7 @@ struct ThinvmStore {
     ThinvmRequestCount requests[THINVM_REQUEST_EPOCHS];
     unsigned request_epoch;     /* qatomic; written under st->lock */
     QSIMPLEQ_HEAD(, ThinvmQuarantine) quarantine;   /* st->lock, by age */
-    uint64_t quarantined_ranges;
+    uint64_t quarantined_ranges;                    /* qatomic to read */
     QSIMPLEQ_HEAD(, ThinvmRetiredState) retired;    /* st->lock */
     unsigned reserve_waiting;   /* requests that wait for others to leave */
     bool discard;
