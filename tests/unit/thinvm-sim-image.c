@@ -25,7 +25,9 @@ static unsigned take_dawdle(void)
 {
     unsigned turns = image_dawdle;
 
-    image_dawdle = 0;
+    if (turns) {
+        image_dawdle = 0;
+    }
     return turns;
 }
 
