@@ -473,6 +473,10 @@ int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
                                    THINVM_MAX_CLUSTERS), errp);
     }
     qemu_co_mutex_unlock(&st->grow_lock);
+    /* The reserve follows the size; what cannot be taken now is taken later */
+    for (int i = 0; ret == 0 && i < THINVM_METADATA_STEPS &&
+                    thinvm_store_extend_metadata(st) > 0; i++) {
+    }
     return ret;
 }
 
@@ -629,5 +633,5 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
         }
     }
     qemu_co_mutex_unlock(&st->grow_lock);
-    return ret;
+    return ret < 0 ? ret : wanted > 0;
 }

@@ -334,7 +334,9 @@ void thinvm_quarantine_settle(ThinvmStore *st);
 void thinvm_quarantine_skip(ThinvmState *s);
 bool thinvm_quarantine_is_full(ThinvmStore *st);
 void thinvm_retire_state(ThinvmStore *st, ThinvmState *s);
-/* Take metadata space ahead of need; @must: operations are refused */
+/* Steps in which all can be taken that the largest reserve may lack */
+#define THINVM_METADATA_STEPS   32
+/* Take metadata space ahead of need, a step.  1; 0: nothing is wanted; -errno */
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st);
 
 #endif

@@ -624,8 +624,8 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
 {
     ThinvmState *s = thinvm_store_state(st);
     uint64_t remaining = op->count;
-    bool extended = internal, urged = internal;
-    unsigned attempts = 0, releases = 0;
+    bool extended = internal;
+    unsigned attempts = 0, releases = 0, urges = 0;
     ThinvmNeeds needs;
     int ret;
 
@@ -682,9 +682,10 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                 thinvm_needs_init(&needs);
                 continue;
             }
-        } else if (ret == -ENOSPC && !urged) {
-            urged = true;
-            if (thinvm_store_extend_metadata(st) == 0) {
+        } else if (ret == -ENOSPC && !internal &&
+                   urges++ < THINVM_METADATA_STEPS) {
+            /* 0: perhaps somebody else has done it just now */
+            if (thinvm_store_extend_metadata(st) >= 0) {
                 error_free(local_err);
                 continue;
             }
