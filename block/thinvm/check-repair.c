@@ -68,7 +68,7 @@ static void fix_promises(ThinvmCheck *c, int fix, bool *changed)
         return;
     }
     thinvm_state_lock(c->s);
-    thinvm_repair_promises(c->s, c->unwritten_runs);
+    c->promises_short = !thinvm_repair_promises(c->s, c->unwritten_runs);
     thinvm_state_unlock(c->s);
     c->result->leaks_fixed += c->promises_wrong && leak;
     c->result->corruptions_fixed += c->promises_wrong && !leak;
@@ -267,6 +267,35 @@ static int coroutine_fn separate(ThinvmCheck *c, int fix, Error **errp)
     return ret;
 }
 
+/*
+ * There were not enough places for all unwritten runs.  Now that the counts
+ * are right more may be taken; if there still are not, the base goes on saying
+ * that nothing is promised.
+ */
+static int coroutine_fn give_promises(ThinvmCheck *c, Error **errp)
+{
+    bool kept;
+    int ret;
+
+    for (int i = 0; i < THINVM_METADATA_STEPS &&
+                    thinvm_store_extend_metadata(c->st) > 0; i++) {
+    }
+    qemu_co_mutex_lock(&c->st->checkpoint_lock);
+    thinvm_state_lock(c->s);
+    kept = thinvm_repair_promise(c->s);
+    thinvm_state_unlock(c->s);
+    c->st->nb_repair_checkpoints = kept ? 2 : 0;
+    qemu_co_mutex_unlock(&c->st->checkpoint_lock);
+    ret = thinvm_store_checkpoint(c->st);
+    if (ret == 0) {
+        ret = thinvm_store_checkpoint(c->st);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write what was repaired");
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
 {
     int ret = repair_round(c, fix, NULL, errp);
@@ -274,6 +303,9 @@ int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)
     if (ret == 0 && (fix & THINVM_FIX_ERRORS) &&
         g_hash_table_size(c->duplicates)) {
         ret = separate(c, fix, errp);
+    }
+    if (ret == 0 && c->promises_short) {
+        ret = give_promises(c, errp);
     }
     return ret;
 }

@@ -95,6 +95,7 @@ typedef struct ThinvmCheck {
                                        cluster with another place */
     uint64_t unwritten_runs;        /* in all pages, each taken once */
     bool promises_wrong;            /* the image says another number */
+    bool promises_short;        /* corrected, but not that many are free */
     uint64_t nb_unflagged;          /* clusters that look private, but are
                                        not */
     uint32_t nb_snapshots;          /* that were met */

@@ -315,10 +315,25 @@ void thinvm_space_promise(ThinvmState *s, int64_t change)
     }
 }
 
-void thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs)
+/* Places that the two newest bases hold come back with two checkpoints */
+static uint64_t free_soon(ThinvmState *s)
+{
+    return s->nb_meta_free + s->held_new->len + s->held_frozen->len +
+           s->held_old->len;
+}
+
+/* A promise that cannot be kept is not given */
+bool thinvm_repair_promise(ThinvmState *s)
+{
+    s->promises_exact = free_soon(s) >= thinvm_space_reserve_pages(s) +
+                                        s->promised_pages;
+    return s->promises_exact;
+}
+
+bool thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs)
 {
     s->promised_pages = unwritten_runs;
-    s->promises_exact = true;
+    return thinvm_repair_promise(s);
 }
 
 uint64_t thinvm_space_promised_then(ThinvmState *s)
@@ -350,9 +365,7 @@ uint64_t thinvm_space_for_unwritten_runs(ThinvmState *s, uint64_t runs)
     uint64_t pages = 3 * (bound + thinvm_space_last_pages(s)) + 2 * bound +
                      s->promised_pages + runs + runs / 64;
     unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
-    /* Two checkpoints bring the held ones back */
-    uint64_t free = s->nb_meta_free + s->held_new->len + s->held_frozen->len +
-                    s->held_old->len;
+    uint64_t free = free_soon(s);
 
     return pages <= free ? 0 : DIV_ROUND_UP(pages - free, 1u << bits);
 }

@@ -54,6 +54,17 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
     return s;
 }
 
+/*
+ * An unwritten run has its clusters for itself but for snapshots, so more than
+ * this many cannot be.  A base that claims more is taken for one that does not
+ * know.
+ */
+static bool promises_are_possible(const ThinvmSuperblock *sb)
+{
+    return sb->promised_pages <= sb->device_clusters / THINVM_ENTRIES_PER_LEAF *
+                                 (sb->nb_snapshot_slots + 1ULL);
+}
+
 ThinvmState *thinvm_state_new(const ThinvmSuperblock *sb,
                               const ThinvmSuperblock *older,
                               uint64_t cache_size)
@@ -71,7 +82,8 @@ ThinvmState *thinvm_state_new(const ThinvmSuperblock *sb,
     s->nb_snapshots = sb->nb_snapshots;
     s->nb_snapshot_slots = sb->nb_snapshot_slots;
     s->vmstate_size = sb->vmstate_size;
-    s->promises_exact = sb->autoclear & THINVM_AUTOCLEAR_PROMISES;
+    s->promises_exact = (sb->autoclear & THINVM_AUTOCLEAR_PROMISES) &&
+                        promises_are_possible(sb);
     s->promised_pages = s->promises_exact ? sb->promised_pages : 0;
     thinvm_pointer_encode(&s->root[THINVM_TREE_DISK], &sb->map_root);
     thinvm_pointer_encode(&s->root[THINVM_TREE_VMSTATE], &sb->vmstate_root);
@@ -377,10 +389,38 @@ static bool op_may_use_reserve(const ThinvmOp *op)
     }
 }
 
+/* Is it needed to become the owner, or to get more space for metadata? */
+static bool op_is_vital(const ThinvmOp *op)
+{
+    return op->type == THINVM_OP_EPOCH || op->type == THINVM_OP_GROW ||
+           op->type == THINVM_OP_META_EXTEND;
+}
+
+/*
+ * Places that must stay free.  A freeze takes up to thinvm_space_last_pages(),
+ * and gives as many back that come free with the second one after it: who
+ * leaves twice as many leaves enough for any number of freezes in turn.
+ *
+ * Those that are promised too, but an image of version 1.0 has set nothing
+ * aside when its runs came.  There they may be missing from the start, and
+ * only what takes more than it gives waits until there are as many.
+ */
+static uint64_t places_kept(ThinvmState *s, const ThinvmOp *op, bool replay)
+{
+    uint64_t keep;
+
+    if (replay || op_is_vital(op)) {
+        return thinvm_space_last_pages(s);
+    }
+    keep = s->grows ? thinvm_space_reserve_pages(s) :
+                      2 * thinvm_space_last_pages(s);
+    return s->grows || s->promises_exact ?
+           keep + thinvm_space_promised_then(s) : keep;
+}
+
 int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
                          ThinvmNeeds *needs, Error **errp)
 {
-    uint64_t keep;
     int ret;
 
     if (s->damaged) {
@@ -401,12 +441,7 @@ int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
     if (ret < 0) {
         return ret;
     }
-    keep = replay || !s->grows ? thinvm_space_last_pages(s) :
-                                 thinvm_space_reserve_pages(s);
-    if (!replay) {
-        keep += thinvm_space_promised_then(s);
-    }
-    if (s->nb_meta_free < s->new_pages + keep) {
+    if (s->nb_meta_free < s->new_pages + places_kept(s, op, replay)) {
         error_setg(errp, "no space for metadata is left");
         return -ENOSPC;
     }

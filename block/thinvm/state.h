@@ -374,8 +374,13 @@ int thinvm_state_read_page(ThinvmState *s, const ThinvmPageRef *ref, void *buf,
 int thinvm_repair_cluster_count(ThinvmState *s, uint64_t cluster,
                                 uint16_t count, ThinvmNeeds *needs);
 int thinvm_repair_page_count(ThinvmState *s, uint64_t page, uint16_t count);
-/* The unwritten runs in all mapping pages, each page taken once */
-void thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs);
+/*
+ * The unwritten runs in all mapping pages, each page taken once.  False: that
+ * many places are not free, so the number is not for others to rely on.
+ */
+bool thinvm_repair_promises(ThinvmState *s, uint64_t unwritten_runs);
+/* The same later, with the number that was given then and what changed it */
+bool thinvm_repair_promise(ThinvmState *s);
 /*
  * Entries may lack "possibly shared": from now on the counts decide.  Makes
  * two guest clusters on one physical cluster (counted as 2) safe: the next

@@ -56,7 +56,9 @@ class Pages:
         self.next_snapshot_id = sb.next_snapshot_id
         self.current_snapshot_id = sb.current_snapshot_id
         self.nb_slots = sb.nb_snapshot_slots
-        self.promised_pages = sb.promised_pages if sb.promises_exact else None
+        possible = sb.device_clusters // 512 * (sb.nb_snapshot_slots + 1)
+        self.promised_pages = sb.promised_pages if (
+            sb.promises_exact and sb.promised_pages <= possible) else None
         self.changed = {}
         self.next_page = 1 << 40
         self.new_page_counts = {}
