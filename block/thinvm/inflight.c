@@ -157,10 +157,12 @@ static void copier_begin(BDRVThinvmState *s, ThinvmInflight *f)
     smp_mb__after_rmw();        /* before any look-up: see the header */
 }
 
+/* With inflight_lock held, so that there is one at a time */
 static void copier_end(BDRVThinvmState *s, ThinvmInflight *f)
 {
     if (f->may_copy) {
         f->may_copy = false;
+        qatomic_store_release(&s->copies_ended, s->copies_ended + 1);
         qatomic_dec(&s->copiers);
     }
 }

@@ -86,14 +86,26 @@ static inline uint64_t thinvm_inflight_end(const ThinvmInflight *f)
  * shared when a copy of it began, and be private since the last snapshot that
  * shared it was deleted: then the copy would take the place of what is written
  * now.  To be asked after the look-up that found it private; if so the write
- * registers, which waits for the copy.  (A copier counts itself before the
- * look-up that finds the cluster shared, and nothing that is private becomes
- * shared while requests are in flight.)
+ * registers, which waits for the copy, and looks up again.
+ *
+ * A copier counts itself in s->copiers before the look-up that finds the
+ * cluster shared, and nothing that is private becomes shared while requests
+ * are in flight: a copier of this cluster has counted itself before our
+ * look-up.  If it has left s->copiers since, the mapping that we found is that
+ * from before its copy, perhaps; it has raised s->copies_ended then, after its
+ * operation and before it left.  @ended: thinvm_inflight_copies_ended() from
+ * before the look-up; unchanged, it says that no copy has ended behind it.
  */
-static inline bool thinvm_inflight_may_copy(BDRVThinvmState *s)
+static inline unsigned thinvm_inflight_copies_ended(BDRVThinvmState *s)
+{
+    return qatomic_load_acquire(&s->copies_ended);
+}
+
+static inline bool thinvm_inflight_may_copy(BDRVThinvmState *s, unsigned ended)
 {
     smp_rmb();
-    return unlikely(qatomic_read(&s->copiers));
+    return unlikely(qatomic_load_acquire(&s->copiers) ||
+                    qatomic_read(&s->copies_ended) != ended);
 }
 
 /* Register parts [start, end); waits for those that came before and conflict */

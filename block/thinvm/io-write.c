@@ -290,11 +290,13 @@ static int coroutine_fn GRAPH_RDLOCK prepare_chunk(WriteChunk *c)
 {
     BDRVThinvmState *s = c->bs->opaque;
     uint64_t bytes = c->bytes;
+    unsigned ended;
     int ret;
 
     c->first = c->offset >> s->cluster_bits;
     do {
         c->bytes = bytes;
+        ended = thinvm_inflight_copies_ended(s);
         ret = look_up(c);
         if (ret < 0) {
             return ret;
@@ -302,7 +304,7 @@ static int coroutine_fn GRAPH_RDLOCK prepare_chunk(WriteChunk *c)
         shorten(c, c->old.count);
         if (!thinvm_mapping_private(&c->old)) {
             ret = prepare_allocate(c);
-        } else if (all_valid(c) && !thinvm_inflight_may_copy(s)) {
+        } else if (all_valid(c) && !thinvm_inflight_may_copy(s, ended)) {
             c->kind = WRITE_IN_PLACE;
             c->physical = c->old.physical;
         } else {
@@ -765,6 +767,7 @@ static int coroutine_fn GRAPH_RDLOCK write_chunks(WriteRequest *r)
 static int coroutine_fn GRAPH_RDLOCK write_once(WriteRequest *r)
 {
     BDRVThinvmState *s = r->bs->opaque;
+    unsigned ended = thinvm_inflight_copies_ended(s);
     ThinvmMapping m;
     int ret;
 
@@ -776,7 +779,7 @@ static int coroutine_fn GRAPH_RDLOCK write_once(WriteRequest *r)
         thinvm_clamp(s, r->offset, r->bytes, m.count) == r->bytes &&
         (m.valid == THINVM_ALL_VALID ||
          !(thinvm_parts_touched(s, r->offset, r->bytes) & ~m.valid)) &&
-        !thinvm_inflight_may_copy(s)) {
+        !thinvm_inflight_may_copy(s, ended)) {
         r->found = true;
         return write_file(r->bs, BLKDBG_WRITE_AIO,
                           thinvm_device_offset(s, &m, r->offset), r->bytes,

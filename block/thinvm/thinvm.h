@@ -140,7 +140,7 @@ struct BDRVThinvmState {
     /* io.c */
     CoMutex inflight_lock;
     QLIST_HEAD(, ThinvmInflight) inflight;
-    unsigned copiers;               /* qatomic; thinvm_inflight_may_copy() */
+    unsigned copiers, copies_ended; /* qatomic; thinvm_inflight_may_copy() */
 
     /*
      * mode.c: changed in the main loop or under mode_lock, read with
@@ -153,6 +153,7 @@ struct BDRVThinvmState {
     bool lost;                      /* ownership lost: every write fails */
     bool follow;                    /* catch up before a look-up for reading */
     bool take_failed;               /* reported already; until one succeeds */
+    bool put_down;                  /* by the user's order; mode_lock */
     bool activated;                 /* since the guest last ran; main loop */
     bool returning;                 /* unused, as the guest never ran here */
 
