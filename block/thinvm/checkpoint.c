@@ -116,8 +116,12 @@ void thinvm_checkpoint_forget(ThinvmStore *st)
     st->frozen_complete = false;
 }
 
-/* false: the newest base says it all already */
-static bool freeze(ThinvmStore *st)
+/*
+ * 0: the newest base says it all already; 1: it is frozen.  -ENOSPC: a space
+ * map without room for its own next version, which no operation leaves, but
+ * who made the image, or repaired it, may have.
+ */
+static int freeze(ThinvmStore *st)
 {
     ThinvmState *s = st->state;
     ThinvmJournal *j = &st->journal;
@@ -129,7 +133,11 @@ static bool freeze(ThinvmStore *st)
         st->bases.newest.generation && !st->bases.suspect &&
         j->base == j->tail && !st->nb_repair_checkpoints) {
         thinvm_state_unlock(s);
-        return false;
+        return 0;
+    }
+    if (!thinvm_state_may_freeze(s)) {
+        thinvm_state_unlock(s);
+        return -ENOSPC;
     }
     if (st->nb_repair_checkpoints) {
         st->nb_repair_checkpoints--;
@@ -150,7 +158,7 @@ static bool freeze(ThinvmStore *st)
     g_array_set_size(st->frozen_pages, 0);
     trace_thinvm_checkpoint_freeze(st, frozen->superblock.generation,
                                    st->frozen_sequence, frozen->nb_pages);
-    return true;
+    return 1;
 }
 
 /* ------------------------------------------------------------------ */
@@ -362,8 +370,11 @@ static int coroutine_fn checkpoint_locked(ThinvmStore *st)
 {
     int ret;
 
-    if (!st->frozen && !freeze(st)) {
-        return 0;
+    if (!st->frozen) {
+        ret = freeze(st);
+        if (ret <= 0) {
+            return ret;
+        }
     }
     ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
     if (ret == 0) {
@@ -407,6 +418,7 @@ int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
 /* A new image: its first base, which no journal leads to */
 int coroutine_fn thinvm_checkpoint_first(ThinvmStore *st)
 {
-    freeze(st);
-    return write_base(st);
+    int ret = freeze(st);
+
+    return ret < 0 ? ret : write_base(st);
 }

@@ -253,6 +253,11 @@ static gboolean checksum_is_old(gpointer key, gpointer value, gpointer opaque)
     return sum->generation + 1 < *generation;
 }
 
+bool thinvm_state_may_freeze(ThinvmState *s)
+{
+    return s->nb_meta_free >= thinvm_space_last_pages(s);
+}
+
 ThinvmFrozen *thinvm_state_freeze(ThinvmState *s)
 {
     ThinvmFrozen *f = g_new0(ThinvmFrozen, 1);

@@ -293,8 +293,10 @@ typedef struct ThinvmFrozen {
 /*
  * Freeze.  The caller holds the lock and has cut the journal record whose
  * sequence the base will carry; it fills in sequence, epoch,
- * journal_position and record_crc of frozen->superblock itself, later.
+ * journal_position and record_crc of frozen->superblock itself, later.  Only
+ * where thinvm_state_may_freeze(): the space map has places to move to.
  */
+bool thinvm_state_may_freeze(ThinvmState *s);
 ThinvmFrozen *thinvm_state_freeze(ThinvmState *s);
 /*
  * Complete pages[i] (in order): children's checksums go in, its own is

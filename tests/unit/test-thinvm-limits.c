@@ -4,8 +4,9 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The ring of the journal, when owners come and go without doing anything;
- * the place on the device, which shall stay as small as what is in use; and
- * the metadata pages that are kept for writes into unwritten runs.
+ * the place on the device, which shall stay as small as what is in use; the
+ * metadata pages that are kept for writes into unwritten runs; and those that
+ * are kept for checkpoints.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
@@ -680,6 +681,63 @@ static void run_full(gconstpointer data)
     sim_free(sim);
 }
 
+/* ------------------------------------------------------------------ */
+/* What is kept for checkpoints                                        */
+
+/* The reserve follows the size of the device; so does room for it */
+static void coroutine_fn test_enlarged(ThinvmSim *sim)
+{
+    ThinvmInfoState before, after;
+    ThinvmStore *st;
+
+    image_create(sim, 32 * GiB);
+    st = thinvm_store_open(sim_device(sim), 64 * MiB, &error_abort);
+    thinvm_store_begin_writing(st, 1, &error_abort);
+    before = info_of(st);
+    thinvm_store_grow(st, FULL_DEVICE, &error_abort);
+    g_assert_cmpint(image_write(sim, st, 1000, 0, 1, 7, NULL), ==, 0);
+    after = info_of(st);
+    /* More than two extents more */
+    g_assert_cmpuint(before.free_metadata_pages, <, 2 * before.dirty_bound +
+                     THINVM_EXTENT_MAX_PAGES);
+    g_assert_cmpuint(after.free_metadata_pages, >, 3 * after.dirty_bound);
+    g_assert_cmpuint(3 * after.dirty_bound, >, before.metadata_pages +
+                     2 * THINVM_EXTENT_MAX_PAGES);
+    image_check(st);
+    store_close(st, true);
+}
+
+/*
+ * Any number of checkpoints in turn, with nothing between them, are possible
+ * while operations leave what they do; where somebody has left less they are
+ * refused.
+ */
+static void coroutine_fn test_checkpoint_places(ThinvmSim *sim)
+{
+    ThinvmStore *st;
+    ThinvmState *s;
+    uint64_t last;
+
+    image_create(sim, 8 * GiB);
+    st = open_small(sim);
+    s = thinvm_store_state(st);
+    last = thinvm_space_last_pages(s);
+    while (s->nb_meta_free > 2 * last) {
+        thinvm_place_alloc(s);
+    }
+    for (int i = 0; i < 8; i++) {
+        st->nb_repair_checkpoints = 1;
+        g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
+    }
+    while (s->nb_meta_free >= last) {
+        thinvm_place_alloc(s);
+    }
+    st->nb_repair_checkpoints = 1;
+    g_assert_cmpint(thinvm_store_checkpoint(st), ==, -ENOSPC);
+    g_assert_cmpuint(st->nb_repair_checkpoints, ==, 1);
+    store_die(st);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -695,5 +753,8 @@ int main(int argc, char **argv)
     g_test_add_data_func("/thinvm/limits/promise/kept", test_promise_kept,
                          run_full);
     g_test_add_func("/thinvm/limits/promise/counted", test_promise_counted);
+    g_test_add_data_func("/thinvm/limits/reserve/enlarged", test_enlarged,
+                         run_full);
+    add("/thinvm/limits/reserve/checkpoints", test_checkpoint_places);
     return g_test_run();
 }
