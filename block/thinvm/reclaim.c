@@ -324,6 +324,54 @@ static void join_ranges(GArray *ranges)
     g_array_set_size(ranges, MIN(ranges->len, n + 1));
 }
 
+static void unbusy_ranges(ThinvmState *s, GArray *ranges)
+{
+    for (guint i = 0; i < ranges->len; i++) {
+        ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
+
+        thinvm_space_unbusy(s, r->first, r->nb_clusters);
+    }
+}
+
+/*
+ * In a follower it is one step under the state lock: were it two, this node
+ * could become the owner in between, and map and free a cluster again, which
+ * would then be made usable before the new freeing is durable.
+ */
+static ThinvmQuarantine *release_following(ThinvmStore *st, ThinvmState *s)
+{
+    ThinvmQuarantine *q = NULL;
+
+    thinvm_state_lock(s);
+    if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
+        q = quarantine_pop(st);
+        if (q) {
+            unbusy_ranges(s, q->ranges);
+        }
+    }
+    thinvm_state_unlock(s);
+    return q;
+}
+
+/* One entry, of which the discard takes its time; only the owner has these */
+static ThinvmQuarantine *coroutine_fn release_owned(ThinvmStore *st,
+                                                    ThinvmState *s,
+                                                    bool discard)
+{
+    ThinvmQuarantine *q = quarantine_pop(st);
+
+    if (q) {
+        join_ranges(q->ranges);
+        if (discard) {
+            discard_ranges(st, q->ranges);
+        }
+        thinvm_state_lock(s);
+        unbusy_ranges(s, q->ranges);
+        thinvm_state_unlock(s);
+    }
+    return q;
+}
+
 /* Number of ranges that were made free */
 static unsigned coroutine_fn reclaim_some(ThinvmStore *st, bool discard)
 {
@@ -331,21 +379,15 @@ static unsigned coroutine_fn reclaim_some(ThinvmStore *st, bool discard)
     ThinvmQuarantine *q;
     unsigned nb = 0;
 
-    discard = discard && qatomic_read(&st->mode) == THINVM_STORE_WRITING;
-    while (nb < THINVM_RECLAIM_STEP && (q = quarantine_pop(st))) {
-        nb += q->ranges->len;
-        join_ranges(q->ranges);
-        if (discard) {
-            discard_ranges(st, q->ranges);
-        }
-        thinvm_state_lock(s);
-        for (guint i = 0; i < q->ranges->len; i++) {
-            ThinvmFreedRange *r = &g_array_index(q->ranges, ThinvmFreedRange,
-                                                 i);
+    while (nb < THINVM_RECLAIM_STEP) {
+        int mode = qatomic_read(&st->mode);
 
-            thinvm_space_unbusy(s, r->first, r->nb_clusters);
+        q = mode == THINVM_STORE_READING ? release_following(st, s) :
+            release_owned(st, s, discard && mode == THINVM_STORE_WRITING);
+        if (!q) {
+            break;
         }
-        thinvm_state_unlock(s);
+        nb += q->ranges->len;
         trace_thinvm_reclaim(st, q->sequence, q->ranges->len);
         quarantine_free(q);
     }
