@@ -269,11 +269,14 @@ int coroutine_fn thinvm_collect_step(BlockDriverState *bs, ThinvmCollect *c,
     return ret;
 }
 
-static void coroutine_fn thinvm_pace(int64_t *since)
+/* Who changes the graph must not wait for one that sleeps */
+static void coroutine_fn GRAPH_RDLOCK thinvm_pace(int64_t *since)
 {
     if (thinvm_in_background &&
         qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - *since > THINVM_PACE_NS) {
+        bdrv_graph_co_rdunlock();
         qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_PACE_NS);
+        bdrv_graph_co_rdlock();
         *since = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     }
 }

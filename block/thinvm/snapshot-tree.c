@@ -54,14 +54,15 @@ static ThinvmSnapshotInfo *snapshot_info(const ThinvmSnapshot *snap)
 
 static uint64_t current_snapshot(BDRVThinvmState *s)
 {
-    unsigned token = thinvm_store_request_begin(s->store);
-    ThinvmState *state = thinvm_store_state(s->store);
+    ThinvmStore *st = qatomic_read(&s->store);
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmState *state = thinvm_store_state(st);
     ThinvmInfoState info;
 
     thinvm_state_lock(state);
     thinvm_state_info(state, &info);
     thinvm_state_unlock(state);
-    thinvm_store_request_end(s->store, token);
+    thinvm_store_request_end(st, token);
     return info.current_snapshot_id;
 }
 

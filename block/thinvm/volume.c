@@ -12,7 +12,7 @@
  * event comes with the allocation that crosses the watermark, so that whoever
  * extends the volume has all of the watermark's bytes as a head start; it is
  * armed again by the background worker or thinvm-grow, when there is more free
- * space than the watermark and a sixteenth.
+ * space than the watermark and a sixteenth, and 1 MiB at least.
  *
  * Threads: the data path and queries run in any; "low" and the count of what was
  * reserved are atomic, the rate has a lock.
@@ -41,15 +41,20 @@
  */
 #define THINVM_RATE_HEADROOM_S      8
 
+/* A cluster to and fro is no reason for another event */
+#define THINVM_REARM_BYTES          ((uint64_t)(1 * MiB))
+
 static void thinvm_volume_state(BDRVThinvmState *s, ThinvmInfoState *info)
 {
-    unsigned token = thinvm_store_request_begin(s->store);
-    ThinvmState *state = thinvm_store_state(s->store);
+    /* Once: a take-over may put another in its place at any time */
+    ThinvmStore *st = qatomic_read(&s->store);
+    unsigned token = thinvm_store_request_begin(st);
+    ThinvmState *state = thinvm_store_state(st);
 
     thinvm_state_lock(state);
     thinvm_state_info(state, info);
     thinvm_state_unlock(state);
-    thinvm_store_request_end(s->store, token);
+    thinvm_store_request_end(st, token);
 }
 
 /* Bytes; 0 for none */
@@ -179,7 +184,8 @@ void thinvm_volume_rearm(BDRVThinvmState *s)
         return;
     }
     thinvm_volume_space(s, &space);
-    if (space.free >= space.watermark + space.watermark / 16) {
+    if (space.free >= space.watermark +
+                      MAX(space.watermark / 16, THINVM_REARM_BYTES)) {
         qatomic_set(&s->volume.low, false);
     }
 }
