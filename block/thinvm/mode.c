@@ -313,6 +313,7 @@ int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
         ret = thinvm_take_locked(s, fresh, errp);
         if (ret >= 0) {
             s->take_failed = false;
+            s->put_down = false;
             thinvm_pulse_took(s, s->store == before, start,
                               thinvm_bytes_read(s->store) -
                               (s->store == before ? read : 0));
@@ -729,10 +730,17 @@ int coroutine_fn thinvm_mode_configure(BlockDriverState *bs,
                        bdrv_get_node_name(bs));
             return -EINVAL;
         }
-        return thinvm_mode_give_up(bs, THINVM_CLAIM_RELEASED, reason, errp);
+        ret = thinvm_mode_give_up(bs, THINVM_CLAIM_RELEASED, reason, errp);
+        if (ret >= 0) {
+            WITH_QEMU_LOCK_GUARD(&s->mode_lock) {
+                s->put_down = !s->owner;
+            }
+        }
+        return ret;
     }
     qemu_co_mutex_lock(&s->mode_lock);
     s->options.mode = mode;
+    s->put_down = false;
     ret = thinvm_owner_change_mode(s, reason, errp);
     if (ret < 0) {
         s->options.mode = old;
@@ -744,13 +752,14 @@ int coroutine_fn thinvm_mode_configure(BlockDriverState *bs,
 
 /*
  * Given up for a hand-over that then did not come about, while the node stayed
- * active: its first write would claim the image, but that may be long to come
+ * active: its first write would claim the image, but that may be long to come.
+ * What the user told it to give up waits for that write.
  */
 static bool thinvm_has_let_go(BDRVThinvmState *s)
 {
     return !qatomic_read(&s->owner) && !qatomic_read(&s->lost) &&
            s->claim.epoch && !(s->bs->open_flags & BDRV_O_INACTIVE) &&
-           !bdrv_is_read_only(s->bs) &&
+           !bdrv_is_read_only(s->bs) && !s->put_down &&
            s->options.mode != THINVM_CACHE_MODE_MIGRATION;
 }
 
