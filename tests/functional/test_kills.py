@@ -17,13 +17,12 @@ migration     a follower's death costs the owner nothing; whoever is left
 After each kill: qemu-img check finds neither corruption nor leak.
 """
 
-import json
 import os
 import threading
 import time
 
 from lib.context import check
-from lib.image import File, create, require_clean
+from lib.image import File, create, info, require_clean
 from lib.lanes import SHAPES, Lanes, random_source
 from lib.nbd import NBDClient
 from lib.powercuts import DEVICE, DISK, full_of_rubbish, read_raw
@@ -82,9 +81,8 @@ class Victim:
 
     def _look_at_snapshots(self, moment, what):
         ctx = self.ctx
-        text = ctx.run(ctx.bin('qemu-img'), 'info', '-U', '--output=json',
-                       '-f', ctx.fmt, self.place.url)
-        names = {s['name'] for s in json.loads(text).get('snapshots', [])}
+        names = {s['name'] for s in
+                 info(ctx, self.place).get('snapshots', [])}
         for snapshot in self.snapshots:
             there = snapshot.name in names
             check(there or not snapshot.must_be_there(moment),

@@ -68,10 +68,22 @@ def create(ctx, place, size, fmt=None, backing=None, backing_fmt=None,
     return ctx.run(ctx.bin('qemu-img'), *args, str(size))
 
 
+def json_of(text, what):
+    """The object in a tool's output.
+
+    Messages may stand before it: of a LUN that somebody else has reserved,
+    libiscsi's driver says that it cannot tell whether it is write-protected.
+    """
+    start = text.find('{')
+    if start < 0:
+        raise Failure('%s: %s' % (what, text.strip()))
+    return json.loads(text[start:text.rfind('}') + 1])
+
+
 def info(ctx, place, fmt=None):
-    return json.loads(ctx.run(ctx.bin('qemu-img'), 'info', '-U',
-                              '--output=json', '-f', fmt or ctx.fmt,
-                              place.url))
+    return json_of(ctx.run(ctx.bin('qemu-img'), 'info', '-U',
+                           '--output=json', '-f', fmt or ctx.fmt,
+                           place.url), 'qemu-img info of ' + place.url)
 
 
 def check_report(ctx, place, fmt=None):
@@ -81,10 +93,7 @@ def check_report(ctx, place, fmt=None):
         return {}
     text = ctx.run(ctx.bin('qemu-img'), 'check', '--output=json', '-f', fmt,
                    place.url, ok=None)
-    start = text.find('{')
-    if start < 0:
-        raise Failure('qemu-img check of %s: %s' % (place.url, text.strip()))
-    return json.loads(text[start:text.rfind('}') + 1])
+    return json_of(text, 'qemu-img check of ' + place.url)
 
 
 def require_clean(ctx, place, fmt=None):
