@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# Made the golden images that lie beside it: images of format 1.0 that every
-# later version must read.  They are a promise, so this is run again only to
+# Made the golden images that lie beside it: images of formats 1.0 and 1.1 that
+# every later version must read.  They are a promise, so this is run again only to
 # add one (under a new name): existing files are left alone.
 #
 #   make.py BUILD           writes NAME.xz, and what is in it to golden.json
@@ -42,6 +42,12 @@ class Maker:
 
     def snapshot(self, *args):
         self.run('qemu-img', 'snapshot', *args)
+
+    def disown(self, name):
+        """Who did not close the image seems to be there, to other hosts."""
+        with open(os.path.join(self.dir, name), 'r+b') as f:
+            f.seek(64 << 10)
+            f.write(bytes(128 << 10))
 
 
 def plain(m):
@@ -112,6 +118,36 @@ def overlay(m):
          'write -z 2M 100k')
 
 
+def promises(m):
+    """1.1: unwritten runs, shared and not, and what is promised to them."""
+    m.create('promises', '64M', cluster_size='16k', preallocation='metadata',
+             journal_size='1M')
+    m.io('promises', 'write -P 1 9M 4k', 'flush')
+    m.snapshot('-c', 'whole', 'promises')
+    m.io('promises', 'write -P 2 20M 64k', 'discard 40M 8M',
+         'write -P 3 0 16k', 'flush')
+
+
+def slots(m):
+    """1.1: operations, in the journal, say where a new snapshot goes."""
+    m.create('slots', '32M', journal_size='1M')
+    for number, name in enumerate('abc'):
+        m.io('slots', f'write -P {number + 1} {number * 3}M 5M')
+        m.snapshot('-c', name, 'slots')
+    m.snapshot('-d', 'b', 'slots')
+    m.snapshot('-d', 'a', 'slots')
+    # None of these writes its last checkpoint
+    options = ('driver=thinvm,discard=unmap,file.driver=blkdebug,'
+               'file.inject-error.0.event=thinvm_superblock_write,'
+               'file.inject-error.0.once=off,file.image.driver=file,'
+               'file.image.filename=slots')
+    m.snapshot('--image-opts', '-c', 'd', options)
+    m.run('qemu-io', '--image-opts', '-c', 'write -P 5 2M 1M', options)
+    m.snapshot('--image-opts', '-a', 'c', options)
+    m.run('qemu-io', '--image-opts', '-c', 'write -P 6 3M 1M', options)
+    m.disown('slots')
+
+
 def sha256(path):
     """
     Of the blocks of 64 KiB that are not all zero, each with its offset, and
@@ -175,7 +211,8 @@ def main(build):
             golden = json.load(f)
     with tempfile.TemporaryDirectory() as directory:
         maker = Maker(os.path.abspath(build), directory)
-        for make in (plain, checkpointed, snapshots, vmstate, runs, overlay):
+        for make in (plain, checkpointed, snapshots, vmstate, runs, overlay,
+                     promises, slots):
             make(maker)
         for name in sorted(set(os.listdir(directory)) - set(golden)):
             path = os.path.join(directory, name)
