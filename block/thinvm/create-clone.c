@@ -23,12 +23,15 @@ static QDict *thinvm_clone_options(const char *backing_name)
 {
     g_autoptr(QDict) options = NULL;
     const char *json;
+    QObject *parsed;
 
     if (!strstart(backing_name, "json:", &json)) {
         return NULL;
     }
-    options = qobject_to(QDict, qobject_from_json(json, NULL));
+    parsed = qobject_from_json(json, NULL);
+    options = qobject_to(QDict, parsed);
     if (!options) {
+        qobject_unref(parsed);
         return NULL;            /* opening it will tell */
     }
     qdict_flatten(options);
