@@ -162,17 +162,17 @@ class Forger:
     def places(self):
         """Every page that can be reached: [(number, tree, level)]."""
         found = {}
-        todo = [(block, FIELDS[name][0], tree, level)
-                for block in self.superblocks for name, tree, level in ROOTS]
-        while todo:
-            block, offset, tree, level = todo.pop(0)
+        queue = [(block, FIELDS[name][0], tree, level)
+                 for block in self.superblocks for name, tree, level in ROOTS]
+        while queue:
+            block, offset, tree, level = queue.pop(0)
             number = self.pointer(block, offset)
             if number is None or number in found or \
                     number * PAGE >= os.fstat(self.file).st_size:
                 continue
             found[number] = (number, tree, level)
             child = self.block(number)
-            todo += [(child, *p) for p in self._pointers(child, tree, level)]
+            queue += [(child, *p) for p in self._pointers(child, tree, level)]
         return list(found.values())
 
     def path_to(self, root, *indices):
