@@ -344,6 +344,9 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
     return 0;
 }
 
+static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
+                                    bool *afresh, Error **errp);
+
 static int coroutine_fn load_base(ThinvmStore *st, ThinvmState *s,
                                   Error **errp)
 {
@@ -495,6 +498,25 @@ static void bases_fall_back(ThinvmBases *bases, const Error *why)
 }
 
 /*
+ * A state on the base @sb will take over pages of ours if we have come by that
+ * base.  If not, the records that we lack may still be in the ring: the owner
+ * has made another checkpoint while we were about to start afresh.  A
+ * failure only costs reading these pages.
+ */
+static void coroutine_fn follow_towards(ThinvmStore *st,
+                                        const ThinvmSuperblock *sb)
+{
+    bool afresh = false;
+    Ring ring;
+
+    if (!st->stale && !history_has(st, sb)) {
+        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        follow_ring(st, &ring, &afresh, NULL);
+        ring_destroy(&ring);
+    }
+}
+
+/*
  * One attempt; *bases is what it was made from, also on failure.  @why: what
  * is wrong with the newest base, so use the older one; or NULL.
  */
@@ -530,6 +552,7 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
                          st->cache_size);
     ret = load_base(st, s, errp);
     if (ret == 0 && st->state) {
+        follow_towards(st, &bases->newest);
         thinvm_preload_adopt(st, s, history_has(st, &bases->newest) ?
                                     bases->newest.sequence : 0);
     }

@@ -308,6 +308,63 @@ static void coroutine_fn test_adopt(ThinvmSim *sim)
     store_close(follower, true);
 }
 
+typedef struct Overtaker {
+    ThinvmSim *sim;
+    ThinvmStore *owner;
+    unsigned wait;
+    bool done;
+} Overtaker;
+
+static void coroutine_fn overtaker_entry(void *opaque)
+{
+    Overtaker *o = opaque;
+
+    for (unsigned i = 0; i < o->wait; i++) {
+        sim_yield(o->sim);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        write_one(o->sim, o->owner, i * THINVM_ENTRIES_PER_LEAF + 11, 77);
+        flush(o->owner);
+        thinvm_store_checkpoint(o->owner);
+    }
+    o->done = true;
+    sim_finish(o->sim);
+}
+
+/*
+ * Checkpoints that come while the follower goes over to the one before them:
+ * the base on which it begins again is of a history that it has not seen.
+ */
+static void coroutine_fn test_adopt_overtaken(ThinvmSim *sim)
+{
+    for (unsigned wait = 0; wait < 60; wait += 2) {
+        Overtaker o = { sim, NULL, wait };
+        ThinvmStorePreload p = {};
+        ThinvmStore *follower;
+        uint64_t before;
+
+        image_create(sim, VIRTUAL_SIZE);
+        o.owner = image_open(sim);
+        follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+        write_widely(sim, o.owner, 0, 1000);
+        flush(o.owner);
+        follow(follower, true);
+        thinvm_store_checkpoint(o.owner);
+        sim_start(sim, overtaker_entry, &o);
+        thinvm_store_follow_base(follower, &error_abort);
+        while (!o.done) {
+            sim_yield(sim);
+        }
+        thinvm_store_follow_base(follower, &error_abort);
+        before = p.pages;
+        preload(follower, &p);
+        g_assert_cmpuint(p.pages - before, <=, 4);
+        expect_widely(sim, follower, 0, 1000);
+        thinvm_store_free(follower);
+        store_close(o.owner, false);
+    }
+}
+
 /*
  * Two that take turns, each with what it has in memory: nothing of what one
  * held ready for itself may get in the other's way.
@@ -534,6 +591,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/preload-small", test_preload_small);
     add("/thinvm/follow/preload-error", test_preload_error);
     add("/thinvm/follow/adopt", test_adopt);
+    add("/thinvm/follow/adopt-overtaken", test_adopt_overtaken);
     add("/thinvm/follow/turns", test_turns);
     add("/thinvm/follow/adopt-cut-off", test_adopt_cut_off);
     return g_test_run();
