@@ -1,7 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# Measures ways to store a disk beside each other with `qemu-img bench`.
+# Measures ways to store a disk beside each other: requests of many kinds with
+# `qemu-img bench`; and, if asked for, what bench_moments.py,
+# bench_checkpoint.py, bench_queues.py and bench_nbd.py say at their top.
 #
 # Times on a busy machine mean nothing by themselves.  So
 #  - the formats take turns, in an order that is turned around each round, and
@@ -26,10 +28,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_checkpoint
 import bench_instructions
+import bench_machine
+import bench_moments
+import bench_nbd
+import bench_queues
 import bench_report
 from bench_workloads import (MIB, USUAL, VARIANTS, WORKLOADS, Failure, Images,
                              bench_arguments, can_do, most_requests, run)
+
+
+# What can be measured: see the modules bench_*.py
+KINDS = ('requests', 'moments', 'checkpoint', 'queues', 'nbd')
 
 
 class Bench:
@@ -149,6 +160,10 @@ def parse_args():
                    'io_uring (default: native; threads without --cache none)')
     p.add_argument('--only', metavar='TEXT', action='append',
                    help='workloads with this in their name')
+    p.add_argument('--what', default='requests', metavar='KINDS',
+                   help=f'of {", ".join(KINDS)} (default: %(default)s)')
+    p.add_argument('--seed', type=int, default=1,
+                   help='of random places (default: 1)')
     p.add_argument('--all', action='store_true',
                    help='also the workloads that are left out by default')
     p.add_argument('--instructions', action='store_true',
@@ -169,8 +184,14 @@ def parse_args():
 
 def check_args(p, args):
     if args.quick:
-        args.runs, args.size, args.seconds = 3, 64, 0.05
+        args.runs, args.size = min(args.runs, 3), 64
+        args.seconds = 0.05
         args.limit = min(args.limit, 100)
+    args.what = args.what.split(',')
+    if set(args.what) - set(KINDS):
+        p.error(f'--what {",".join(args.what)}: there are {", ".join(KINDS)}')
+    if 'nbd' in args.what and not shutil.which('fio'):
+        p.error('--what nbd needs fio, which is not installed')
     args.formats = args.formats.split(',')
     unknown = set(args.formats) - set(VARIANTS)
     if unknown:
@@ -197,8 +218,24 @@ def check_args(p, args):
         p.error('no workload has that in its name; --list lists them')
 
 
+def others(args, directory):
+    """What --what asks for beside requests."""
+    directory = Path(directory)
+    images = Images(args.build / 'bin' / 'qemu-img', directory,
+                    args.size * MIB)
+    ways = {
+        'moments': lambda: bench_moments.measure(args, directory),
+        'checkpoint': lambda: bench_checkpoint.measure(args, directory),
+        'queues': lambda: bench_queues.measure(args, images),
+        'nbd': lambda: bench_nbd.measure(args, images, directory),
+    }
+    return {what: ways[what]() for what in args.what if what in ways}
+
+
 def work(args, directory):
     """All workloads; returns results and what there was no time for."""
+    if 'requests' not in args.what:
+        return [], []
     bench = Bench(args, directory)
     end = time.monotonic() + args.limit
     results, left = [], []
@@ -229,7 +266,8 @@ def main():
     directory = tempfile.mkdtemp(prefix='thinvm-bench-', dir=args.dir)
     try:
         results, left = work(args, directory)
-    except (Failure, OSError) as e:
+        more = others(args, directory)
+    except (Failure, bench_machine.Failure, OSError) as e:
         sys.exit(f'bench: {e}')
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -239,7 +277,7 @@ def main():
         args.json.write_text(json.dumps({
             'runs': args.runs, 'disk_mib': args.size, 'depth': args.depth,
             'seconds': args.seconds, 'cache': args.cache, 'aio': args.aio,
-            'workloads': results, 'no_time_for': left}, indent=2) + '\n',
+            'workloads': results, 'no_time_for': left, **more}, indent=2) + '\n',
             encoding='utf-8')
     if args.svg:
         args.svg.write_text(bench_report.svg(args, results),

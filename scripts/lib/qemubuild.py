@@ -133,6 +133,10 @@ def configure(build, opts):
     record.write_text(wanted, encoding='utf-8')
 
 
+# Programs of scripts/bench
+BENCHES = ('bench-thinvm-queues',)
+
+
 def unit_tests():
     """
     Thinvm's unit tests that are in the table of QEMU's build.  One that is
@@ -159,6 +163,7 @@ def compile_qemu(build, opts):
     inner = build / 'qemu'
     targets = list(PROGRAMS.values())
     targets += [f'tests/unit/{t}' for t in unit_tests()]
+    targets += [f'tests/unit/thinvm/{b}' for b in BENCHES]
     command = ['ninja', '-C', str(inner)]
     if opts.jobs:
         command += ['-j', str(opts.jobs)]

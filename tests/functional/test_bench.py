@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The benchmark runs and says what it is asked for; figures mean nothing."""
+
+import json
+import os
+import subprocess
+
+from lib.context import TOP, check
+from lib.testing import test
+
+
+def bench(ctx, *more):
+    """What scripts/bench --json has written."""
+    out = ctx.path('bench.json')
+    done = subprocess.run(
+        [os.path.join(TOP, 'scripts', 'bench'), '--build', ctx.build,
+         '--quick', '--runs', '1', '--formats', 'raw,qcow2,thinvm',
+         '--dir', ctx.dir, '--json', out, *more],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, check=False)
+    ctx.log(done.stdout)
+    check(done.returncode == 0, 'scripts/bench failed: %s',
+          done.stdout[-300:])
+    with open(out, encoding='utf-8') as f:
+        return json.load(f)
+
+
+@test()
+def requests(ctx):
+    figures = bench(ctx, '--only', 'overwrite 4 KiB, scattered, depth 1')
+    done, = figures['workloads']
+    check(set(done['requests_per_second']) == {'raw', 'qcow2', 'thinvm'},
+          'measured were %s', done['requests_per_second'])
+    check(set(done['thinvm_against']) == {'raw', 'qcow2'},
+          'compared were %s', done['thinvm_against'])
+
+
+@test()
+def other_kinds(ctx):
+    figures = bench(ctx, '--what', 'moments,queues,checkpoint')
+    check(not figures['workloads'], 'requests were measured unasked')
+    seen = {m['what'] for m in figures['moments']}
+    check({'create', 'open', 'first write', 'close', 'discard'} <= seen,
+          'moments are %s', sorted(seen))
+    for queues in figures['queues']:
+        check(queues['scaling']['thinvm']['1'] == 1 and
+              queues['scaling']['thinvm']['2'] > 0,
+              'queues scale by %s', queues['scaling'])
+    run, = figures['checkpoint']
+    check(run['checkpoints'] > 0 and run['writes_during'] > 0,
+          'no checkpoint was met: %s', run)
