@@ -57,6 +57,12 @@ static bool slots_agree(const ThinvmSuperblock *a, const ThinvmSuperblock *b)
            a->epoch >= b->epoch;
 }
 
+bool thinvm_bases_repaired(const ThinvmBases *bases)
+{
+    return bases->has_older && !bases->newest.record_crc &&
+           bases->newest.sequence > bases->older.sequence;
+}
+
 /* Which error of two invalid slots tells most?  Damage and versions do */
 static int worse_slot(const Slot *slots)
 {

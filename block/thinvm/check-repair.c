@@ -12,6 +12,13 @@
  * All corrections become durable at once, with the superblock of a checkpoint
  * (invariant 4 of the design, section 4); a power cut before it leaves the
  * image as it was.
+ *
+ * They are in no record, so the older base must not become a way back to what
+ * was repaired: the journal from there lacks one sequence number, which the
+ * repair takes for itself (part_ways()).  Whoever starts from there finds an
+ * end before the newest base, in any version of this program; and who follows
+ * in memory cannot go on either, and starts afresh.  A second checkpoint then
+ * gives the image an older base that is good.
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
@@ -136,7 +143,7 @@ static bool coroutine_fn fall_back(ThinvmCheck *c)
         flushed = j->flushed_sequence;
     }
     error_setg(&why, "pages of the newest base are damaged");
-    whole = thinvm_replay_fall_back(c->st, why) == 0;
+    whole = thinvm_replay_fall_back(c->st, why, NULL) == 0;
     error_free(why);
     if (!whole) {
         return false;
@@ -166,6 +173,44 @@ static bool coroutine_fn fall_back(ThinvmCheck *c)
         c->result->corruptions_fixed++;
     }
     return whole;
+}
+
+/* No operation runs meanwhile, so hardly anything waits to be written */
+static int coroutine_fn part_ways(ThinvmStore *st)
+{
+    bool skipped;
+    int ret;
+
+    do {
+        ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
+        if (ret < 0) {
+            return ret;
+        }
+        thinvm_state_lock(st->state);
+        skipped = thinvm_journal_skip(st);
+        thinvm_state_unlock(st->state);
+    } while (!skipped);
+    st->nb_repair_checkpoints = 2;
+    return 0;
+}
+
+/*
+ * Both checkpoints, and before them one that has failed earlier and waits.
+ * After a failure nothing may be journalled that builds on what only memory
+ * has.
+ */
+static int coroutine_fn write_repair(ThinvmStore *st, Error **errp)
+{
+    int ret;
+
+    do {
+        ret = thinvm_store_checkpoint(st);
+    } while (ret == 0 && st->nb_repair_checkpoints);
+    if (ret < 0) {
+        thinvm_store_poison(st);
+        error_setg_errno(errp, -ret, "Could not write what was repaired");
+    }
+    return ret;
 }
 
 /*
@@ -200,24 +245,18 @@ static int coroutine_fn repair_round(ThinvmCheck *c, int fix, GArray *spare,
                              "counts");
         }
     }
+    if (ret == 0 && changed) {
+        ret = part_ways(c->st);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+        }
+    }
     if (ret < 0) {
         error_append_hint(errp, "Nothing was changed.\n");
         thinvm_store_poison(c->st);
     }
-    /* The second one is for the older base, which may be what is left */
-    c->st->nb_repair_checkpoints = ret == 0 && changed ? 2 : 0;
     qemu_co_mutex_unlock(&c->st->checkpoint_lock);
-    if (ret < 0 || !changed) {
-        return ret;
-    }
-    ret = thinvm_store_checkpoint(c->st);
-    if (ret == 0) {
-        ret = thinvm_store_checkpoint(c->st);
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write what was repaired");
-    }
-    return ret;
+    return ret < 0 || !changed ? ret : write_repair(c->st, errp);
 }
 
 /* Free clusters, for those that share one with another place of the disk */
@@ -275,7 +314,7 @@ static int coroutine_fn separate(ThinvmCheck *c, int fix, Error **errp)
 static int coroutine_fn give_promises(ThinvmCheck *c, Error **errp)
 {
     bool kept;
-    int ret;
+    int ret = 0;
 
     for (int i = 0; i < THINVM_METADATA_STEPS &&
                     thinvm_store_extend_metadata(c->st) > 0; i++) {
@@ -284,16 +323,16 @@ static int coroutine_fn give_promises(ThinvmCheck *c, Error **errp)
     thinvm_state_lock(c->s);
     kept = thinvm_repair_promise(c->s);
     thinvm_state_unlock(c->s);
-    c->st->nb_repair_checkpoints = kept ? 2 : 0;
+    if (kept) {
+        ret = part_ways(c->st);
+    }
     qemu_co_mutex_unlock(&c->st->checkpoint_lock);
-    ret = thinvm_store_checkpoint(c->st);
-    if (ret == 0) {
-        ret = thinvm_store_checkpoint(c->st);
-    }
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write what was repaired");
+        thinvm_store_poison(c->st);
+        error_setg_errno(errp, -ret, "Could not write to the journal");
+        return ret;
     }
-    return ret;
+    return kept ? write_repair(c->st, errp) : 0;
 }
 
 int coroutine_fn thinvm_check_repair(ThinvmCheck *c, int fix, Error **errp)

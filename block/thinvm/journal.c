@@ -220,6 +220,22 @@ void thinvm_journal_seal(ThinvmStore *st)
     QSIMPLEQ_INSERT_TAIL(&j->sealed, r, next);
 }
 
+bool thinvm_journal_skip(ThinvmStore *st)
+{
+    ThinvmJournal *j = &st->journal;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    if (j->pending_length || !QSIMPLEQ_EMPTY(&j->sealed) ||
+        !QSIMPLEQ_EMPTY(&j->unflushed)) {
+        return false;
+    }
+    j->composed_sequence = j->next_sequence++;
+    j->composed_crc = 0;
+    j->last = j->head;
+    j->written_sequence = j->flushed_sequence = j->composed_sequence;
+    return true;
+}
+
 /* Bytes from the tail on, up to where all that is applied will end */
 static uint64_t used_by(ThinvmJournal *j, uint64_t pending)
 {

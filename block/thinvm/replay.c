@@ -538,6 +538,14 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
         error_setg(errp, "There is no older base");
         return -EBADMSG;
     }
+    if (why && thinvm_bases_repaired(bases)) {
+        error_setg(errp, "%s; the older base is from before a repair, so it "
+                   "is not used.  To go back to it, and repair again, write "
+                   "zeroes to the 512 bytes at offset %" PRIu64 " of the "
+                   "device", error_get_pretty(why),
+                   thinvm_superblock_offset(bases->newest_slot));
+        return -EUCLEAN;
+    }
     if (why) {
         bases_fall_back(bases, why);
     }
@@ -593,14 +601,30 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     return 0;
 }
 
-int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why)
+int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
+                                         Error **errp)
 {
     ThinvmBases bases = {};
-    int ret = open_once(st, &bases, why, NULL);
+    int ret = open_once(st, &bases, why, errp);
 
     if (ret < 0) {
         thinvm_bases_destroy(&bases);
     }
+    return ret;
+}
+
+/* The newest base is damaged, which *@err says, or what else is wrong then */
+static int coroutine_fn try_older(ThinvmStore *st, Error **err)
+{
+    Error *local_err = NULL;
+    int ret = thinvm_replay_fall_back(st, *err, &local_err);
+
+    if (ret == -EUCLEAN) {
+        error_free(*err);
+        *err = local_err;
+        return -EBADMSG;
+    }
+    error_free(local_err);
     return ret;
 }
 
@@ -623,8 +647,7 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
                 now.newest.generation != bases.newest.generation;
         thinvm_bases_destroy(&now);
         thinvm_bases_destroy(&bases);
-        if (!moved && ret == -EBADMSG &&
-            thinvm_replay_fall_back(st, local_err) == 0) {
+        if (!moved && ret == -EBADMSG && try_older(st, &local_err) == 0) {
             error_free(local_err);
             return 0;
         }

@@ -265,6 +265,12 @@ void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op);
 uint64_t thinvm_journal_ticket(ThinvmStore *st);
 /* Fix the pending record's contents.  State lock held */
 void thinvm_journal_seal(ThinvmStore *st);
+/*
+ * Let a sequence number pass without a record, so that no journal leads from
+ * before it to after it.  State lock held.  False: not everything that was
+ * applied is durable yet.
+ */
+bool thinvm_journal_skip(ThinvmStore *st);
 /* Would @op still leave the last quarter of the ring free?  State lock held */
 bool thinvm_journal_has_room(ThinvmStore *st, const ThinvmOp *op);
 /* Bytes of the ring in use, what is not written yet included */
@@ -281,6 +287,8 @@ int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
 int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
                                    Error **errp);
 void thinvm_bases_destroy(ThinvmBases *bases);
+/* A repair made the newest base: no journal leads there from the older one */
+bool thinvm_bases_repaired(const ThinvmBases *bases);
 
 /* ---- replay.c ---- */
 /* Build a state out of base and journal, and put it in the place of st's */
@@ -288,9 +296,10 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
 /*
  * The same from the older base and the journal since then, for the reason
  * @why; the newest base is not used any more.  -EBADMSG: that is no better,
- * and nothing has changed.
+ * -EUCLEAN: it is from before a repair; and nothing has changed.
  */
-int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why);
+int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
+                                         Error **errp);
 /*
  * The last look before writing: apply what is new, or start afresh if this is
  * not the newest base's history.  On success the store is STARTING.

@@ -261,15 +261,12 @@ static int check_counters(ThinvmStore *st, uint64_t epoch, Error **errp)
 }
 
 /*
- * A repair changes the state without a record, and may have been interrupted
- * between its two checkpoints: what is journalled from now on would not fit
- * the older base, which is as it was before.
+ * A repair may have been interrupted between its two checkpoints.  The older
+ * base is no way back then; so that there is one the second is written now.
  */
 static int coroutine_fn settle_repair(ThinvmStore *st)
 {
-    return st->bases.has_older &&
-           st->bases.older.sequence == st->bases.newest.sequence ?
-           thinvm_store_checkpoint(st) : 0;
+    return thinvm_bases_repaired(&st->bases) ? thinvm_store_checkpoint(st) : 0;
 }
 
 /*

@@ -119,7 +119,7 @@ static G_GNUC_UNUSED uint64_t head_of(ThinvmStore *st)
     return THINVM_JOURNAL_OFFSET + st->journal.head % st->journal.size;
 }
 
-static void add(const char *path, TestBody *body)
+static G_GNUC_UNUSED void add(const char *path, TestBody *body)
 {
     g_test_add_data_func(path, body, run_test);
 }

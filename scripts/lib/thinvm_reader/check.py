@@ -322,6 +322,11 @@ def same_state(a, b):
         for (r, n), (q, m) in zip(disks(a), disks(b)))
 
 
+def repaired_since(newest, older):
+    """Does no journal lead from this base to the newest one?"""
+    return newest.record_crc == 0 and newest.sequence > older.sequence
+
+
 def check(path, report):
     """Findings about the image at path; report(message) for each."""
     findings = Findings(report)
@@ -331,6 +336,8 @@ def check(path, report):
     newest = None
     for sb in sorted((s for s in slots if isinstance(s, Superblock)),
                      key=lambda s: -s.generation):
+        if newest and repaired_since(newest.sb, sb):
+            continue
         try:
             image = check_base(path, sb.slot, findings)
             findings.prefix = ''
