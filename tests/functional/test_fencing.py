@@ -7,9 +7,10 @@ device, not the good will of the other side, keeps others from writing.
 
 import signal
 import threading
+import time
 
 from lib.context import Failure, check, wait_for
-from lib.image import GiB, File, create, format_node, require_clean
+from lib.image import GiB, MiB, File, create, format_node, require_clean
 from lib.nbd import NBDClient
 from lib.node import query_thinvm
 from lib.qmp import QMPError
@@ -297,19 +298,21 @@ def thousand_races(ctx):
     race(ctx, new_lun(ctx)[1], 200, reservation='off')
 
 
-@test(seconds=600)
-def many_stale_owners(ctx):
-    """Images whose owner died with all of them open recover unattended."""
+def stale_owners(ctx, count):
+    """Images whose owner died with all of them open recover unattended: the
+    next process just opens them, without an order to do so."""
     target = Target(ctx)
-    luns = [target.add_lun(1 * GiB) for _ in range(24)]
+    luns = [target.add_lun(64 * MiB) for _ in range(count)]
     owner = StorageDaemon(ctx, host='a')
     for number, lun in enumerate(luns):
         create(ctx, lun, 1 * GiB)
         owner.add_disk(lun, node='disk%d' % number)
     owner.kill()
     heir = StorageDaemon(ctx, host='b')
+    begin = time.monotonic()
     for number, lun in enumerate(luns):
         heir.add_disk(lun, node='disk%d' % number)
+    ctx.log('%d images opened in %.1f s' % (count, time.monotonic() - begin))
     for number in range(len(luns)):
         info = query_thinvm(heir.qmp, 'disk%d' % number)
         check(info['owner'] and info['fencing'] == 'reservation',
@@ -317,3 +320,15 @@ def many_stale_owners(ctx):
     heir.quit()
     for lun in luns:
         require_clean(ctx, lun)
+
+
+@test(seconds=600)
+def many_stale_owners(ctx):
+    """24 of them, all on one target."""
+    stale_owners(ctx, 24)
+
+
+@test(seconds=1200, slow=True)
+def two_hundred_stale_owners(ctx):
+    """200: a host with that many disks was without power."""
+    stale_owners(ctx, 200)
