@@ -234,6 +234,34 @@ def ownership_block(image, kind, offset, magic):
     return data, epoch
 
 
+def hot_list(image):
+    """(epoch, number, leaves) of the owner's list of hot leaves, or None."""
+    head = image.device.read(fmt.HOT_OFFSET, 64, 'list of hot leaves')
+    number, count = struct.unpack_from('<16xQ32xI', head)
+    if head[:4] != b'TVOT' or head[40:56] != image.uuid or \
+       count > fmt.MAX_HOT:
+        return None
+    data = image.device.read(fmt.HOT_OFFSET, 64 + 4 * count,
+                             'list of hot leaves')
+    crc, epoch = struct.unpack_from('<IQ', data, 4)
+    if crc != fmt.checksum_without(image.uuid, fmt.SUM_HOT, epoch, data, 4):
+        return None                     # being written, or torn
+    return epoch, number, struct.unpack_from(f'<{count}I', data, 64)
+
+
+def cmd_hot(args):
+    image = Image(args.image, superblock=args.superblock, replay=False)
+    found = hot_list(image)
+    if not found:
+        print('no list of hot leaves')
+        return 0
+    epoch, number, leaves = found
+    print(f'list {number} of epoch {epoch}: {len(leaves)} leaves')
+    for leaf in leaves:
+        print(leaf * 512 << image.cluster_bits)
+    return 0
+
+
 def cmd_claims(args):
     image = Image(args.image, superblock=args.superblock, replay=False)
     for slot in range(fmt.NB_CLAIMS):
@@ -294,6 +322,8 @@ def parse(argv):
     command('dump', cmd_dump, 'superblocks, journal and trees, and what is '
             'wrong with them', json_too=True)
     command('claims', cmd_claims, 'who owns or owned the image')
+    command('hot', cmd_hot, 'guest offsets of the leaves that the owner used '
+            'most')
     return parser.parse_args(argv)
 
 

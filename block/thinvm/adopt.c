@@ -64,6 +64,15 @@ static uint64_t warm_clusters(ThinvmState *s, int tree)
 /* ------------------------------------------------------------------ */
 /* Preload                                                             */
 
+/* To be there is not to be used: what is hot stays so, and nothing else */
+static void preload_want(ThinvmState *s, const ThinvmPointerLe *slot,
+                         ThinvmPageKind kind, ThinvmNeeds *needs)
+{
+    if (!thinvm_page_peek(s, thinvm_slot_address(slot))) {
+        thinvm_page_get(s, slot, kind, 0, needs);
+    }
+}
+
 /*
  * Look at the slots of one page of level 1, or at the one slot on the way to
  * it that ends the walk.  Moves the cursor behind all that is in memory, or
@@ -96,7 +105,7 @@ static void preload_some(ThinvmState *s, ThinvmWarmCursor *c, unsigned max,
             if (needs->nb_want == max) {
                 return;
             }
-            thinvm_page_get(s, slot, warm_kind(c->tree, 0), 0, needs);
+            preload_want(s, slot, warm_kind(c->tree, 0), needs);
         }
         slot++;
         c->cluster = QEMU_ALIGN_DOWN(c->cluster, warm_span(c->tree, 0)) +
@@ -139,6 +148,10 @@ unsigned thinvm_state_preload_percent(ThinvmState *s,
                 tree == c->tree ? MIN(leaves, c->cluster / warm_span(tree, 0))
                 : 0;
     }
+    /* Not all that is there was come by in turn */
+    if (done < all) {
+        done = MAX(done, MIN(s->nb_clean + s->nb_dirty, all - 1));
+    }
     return all ? done * 100 / all : 100;
 }
 
@@ -161,7 +174,7 @@ static ThinvmPage *old_page(Adopt *a, const ThinvmPointerLe *slot, int level)
     if (!slot || thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
         return NULL;
     }
-    page = thinvm_page_find(a->old, thinvm_slot_address(slot));
+    page = thinvm_page_peek(a->old, thinvm_slot_address(slot));
     return page && page->kind == warm_kind(a->tree, level) &&
            page->level == level ? page : NULL;
 }

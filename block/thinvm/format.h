@@ -47,6 +47,8 @@
 #define THINVM_CLAIM_OFFSET         (64 * KiB)
 #define THINVM_HEARTBEAT_OFFSET     (128 * KiB)
 #define THINVM_NB_CLAIMS            16
+#define THINVM_HOT_OFFSET           (192 * KiB)
+#define THINVM_HOT_SIZE             (64 * KiB)
 #define THINVM_JOURNAL_OFFSET       (1 * MiB)
 
 #define THINVM_MIN_CLUSTER_BITS     14
@@ -78,6 +80,7 @@
 #define THINVM_RECORD_MAGIC         0x524a5654u             /* "TVJR" */
 #define THINVM_CLAIM_MAGIC          0x4c435654u             /* "TVCL" */
 #define THINVM_HEARTBEAT_MAGIC      0x42485654u             /* "TVHB" */
+#define THINVM_HOT_MAGIC            0x544f5654u             /* "TVOT" */
 #define THINVM_VERSION_MAJOR        1
 #define THINVM_VERSION_MINOR        1
 
@@ -93,6 +96,7 @@ typedef enum ThinvmChecksumKind {
     THINVM_SUM_CLAIM = 3,
     THINVM_SUM_HEARTBEAT = 4,
     THINVM_SUM_PAGE = 5,        /* any metadata page */
+    THINVM_SUM_HOT = 6,
 } ThinvmChecksumKind;
 
 /*
@@ -679,5 +683,45 @@ void thinvm_heartbeat_encode(const QemuUUID *uuid, ThinvmHeartbeatLe *dst,
 /* Errors as for claims */
 int thinvm_heartbeat_decode(const QemuUUID *uuid, ThinvmHeartbeat *dst,
                             const ThinvmHeartbeatLe *src);
+
+/* ------------------------------------------------------------------ */
+/* Hot leaves: a hint, see docs/interop/thinvm.rst.  format-hot.c       */
+
+typedef struct QEMU_PACKED ThinvmHotLe {
+    uint32_t magic_le;
+    uint32_t crc_le;                /* over header and leaves, place: epoch */
+    uint64_t epoch_le;
+    uint64_t number_le;             /* of this list, by this owner, from 1 */
+    uint8_t nonce[16];              /* of the owner's claim */
+    uint8_t image_uuid[16];
+    uint32_t nb_leaves_le;
+    uint32_t reserved_le;
+    uint32_t leaf_le[];             /* guest cluster / 512, hottest first */
+} ThinvmHotLe;
+QEMU_BUILD_BUG_ON(sizeof(ThinvmHotLe) != 64);
+
+#define THINVM_MAX_HOT ((THINVM_HOT_SIZE - sizeof(ThinvmHotLe)) / 4)
+
+typedef struct ThinvmHotHeader {
+    uint64_t epoch, number;
+    QemuUUID nonce;
+    uint32_t nb_leaves;             /* at most THINVM_MAX_HOT */
+} ThinvmHotHeader;
+
+/* Bytes of a list on the device, filled up to 4 KiB */
+static inline uint32_t thinvm_hot_bytes(uint32_t nb_leaves)
+{
+    return ROUND_UP(sizeof(ThinvmHotLe) + nb_leaves * 4, THINVM_PAGE_SIZE);
+}
+
+/* @dst: thinvm_hot_bytes() of it */
+void thinvm_hot_encode(const QemuUUID *uuid, ThinvmHotLe *dst,
+                       const ThinvmHotHeader *src, const uint32_t *leaf);
+/* Judge the header alone, to learn how much to read.  -ENOENT: none here */
+int thinvm_hot_decode_header(const QemuUUID *uuid, ThinvmHotHeader *dst,
+                             const ThinvmHotLe *src);
+/* And all of it, with room for nb_leaves at @leaf.  -EBADMSG: not whole */
+int thinvm_hot_decode(const QemuUUID *uuid, ThinvmHotHeader *dst,
+                      uint32_t *leaf, const ThinvmHotLe *src);
 
 #endif

@@ -8,6 +8,7 @@
  *                 follower's catching up and preloading
  *   heartbeat.c   heartbeats: writing one's own, watching another's, and
  *                 looking whether one's own claim still stands
+ *   hotlist.c     the owner tells followers which leaves he uses most
  *
  * mode.c and owner.c decide; what is here tells them, and does the work that
  * takes time.
@@ -52,6 +53,34 @@ bool coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
                                          const QemuUUID *uuid,
                                          const ThinvmClaim *claim,
                                          ThinvmBeat *beat);
+
+/* ------------------------------------------------------------------ */
+/* hotlist.c                                                           */
+
+/* Zeroes to begin with */
+typedef struct ThinvmHotList {
+    uint64_t number;            /* of the last list written, or read */
+    QemuUUID nonce;             /* of the claim whose list was read */
+    /* the owner */
+    bool sampling;              /* at work on a list */
+    uint64_t next_leaf;
+    GArray *found;              /* of ThinvmHotLeaf */
+    uint32_t written_crc;
+    /* the follower: what was read last */
+    uint32_t *leaf;
+    unsigned nb;
+} ThinvmHotList;
+
+/* The owner's heartbeat number @beat: perhaps a list is due */
+void thinvm_hot_beat(BDRVThinvmState *s, ThinvmHotList *h, uint64_t beat);
+/* One bounded step of making and writing it.  Whether there are more */
+bool coroutine_fn GRAPH_RDLOCK thinvm_hot_step(BDRVThinvmState *s,
+                                               ThinvmHotList *h);
+/* The follower: is there a new list of @owner's?  Then it is h->leaf[] */
+bool coroutine_fn GRAPH_RDLOCK thinvm_hot_read(BDRVThinvmState *s,
+                                               ThinvmHotList *h,
+                                               const ThinvmClaim *owner);
+void thinvm_hot_destroy(ThinvmHotList *h);
 
 /* ------------------------------------------------------------------ */
 /* fence.c                                                             */

@@ -100,15 +100,29 @@ void thinvm_pages_destroy(ThinvmState *s)
     qht_destroy(&s->pages);
 }
 
+ThinvmPage *thinvm_page_peek(ThinvmState *s, uint64_t number)
+{
+    return qht_lookup_custom(&s->pages, &number, page_hash(number),
+                             page_has_number);
+}
+
 ThinvmPage *thinvm_page_find(ThinvmState *s, uint64_t number)
 {
-    ThinvmPage *page = qht_lookup_custom(&s->pages, &number,
-                                         page_hash(number), page_has_number);
+    ThinvmPage *page = thinvm_page_peek(s, number);
 
-    if (page && !qatomic_read(&page->touched)) {
-        qatomic_set(&page->touched, true);
+    /* Losing a bit to somebody who clears another at this time does no harm */
+    if (page && qatomic_read(&page->touched) != THINVM_TOUCHED_ALL) {
+        qatomic_set(&page->touched, THINVM_TOUCHED_ALL);
     }
     return page;
+}
+
+bool thinvm_page_untouch(ThinvmPage *page, unsigned who)
+{
+    unsigned touched = qatomic_read(&page->touched);
+
+    qatomic_set(&page->touched, touched & ~who);
+    return touched & who;
 }
 
 void thinvm_needs_init(ThinvmNeeds *needs)
@@ -197,8 +211,7 @@ void thinvm_pages_evict(ThinvmState *s)
         ThinvmPage *page = QTAILQ_LAST(&s->clean);
 
         QTAILQ_REMOVE(&s->clean, page, link);
-        if (page->pins || qatomic_read(&page->touched)) {
-            qatomic_set(&page->touched, false);
+        if (thinvm_page_untouch(page, THINVM_TOUCHED_CLOCK) || page->pins) {
             QTAILQ_INSERT_HEAD(&s->clean, page, link);
             continue;
         }
@@ -324,6 +337,7 @@ ThinvmPage *thinvm_page_adopt(ThinvmState *s, const ThinvmPointerLe *slot,
     page->complete = true;
     page->count = count;
     page->touched = qatomic_read(&from->touched);
+    page->heat = from->heat;
     memcpy(page->data, from->data, THINVM_PAGE_SIZE);
     QTAILQ_INSERT_HEAD(&s->clean, page, link);
     s->nb_clean++;
@@ -539,6 +553,8 @@ ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot)
             shared = false;
         }
         copy = thinvm_page_new(s, page->kind, page->level);
+        copy->touched = page->touched;
+        copy->heat = page->heat;
         memcpy(copy->data, page->data, THINVM_PAGE_SIZE);
         if (page->dirty) {
             thinvm_page_refresh(s, copy);

@@ -134,14 +134,54 @@ static void preload_sync(ThinvmStore *st, ThinvmStorePreload *p)
         p->fresh_starts = fresh;
         p->state = THINVM_STORE_PRELOAD_RUNNING;
         memset(&p->cursor, 0, sizeof(p->cursor));
+        p->hot.at = p->hot.pages = 0;
     }
 }
 
-static void preload_step(ThinvmStore *st, ThinvmState *s,
-                         ThinvmStorePreload *p)
+/* Read what a step wants */
+static void coroutine_fn preload_read(ThinvmStore *st, ThinvmState *s,
+                                      ThinvmStorePreload *p,
+                                      ThinvmNeeds *needs)
+{
+    unsigned nb = needs->nb_want;
+    Error *local_err = NULL;
+    int ret = read_many(st, s, needs, &local_err);
+
+    if (ret < 0) {
+        trace_thinvm_preload_failed(st, ret, error_get_pretty(local_err));
+        error_free(local_err);
+        p->state = THINVM_STORE_PRELOAD_FAILED;
+    } else {
+        p->pages += nb;
+    }
+}
+
+/* The hot leaves first.  Whether there was anything left to do for them */
+static bool coroutine_fn preload_hot_step(ThinvmStore *st, ThinvmState *s,
+                                          ThinvmStorePreload *p)
+{
+    ThinvmNeeds needs;
+    int ret;
+
+    if (p->hot.at == p->hot.nb) {
+        return false;
+    }
+    thinvm_needs_init(&needs);
+    thinvm_state_lock(s);
+    ret = thinvm_state_preload_hot(s, &p->hot, THINVM_PRELOAD_STEP, &needs);
+    p->percent = thinvm_state_preload_percent(s, &p->cursor);
+    thinvm_state_unlock(s);
+    if (ret < 0) {
+        preload_read(st, s, p, &needs);
+    }
+    needs_drop(s, &needs);
+    return true;
+}
+
+static void coroutine_fn preload_step(ThinvmStore *st, ThinvmState *s,
+                                      ThinvmStorePreload *p)
 {
     ThinvmWarmCursor cursor = p->cursor;
-    Error *local_err = NULL;
     ThinvmNeeds needs;
     bool full;
     int ret;
@@ -157,20 +197,12 @@ static void preload_step(ThinvmStore *st, ThinvmState *s,
     } else if (full) {
         p->state = THINVM_STORE_PRELOAD_FULL;
     } else {
-        unsigned nb = needs.nb_want;
-
-        ret = read_many(st, s, &needs, &local_err);
-        if (ret < 0) {
-            trace_thinvm_preload_failed(st, ret, error_get_pretty(local_err));
-            error_free(local_err);
-            p->state = THINVM_STORE_PRELOAD_FAILED;
-        } else {
+        preload_read(st, s, p, &needs);
+        if (p->state == THINVM_STORE_PRELOAD_RUNNING) {
             p->cursor = cursor;
-            p->pages += nb;
         }
     }
     needs_drop(s, &needs);
-    trace_thinvm_preload(st, p->state, p->pages, p->percent);
 }
 
 bool coroutine_fn thinvm_store_preload(ThinvmStore *st, ThinvmStorePreload *p)
@@ -183,9 +215,21 @@ bool coroutine_fn thinvm_store_preload(ThinvmStore *st, ThinvmStorePreload *p)
     }
     /* A state that is replaced meanwhile is kept until we have left */
     token = thinvm_store_request_begin(st);
-    preload_step(st, thinvm_store_state(st), p);
+    if (!preload_hot_step(st, thinvm_store_state(st), p)) {
+        preload_step(st, thinvm_store_state(st), p);
+    }
+    trace_thinvm_preload(st, p->state, p->pages, p->percent, p->hot.at);
     thinvm_store_request_end(st, token);
     return p->state == THINVM_STORE_PRELOAD_RUNNING;
+}
+
+void thinvm_store_preload_hot(ThinvmStorePreload *p, const uint32_t *leaf,
+                              unsigned nb)
+{
+    p->hot = (ThinvmHotCursor) { .leaf = leaf, .nb = nb };
+    if (nb && p->state == THINVM_STORE_PRELOAD_FULL) {
+        p->state = THINVM_STORE_PRELOAD_RUNNING;
+    }
 }
 
 void thinvm_store_preload_retry(ThinvmStorePreload *p)

@@ -46,6 +46,7 @@ struct ThinvmPulse {
     unsigned interval;          /* of a follower, milliseconds */
     int64_t claim_read_us;      /* when, by the monotonic clock */
     ThinvmStore *store;         /* what @preload is about */
+    ThinvmHotList hot;
 
     QemuMutex lock;             /* from here on */
     ThinvmStorePreload preload;
@@ -103,6 +104,7 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_own(ThinvmPulse *p)
     /* If it fails, device.c has looked who owns the image */
     ret = thinvm_heartbeat_write(s, counter);
     trace_thinvm_heartbeat(s->bs, counter, ret);
+    thinvm_hot_beat(s, &p->hot, counter);
 }
 
 /* ------------------------------------------------------------------ */
@@ -125,8 +127,14 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_look(ThinvmPulse *p)
                               &beat) < 0) {
         return;
     }
-    QEMU_LOCK_GUARD(&p->lock);
-    p->beat = beat;
+    WITH_QEMU_LOCK_GUARD(&p->lock) {
+        p->beat = beat;
+    }
+    if (p->preload.state != THINVM_STORE_PRELOAD_COMPLETE &&
+        thinvm_hot_read(s, &p->hot, &view.newest)) {
+        QEMU_LOCK_GUARD(&p->lock);
+        thinvm_store_preload_hot(&p->preload, p->hot.leaf, p->hot.nb);
+    }
 }
 
 static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_catch_up(ThinvmPulse *p)
@@ -148,6 +156,7 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_catch_up(ThinvmPulse *p)
         if (p->store != st) {
             p->store = st;
             memset(&p->preload, 0, sizeof(p->preload));
+            thinvm_store_preload_hot(&p->preload, p->hot.leaf, p->hot.nb);
         }
         p->followed = true;
         thinvm_store_preload_retry(&p->preload);
@@ -188,7 +197,11 @@ static void coroutine_fn thinvm_pulse_entry(void *opaque)
         bdrv_graph_co_rdlock();
         more = false;
         if (qatomic_read(&p->s->owner)) {
-            thinvm_pulse_own(p);
+            if (first) {
+                thinvm_pulse_own(p);
+            }
+            more = qatomic_read(&p->s->owner) &&
+                   thinvm_hot_step(p->s, &p->hot);
         } else if (first) {
             thinvm_pulse_catch_up(p);
             more = true;
@@ -287,6 +300,7 @@ void thinvm_pulse_init(BDRVThinvmState *s)
 void thinvm_pulse_destroy(BDRVThinvmState *s)
 {
     thinvm_pulse_detach(s);
+    thinvm_hot_destroy(&s->pulse->hot);
     qemu_mutex_destroy(&s->pulse->lock);
     g_free(g_steal_pointer(&s->pulse));
 }

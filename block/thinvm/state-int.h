@@ -33,6 +33,11 @@
 /* Clean pages that may stay however small the cache: a path of each tree */
 #define THINVM_MIN_CACHE_PAGES  64
 
+/* Who looks whether a page was used: the clock of the cache, and heat.c */
+#define THINVM_TOUCHED_CLOCK    1
+#define THINVM_TOUCHED_HEAT     2
+#define THINVM_TOUCHED_ALL      3
+
 struct ThinvmPage {
     struct rcu_head rcu;
     uint64_t number;            /* place on the device */
@@ -49,7 +54,8 @@ struct ThinvmPage {
     uint64_t guest;             /* first guest cluster; to form runs */
     bool dirty;                 /* not on the device yet: never evicted */
     bool complete;              /* its bytes are what the device gets */
-    bool touched;               /* since the clock's hand passed */
+    uint8_t touched;            /* THINVM_TOUCHED_*: nobody cleared it since */
+    uint8_t heat;               /* heat.c: how often it was touched lately */
     QTAILQ_ENTRY(ThinvmPage) link;      /* state->clean or state->dirty[] */
     uint64_t data[THINVM_PAGE_SIZE / 8];
 };
@@ -201,6 +207,10 @@ static inline bool thinvm_page_writable(ThinvmState *s, ThinvmPage *page)
 
 /* Under RCU or the lock; NULL if not in memory */
 ThinvmPage *thinvm_page_find(ThinvmState *s, uint64_t number);
+/* The same by somebody who does not use it: it is as hot as before */
+ThinvmPage *thinvm_page_peek(ThinvmState *s, uint64_t number);
+/* Was it used since @who (THINVM_TOUCHED_*) asked before? */
+bool thinvm_page_untouch(ThinvmPage *page, unsigned who);
 /* The child of a PAGE slot, or NULL with the page added to want[] */
 ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
                             ThinvmPageKind kind, int level,

@@ -224,6 +224,33 @@ int thinvm_state_preload(ThinvmState *s, ThinvmWarmCursor *c, unsigned max,
                          ThinvmNeeds *needs);
 unsigned thinvm_state_preload_percent(ThinvmState *s,
                                       const ThinvmWarmCursor *c);
+/* A leaf of the disk's mapping (number: guest cluster / 512), and its heat */
+typedef struct ThinvmHotLeaf {
+    uint32_t leaf;
+    uint8_t heat;
+} ThinvmHotLeaf;
+
+/*
+ * One bounded step over the leaves in memory from *@leaf on, each of which is
+ * added to @found (of ThinvmHotLeaf).  Ends what counts as their recent use.
+ * False: there are no more.
+ */
+bool thinvm_state_sample_heat(ThinvmState *s, uint64_t *leaf, GArray *found);
+void thinvm_heat_sort(GArray *found);           /* the hottest first */
+
+/* How far loading a list of hot leaves has come; the list is the caller's */
+typedef struct ThinvmHotCursor {
+    const uint32_t *leaf;
+    unsigned nb, at;
+    uint64_t pages;             /* clean ones that are to stay for them */
+} ThinvmHotCursor;
+
+/*
+ * One bounded step: 0 when those of them that may fill the cache are in
+ * memory, or -EAGAIN as above.
+ */
+int thinvm_state_preload_hot(ThinvmState *s, ThinvmHotCursor *c, unsigned max,
+                             ThinvmNeeds *needs);
 /* Would @pages more drive others out? */
 bool thinvm_state_cache_full(ThinvmState *s, unsigned pages);
 

@@ -274,6 +274,7 @@ typedef struct ThinvmStorePreload {
     uint64_t pages;                     /* read so far */
     unsigned percent;
     uint64_t fresh_starts;
+    ThinvmHotCursor hot;                /* first of all, if the caller knows */
     ThinvmWarmCursor cursor;
 } ThinvmStorePreload;
 
@@ -282,6 +283,13 @@ typedef struct ThinvmStorePreload {
  * reads anything, after a fresh start.
  */
 bool coroutine_fn thinvm_store_preload(ThinvmStore *st, ThinvmStorePreload *p);
+/*
+ * The hottest leaves of the disk by what the owner says; @leaf must stay until
+ * another list, or an empty one, takes its place.  If the cache is full, they
+ * drive others out.
+ */
+void thinvm_store_preload_hot(ThinvmStorePreload *p, const uint32_t *leaf,
+                              unsigned nb);
 /* After a failure: the next step tries again.  Any context */
 void thinvm_store_preload_retry(ThinvmStorePreload *p);
 

@@ -6,7 +6,10 @@ mapping.  When it takes over it reads what is left of the journal, and from
 then on no metadata at all, as long as the cache holds what the disk needs.
 """
 
-from lib.context import check, wait_for
+import os
+import sys
+
+from lib.context import TOP, check, wait_for
 from lib.image import GiB, MiB, create, require_clean
 from lib.load import finish, setup_pair
 from lib.nbd import NBDClient
@@ -79,11 +82,16 @@ def preloaded(side, wanted='complete'):
 
 
 def pair(ctx, **more):
+    lun, first = owner_of_new(ctx)
+    return lun, first, Side(ctx, lun, 'b', False, **more)
+
+
+def owner_of_new(ctx, **more):
     lun = Target(ctx).add_lun(SIZE + GiB)
     create(ctx, lun, SIZE)
-    first = Side(ctx, lun, 'a', True)
+    first = Side(ctx, lun, 'a', True, **more)
     write_turn(first, 0)
-    return lun, first, Side(ctx, lun, 'b', False, **more)
+    return lun, first
 
 
 @test()
@@ -134,6 +142,47 @@ def preload_is_bounded(ctx):
     set_active(owner.daemon, False)
     set_active(other.daemon, True)
     read_turn(other, 0, 3)
+    owner.daemon.quit()
+    other.daemon.quit()
+    require_clean(ctx, lun)
+
+
+def hot_leaves(ctx, lun):
+    """What the owner has told lately, by the reader that is not QEMU's."""
+    text = ctx.run(sys.executable, os.path.join(TOP, 'scripts',
+                                                'thinvm-image.py'),
+                   'hot', lun.path)
+    return [int(line) // LEAF for line in text.splitlines()
+            if line.isdigit()]
+
+
+@test()
+def hottest_first(ctx):
+    """Where the cache is too small for all, what the owner uses most is in
+    memory when the other side takes over."""
+    small = {'mapping_cache_size': 1 * MiB}
+    lun, owner = owner_of_new(ctx, **small)
+    hot = list(range(5, COUNT, 12))         # a twelfth, all over the disk
+
+    def use(client):
+        for number in hot:
+            client.read(place_of(number, 0), 4096)
+
+    def told():
+        owner.run(use)
+        return sorted(hot_leaves(ctx, lun)[:len(hot)]) == hot
+    wait_for(told, 120, 'the owner says which leaves are hot')
+    other = Side(ctx, lun, 'b', False, **small)
+    wait_for(lambda: preloaded(other, 'cache-full'), 60,
+             'the follower has filled its cache')
+    set_active(owner.daemon, False)
+    set_active(other.daemon, True)
+    other.run(use)
+    read = other.info()['take-over']['metadata-bytes-read-since']
+    ctx.log('%d leaves were read with %d bytes of metadata' % (len(hot),
+                                                               read))
+    check(read <= len(hot) // 8 * 4096, '%d bytes of metadata were read for '
+          '%d leaves that were said to be hot', read, len(hot))
     owner.daemon.quit()
     other.daemon.quit()
     require_clean(ctx, lun)

@@ -228,6 +228,88 @@ static void coroutine_fn test_preload_small(ThinvmSim *sim)
     thinvm_store_free(follower);
 }
 
+static bool is_hot(uint32_t leaf)
+{
+    return leaf % 3 == 2;       /* the last ones among them */
+}
+
+static void coroutine_fn use_hot(ThinvmSim *sim, ThinvmStore *st)
+{
+    for (uint64_t leaf = 0; leaf < LEAVES; leaf++) {
+        if (is_hot(leaf)) {
+            g_assert_cmpuint(image_read_tag(sim, st, leaf *
+                                            THINVM_ENTRIES_PER_LEAF), ==,
+                             1000 + leaf);
+        }
+    }
+}
+
+/* All leaves in memory, the hottest first; ends their recent use */
+static GArray *sample_heat(ThinvmStore *st)
+{
+    GArray *found = g_array_new(false, false, sizeof(ThinvmHotLeaf));
+    ThinvmState *s = thinvm_store_state(st);
+    uint64_t leaf = 0;
+
+    thinvm_state_lock(s);
+    while (thinvm_state_sample_heat(s, &leaf, found)) {
+        /* one step more */
+    }
+    thinvm_state_unlock(s);
+    thinvm_heat_sort(found);
+    return found;
+}
+
+/*
+ * A cache that is too small, and an owner who says what he uses: this is in
+ * the follower's memory in the end, also if other things were there first.
+ */
+static void coroutine_fn test_preload_hot(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    ThinvmStorePreload p = {};
+    uint32_t hot[LEAVES + 2] = { UINT32_MAX, LEAVES };  /* not on the disk */
+    unsigned nb = 2, wrong = 0;
+    uint64_t bytes;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_widely(sim, owner, 0, 1000);
+    store_close(owner, true);
+    owner = image_open(sim);
+    expect_widely(sim, owner, 0, 1000);
+    for (int i = 0; i < 3; i++) {
+        g_autoptr(GArray) found = sample_heat(owner);
+
+        g_assert_cmpuint(found->len, ==, LEAVES);
+        use_hot(sim, owner);
+    }
+    {
+        g_autoptr(GArray) found = sample_heat(owner);
+
+        for (unsigned i = 0; i < DIV_ROUND_UP(LEAVES, 3) - 1; i++) {
+            hot[nb] = g_array_index(found, ThinvmHotLeaf, i).leaf;
+            wrong += !is_hot(hot[nb++]);
+        }
+    }
+    g_assert_cmpuint(wrong, ==, 0);
+
+    follower = thinvm_store_open(sim_device(sim), 100 * THINVM_PAGE_SIZE,
+                                 &error_abort);
+    preload(follower, &p);
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_FULL);
+    thinvm_store_preload_hot(&p, hot, nb);
+    preload(follower, &p);
+    g_assert_cmpint(p.state, ==, THINVM_STORE_PRELOAD_FULL);
+    g_assert_cmpuint(p.percent, <=, 100);
+    bytes = stats_of(follower).metadata_bytes_read;
+    use_hot(sim, follower);
+    g_assert_cmpuint(stats_of(follower).metadata_bytes_read - bytes, <=,
+                     2 * THINVM_PAGE_SIZE);
+    thinvm_store_free(follower);
+    store_close(owner, true);
+}
+
 /* A page that cannot be read just now: tried again when told to */
 static void coroutine_fn test_preload_error(ThinvmSim *sim)
 {
@@ -589,6 +671,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/quarantine", test_follow_quarantine);
     add("/thinvm/follow/preload", test_preload);
     add("/thinvm/follow/preload-small", test_preload_small);
+    add("/thinvm/follow/preload-hot", test_preload_hot);
     add("/thinvm/follow/preload-error", test_preload_error);
     add("/thinvm/follow/adopt", test_adopt);
     add("/thinvm/follow/adopt-overtaken", test_adopt_overtaken);

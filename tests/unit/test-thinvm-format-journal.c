@@ -546,6 +546,51 @@ static void test_heartbeat(void)
                     -ENOTSUP);
 }
 
+/* A list of hot leaves: bytes, flips of bits, lengths that are none */
+static void test_hot(void)
+{
+    ThinvmHotHeader src = { .epoch = 77, .number = 3, .nb_leaves = 1000,
+                            .nonce = { .data = "nonce   1234567" } };
+    g_autofree uint32_t *leaf = g_new(uint32_t, THINVM_MAX_HOT);
+    g_autofree uint32_t *read = g_new(uint32_t, THINVM_MAX_HOT);
+    g_autofree uint8_t *b = g_malloc(THINVM_HOT_SIZE);
+    ThinvmHotLe *le = (ThinvmHotLe *)b;
+    ThinvmHotHeader back;
+    uint32_t crc, i;
+
+    g_assert_cmpuint(thinvm_hot_bytes(THINVM_MAX_HOT), ==, THINVM_HOT_SIZE);
+    for (i = 0; i < THINVM_MAX_HOT; i++) {
+        leaf[i] = i * 2654435761u;
+    }
+    thinvm_hot_encode(&test_uuid, le, &src, leaf);
+    g_assert_cmpint(thinvm_hot_decode(&test_uuid, &back, read, le), ==, 0);
+    g_assert_cmpuint(back.epoch, ==, 77);
+    g_assert_cmpuint(back.number, ==, 3);
+    g_assert_cmpmem(back.nonce.data, 16, src.nonce.data, 16);
+    g_assert_cmpmem(read, back.nb_leaves * 4, leaf, 1000 * 4);
+
+    crc = ldl_le_p(b + 4);
+    stl_le_p(b + 4, 0);
+    g_assert_cmphex(slow_checksum(&test_uuid, 6, 77, le, 64 + 4000), ==, crc);
+    stl_le_p(b + 4, crc);
+    g_assert_cmpuint(ldl_le_p(b + 56), ==, 1000);
+    g_assert_cmpuint((uint32_t)ldl_le_p(b + 64 + 4), ==, leaf[1]);
+
+    for (i = 0; i < (64 + 4000) * 8; i += i < 64 * 8 ? 1 : 41) {
+        b[i / 8] ^= 1 << i % 8;
+        g_assert_cmpint(thinvm_hot_decode(&test_uuid, &back, read, le), <, 0);
+        b[i / 8] ^= 1 << i % 8;
+    }
+    stl_le_p(b + 56, THINVM_MAX_HOT + 1);
+    g_assert_cmpint(thinvm_hot_decode(&test_uuid, &back, read, le), ==,
+                    -ENOENT);
+
+    src.nb_leaves = THINVM_MAX_HOT;
+    thinvm_hot_encode(&test_uuid, le, &src, leaf);
+    g_assert_cmpint(thinvm_hot_decode(&test_uuid, &back, read, le), ==, 0);
+    g_assert_cmpmem(read, back.nb_leaves * 4, leaf, THINVM_MAX_HOT * 4);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -562,5 +607,6 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/claim/round", test_claim_round);
     g_test_add_func("/thinvm/claim/fields", test_claim_fields);
     g_test_add_func("/thinvm/heartbeat", test_heartbeat);
+    g_test_add_func("/thinvm/hot", test_hot);
     return g_test_run();
 }
