@@ -240,13 +240,16 @@ static void thinvm_pulse_timer_cb(void *opaque)
     thinvm_pulse_run(opaque);
 }
 
-/* A follower begins at once; an owner's first heartbeat has time */
+/*
+ * A follower begins at once; an owner's first heartbeat has time, but one that
+ * was missed has not: drained sections may come one after the other.
+ */
 static void thinvm_pulse_bh(void *opaque)
 {
     ThinvmPulse *p = opaque;
 
     p->interval = THINVM_FOLLOW_MIN_MS;
-    if (qatomic_read(&p->s->owner)) {
+    if (qatomic_read(&p->s->owner) && !qatomic_read(&p->missed)) {
         thinvm_pulse_arm(p);
     } else {
         thinvm_pulse_run(p);

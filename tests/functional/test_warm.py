@@ -213,6 +213,21 @@ def tells_of_the_owner(ctx):
     other.daemon.quit()
 
 
+@test()
+def counter_moves_through_drains(ctx):
+    """An owner whose node is drained all the time (exports come and go) still
+    is seen to be alive."""
+    _, owner, other = pair(ctx)
+
+    def moves(least):
+        owner.run(lambda client: None)
+        seen = other.info().get('image-owner') or {}
+        return seen.get('counter', 0) >= least
+    wait_for(lambda: moves(4), 60, 'the counter moves', interval=0)
+    owner.daemon.quit()
+    other.daemon.quit()
+
+
 @test(seconds=300)
 def live_migration(ctx):
     """A live migration under load ends in a warm take-over."""
