@@ -43,7 +43,7 @@
 #include "trace.h"
 
 /* Pages completed and sorted together */
-#define THINVM_CHECKPOINT_STEP      512
+#define THINVM_CHECKPOINT_STEP      64
 /* Pages in one write, writes at the same time */
 #define THINVM_CHECKPOINT_RUN       64
 #define THINVM_CHECKPOINT_PARALLEL  4
@@ -71,11 +71,13 @@ bool thinvm_store_wants_checkpoint(ThinvmStore *st)
 /*
  * Past three quarters of a bound, while a checkpoint is being written, an
  * operation waits for one step of it.  Writers are thus slowed to the speed
- * of the checkpoint before they would have to wait for all of it.
+ * of the checkpoint before they would have to wait for all of it; what goes
+ * on in the background, before writers are.
  */
-void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st)
+void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st, unsigned quarters)
 {
-    if (!qatomic_read(&st->checkpointing) || !thinvm_checkpoint_due(st, 3)) {
+    if (!qatomic_read(&st->checkpointing) ||
+        !thinvm_checkpoint_due(st, quarters)) {
         return;
     }
     QEMU_LOCK_GUARD(&st->lock);

@@ -311,6 +311,16 @@ thinvm_co_snapshot_list(BlockDriverState *bs, void *opaque, Error **errp)
     return 0;
 }
 
+/* Slots are used again, so their order says nothing; ids are not */
+static int thinvm_compare_age(const void *a, const void *b)
+{
+    const QEMUSnapshotInfo *ia = a, *ib = b;
+    uint64_t id_a = g_ascii_strtoull(ia->id_str, NULL, 10);
+    uint64_t id_b = g_ascii_strtoull(ib->id_str, NULL, 10);
+
+    return id_a < id_b ? -1 : id_a > id_b;
+}
+
 int thinvm_snapshot_list(BlockDriverState *bs, QEMUSnapshotInfo **psn_tab)
 {
     ThinvmSnapshotCo c = { };
@@ -321,6 +331,9 @@ int thinvm_snapshot_list(BlockDriverState *bs, QEMUSnapshotInfo **psn_tab)
         error_report_err(local_err);
         g_free(c.list);
         return ret;
+    }
+    if (c.nb) {
+        qsort(c.list, c.nb, sizeof(*c.list), thinvm_compare_age);
     }
     *psn_tab = c.list;
     return c.nb;

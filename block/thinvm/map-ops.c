@@ -263,6 +263,7 @@ static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
         for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
             page->data[i] = cpu_to_le64(end_entry(&end, i));
         }
+        thinvm_taking_look(s, page);
     }
     word = thinvm_slot_make(THINVM_PTR_PAGE, page->number) |
            (page->generation & 0xffff) << THINVM_PTR_GENERATION_SHIFT;

@@ -50,6 +50,7 @@ static void page_free(ThinvmPage *page)
 void thinvm_pages_init(ThinvmState *s)
 {
     qht_init(&s->pages, page_equal, 1024, QHT_MODE_AUTO_RESIZE);
+    QTAILQ_INIT(&s->all_pages);
     QTAILQ_INIT(&s->clean);
     for (int i = 0; i < THINVM_NB_RANKS; i++) {
         QTAILQ_INIT(&s->dirty[i]);
@@ -184,11 +185,19 @@ void thinvm_needs_destroy(ThinvmState *s, ThinvmNeeds *needs)
     thinvm_pages_evict(s);
 }
 
+static void page_enter(ThinvmState *s, ThinvmPage *page)
+{
+    qht_insert(&s->pages, page, page_hash(page->number), NULL);
+    QTAILQ_INSERT_HEAD(&s->all_pages, page, in_memory);
+}
+
 static void pages_unhash(ThinvmState *s, ThinvmPage *page)
 {
     bool removed = qht_remove(&s->pages, page, page_hash(page->number));
 
     assert(removed);
+    thinvm_taking_page_leaves(s, page);
+    QTAILQ_REMOVE(&s->all_pages, page, in_memory);
     if (page->kind == THINVM_PAGE_MAP_INNER) {
         thinvm_map_short_cut_clear(s);
     }
@@ -303,7 +312,7 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
         memcpy(page->data, buf, THINVM_PAGE_SIZE);
         QTAILQ_INSERT_HEAD(&s->clean, page, link);
         s->nb_clean++;
-        qht_insert(&s->pages, page, page_hash(page->number), NULL);
+        page_enter(s, page);
         qatomic_set(&s->misses, s->misses + 1);
     } else if (page->kind != ref->kind || page->level != ref->level) {
         error_setg(errp, "metadata page %" PRIu64 " is named as two kinds of "
@@ -341,7 +350,7 @@ ThinvmPage *thinvm_page_adopt(ThinvmState *s, const ThinvmPointerLe *slot,
     memcpy(page->data, from->data, THINVM_PAGE_SIZE);
     QTAILQ_INSERT_HEAD(&s->clean, page, link);
     s->nb_clean++;
-    qht_insert(&s->pages, page, page_hash(page->number), NULL);
+    page_enter(s, page);
     return page;
 }
 
@@ -363,7 +372,7 @@ ThinvmPage *thinvm_page_new(ThinvmState *s, ThinvmPageKind kind, int level)
     if (kind == THINVM_PAGE_MAP_INNER) {
         thinvm_map_short_cut_clear(s);
     }
-    qht_insert(&s->pages, page, page_hash(page->number), NULL);
+    page_enter(s, page);
     return page;
 }
 
@@ -433,60 +442,6 @@ bool thinvm_page_unref(ThinvmState *s, uint64_t number)
     }
     thinvm_place_free(s, number, !fresh);
     return true;
-}
-
-static bool page_names_clusters(ThinvmPage *page, uint64_t first,
-                                uint64_t end)
-{
-    if (page->kind == THINVM_PAGE_MAP_LEAF) {
-        for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
-            uint64_t at = thinvm_entry_physical(le64_to_cpu(page->data[i]));
-
-            if (at >= first && at < end) {
-                return true;
-            }
-        }
-    } else if (page->kind == THINVM_PAGE_MAP_INNER && page->level == 1) {
-        for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
-            const ThinvmPointerLe *slot = &thinvm_page_slots(page)[i];
-            ThinvmPointerType type = thinvm_slot_type(slot);
-            uint64_t at = thinvm_slot_address(slot);
-
-            if ((type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) &&
-                at < end && at + THINVM_ENTRIES_PER_LEAF > first) {
-                return true;
-            }
-        }
-    }
-    return false;
-}
-
-bool thinvm_pages_name_clusters(ThinvmState *s, uint64_t first,
-                                uint64_t nb_clusters)
-{
-    uint64_t end = first + nb_clusters;
-    ThinvmPage *page;
-
-    QTAILQ_FOREACH(page, &s->clean, link) {
-        if (page_names_clusters(page, first, end)) {
-            return true;
-        }
-    }
-    for (int i = THINVM_RANK_LEAF; i <= THINVM_RANK_INNER1; i++) {
-        QTAILQ_FOREACH(page, &s->dirty[i], link) {
-            if (page_names_clusters(page, first, end)) {
-                return true;
-            }
-        }
-    }
-    for (unsigned i = 0; s->frozen && i < s->frozen->nb_pages; i++) {
-        page = s->frozen->pages[i];
-        /* one that was replaced since may name what was freed since */
-        if (page_is_hashed(s, page) && page_names_clusters(page, first, end)) {
-            return true;
-        }
-    }
-    return false;
 }
 
 void thinvm_page_thaw(ThinvmState *s, ThinvmPage *page)

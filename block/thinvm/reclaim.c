@@ -34,6 +34,8 @@
 
 /* Ranges that one call of thinvm_store_reclaim() makes free, at least */
 #define THINVM_RECLAIM_STEP         1024
+/* Ranges that are made free under one hold of the state lock */
+#define THINVM_UNBUSY_STEP          256
 /* Bytes by which a device is enlarged at least, when that works */
 #define THINVM_GROW_STEP            (64 * MiB)
 /* The same where that takes space below at once */
@@ -324,12 +326,22 @@ static void join_ranges(GArray *ranges)
     g_array_set_size(ranges, MIN(ranges->len, n + 1));
 }
 
-static void unbusy_ranges(ThinvmState *s, GArray *ranges)
+static void unbusy_ranges(ThinvmState *s, GArray *ranges, guint from, guint to)
 {
-    for (guint i = 0; i < ranges->len; i++) {
+    for (guint i = from; i < to; i++) {
         ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
 
         thinvm_space_unbusy(s, r->first, r->nb_clusters);
+    }
+}
+
+/* There may be many, and writers wait for the lock meanwhile */
+static void unbusy_by_pieces(ThinvmState *s, GArray *ranges)
+{
+    for (guint i = 0; i < ranges->len; i += THINVM_UNBUSY_STEP) {
+        thinvm_state_lock(s);
+        unbusy_ranges(s, ranges, i, MIN(ranges->len, i + THINVM_UNBUSY_STEP));
+        thinvm_state_unlock(s);
     }
 }
 
@@ -346,7 +358,7 @@ static ThinvmQuarantine *release_following(ThinvmStore *st, ThinvmState *s)
     if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
         q = quarantine_pop(st);
         if (q) {
-            unbusy_ranges(s, q->ranges);
+            unbusy_ranges(s, q->ranges, 0, q->ranges->len);
         }
     }
     thinvm_state_unlock(s);
@@ -365,9 +377,7 @@ static ThinvmQuarantine *coroutine_fn release_owned(ThinvmStore *st,
         if (discard) {
             discard_ranges(st, q->ranges);
         }
-        thinvm_state_lock(s);
-        unbusy_ranges(s, q->ranges);
-        thinvm_state_unlock(s);
+        unbusy_by_pieces(s, q->ranges);
     }
     return q;
 }
@@ -655,6 +665,44 @@ static uint64_t metadata_wanted(ThinvmStore *st)
     return wanted;
 }
 
+/* The operation that follows needs to know, and would hold the lock for it */
+static void coroutine_fn look_at_pages(ThinvmStore *st, uint64_t first,
+                                       uint64_t nb_clusters)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    int ret;
+
+    thinvm_state_lock(s);
+    thinvm_taking_begin(s, first, nb_clusters);
+    thinvm_state_unlock(s);
+    for (;;) {
+        thinvm_state_lock(s);
+        ret = thinvm_taking_step(s);
+        thinvm_state_unlock(s);
+        if (ret != -EAGAIN) {
+            return;
+        }
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, 0);
+    }
+}
+
+static int coroutine_fn extend_metadata_by(ThinvmStore *st, ThinvmOp *op)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    int ret;
+
+    trace_thinvm_meta_extend(st, op->physical, op->count);
+    look_at_pages(st, op->physical, op->count);
+    ret = thinvm_store_may_write(st);
+    if (ret == 0) {
+        ret = thinvm_store_execute_internal(st, op, false, true, NULL, NULL);
+    }
+    thinvm_state_lock(s);
+    thinvm_taking_end(s);
+    thinvm_state_unlock(s);
+    return ret;
+}
+
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
 {
     ThinvmOp op = { .type = THINVM_OP_META_EXTEND };
@@ -666,9 +714,7 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
     if (wanted) {
         ret = reserve(st, 0, wanted, true, &op.physical, &op.count);
         if (ret == 0) {
-            trace_thinvm_meta_extend(st, op.physical, op.count);
-            ret = thinvm_store_execute_internal(st, &op, false, true, NULL,
-                                                NULL);
+            ret = extend_metadata_by(st, &op);
             if (ret < 0) {
                 thinvm_store_unreserve(st, op.physical, op.count);
             }
@@ -676,4 +722,29 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
     }
     qemu_co_mutex_unlock(&st->grow_lock);
     return ret < 0 ? ret : wanted > 0;
+}
+
+/*
+ * Ahead of need it is the worker's business: a request that came by would
+ * have to wait for all of it.  What fails is tried again with the next tick,
+ * or by whoever cannot do without.
+ */
+bool thinvm_store_extend_later(ThinvmStore *st)
+{
+    return st->kick && !qatomic_xchg(&st->extension_due, true);
+}
+
+void coroutine_fn thinvm_store_extend_ahead(ThinvmStore *st)
+{
+    int ret = 1;
+
+    if (!qatomic_read(&st->extension_due)) {
+        return;
+    }
+    for (int i = 0; ret > 0 && i < THINVM_METADATA_STEPS; i++) {
+        ret = thinvm_store_extend_metadata(st);
+    }
+    if (ret >= 0) {
+        qatomic_set(&st->extension_due, false);
+    }
 }

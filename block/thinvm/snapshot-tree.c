@@ -14,7 +14,7 @@
 #include "driver-snapshot.h"
 
 typedef struct Tree {
-    ThinvmSnapshotInfoList *list;
+    ThinvmSnapshotInfoList *list;   /* the oldest first */
     unsigned budget;
 } Tree;
 
@@ -107,13 +107,39 @@ static void link_children(GHashTable *by_id, ThinvmSnapshotInfoList *list,
     }
 }
 
+static int compare_age(const void *a, const void *b)
+{
+    const ThinvmSnapshotInfoList *const *la = a, *const *lb = b;
+    uint64_t id_a = g_ascii_strtoull((*la)->value->id, NULL, 10);
+    uint64_t id_b = g_ascii_strtoull((*lb)->value->id, NULL, 10);
+
+    return id_a < id_b ? -1 : id_a > id_b;
+}
+
+/* The slots that they are in are used again */
+static ThinvmSnapshotInfoList *sort_by_age(ThinvmSnapshotInfoList *list)
+{
+    g_autoptr(GPtrArray) items = g_ptr_array_new();
+    ThinvmSnapshotInfoList **tail = &list;
+
+    for (; list; list = list->next) {
+        g_ptr_array_add(items, list);
+    }
+    g_ptr_array_sort(items, compare_age);
+    for (guint i = 0; i < items->len; i++) {
+        *tail = g_ptr_array_index(items, i);
+        tail = &(*tail)->next;
+    }
+    *tail = NULL;
+    return list;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_snapshot_tree(BlockDriverState *bs, void *opaque, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
     g_autoptr(GHashTable) by_id = g_hash_table_new(g_str_hash, g_str_equal);
     Tree *t = opaque;
-    ThinvmSnapshotInfoList **tail = &t->list;
     ThinvmSnapshot snap;
 
     for (uint32_t slot = 0; slot < thinvm_nb_slots(s); slot++) {
@@ -127,13 +153,14 @@ thinvm_co_snapshot_tree(BlockDriverState *bs, void *opaque, Error **errp)
             return ret;
         }
         info = snapshot_info(&snap);
-        QAPI_LIST_APPEND(tail, info);
+        QAPI_LIST_PREPEND(t->list, info);
         g_hash_table_insert(by_id, info->id, info);
         ret = add_exclusive(s, slot, snap.id, &t->budget, info, errp);
         if (ret < 0) {
             return ret;
         }
     }
+    t->list = sort_by_age(t->list);
     link_children(by_id, t->list, current_snapshot(s));
     return 0;
 }

@@ -354,6 +354,24 @@ typedef struct Children {
     int64_t slot;               /* of one of them; -1: the active disk */
 } Children;
 
+/* Those in the leaf that begins with @first */
+static void leaf_children(ThinvmState *s, ThinvmPage *leaf, uint32_t first,
+                          uint64_t id, Children *children)
+{
+    uint32_t end = MIN(s->nb_snapshot_slots,
+                       first + THINVM_SNAPSHOTS_PER_LEAF);
+
+    for (uint32_t slot = first; slot < end; slot++) {
+        const ThinvmSnapshotLe *record = leaf_record(leaf, slot);
+
+        if (record->id_le && le64_to_cpu(record->parent_id_le) == id &&
+            !(le32_to_cpu(record->flags_le) & THINVM_SNAPSHOT_TRASH)) {
+            children->nb++;
+            children->slot = slot;
+        }
+    }
+}
+
 /* Reads all records: 0, -EAGAIN */
 static int find_children(ThinvmState *s, uint64_t id, ThinvmNeeds *needs,
                          Children *children)
@@ -362,23 +380,15 @@ static int find_children(ThinvmState *s, uint64_t id, ThinvmNeeds *needs,
 
     *children = (Children) { .slot = -1 };
     children->nb = s->current_snapshot_id == id;
-    for (uint32_t slot = 0; slot < s->nb_snapshot_slots; slot++) {
-        const ThinvmSnapshotLe *record;
+    for (uint32_t slot = 0; slot < s->nb_snapshot_slots;
+         slot += THINVM_SNAPSHOTS_PER_LEAF) {
         ThinvmPage *leaf;
         int found = record_leaf(s, slot, false, needs, &leaf);
 
-        if (found == -EAGAIN) {
+        if (found == 0) {
+            leaf_children(s, leaf, slot, id, children);
+        } else if (found == -EAGAIN) {
             ret = -EAGAIN;
-        }
-        if (found < 0) {
-            slot |= SLOTS_MASK;
-            continue;
-        }
-        record = leaf_record(leaf, slot);
-        if (record->id_le && le64_to_cpu(record->parent_id_le) == id &&
-            !(le32_to_cpu(record->flags_le) & THINVM_SNAPSHOT_TRASH)) {
-            children->nb++;
-            children->slot = slot;
         }
     }
     return ret;

@@ -3,8 +3,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Only page.c, count.c, space.c, map.c, adopt.c, snapshot.c, freeze.c and
- * state.c include this.  See state.h for what the engine promises to others.
+ * Only the engine's own files include this.  See state.h for what the engine promises to others.
  *
  * Copy-on-write.  state->generation is the base that is being built.  A page
  * whose own generation is that one and that one pointer names may be changed
@@ -57,6 +56,7 @@ struct ThinvmPage {
     uint8_t touched;            /* THINVM_TOUCHED_*: nobody cleared it since */
     uint8_t heat;               /* heat.c: how often it was touched lately */
     QTAILQ_ENTRY(ThinvmPage) link;      /* state->clean or state->dirty[] */
+    QTAILQ_ENTRY(ThinvmPage) in_memory; /* state->all_pages */
     uint64_t data[THINVM_PAGE_SIZE / 8];
 };
 
@@ -73,6 +73,13 @@ typedef struct ThinvmMetaExtent {
 } ThinvmMetaExtent;
 
 typedef QTAILQ_HEAD(, ThinvmPage) ThinvmPageList;
+
+/* Clusters that are to become metadata; taking.c */
+typedef struct ThinvmTaking {
+    uint64_t first, nb_clusters;        /* 0 clusters: none */
+    ThinvmPage *next;                   /* page to look at */
+    bool found;                         /* one that maps them */
+} ThinvmTaking;
 
 /* Ranks in which pages are completed: children before parents */
 enum {
@@ -119,6 +126,7 @@ struct ThinvmState {
 
     /* Pages in memory */
     struct qht pages;
+    ThinvmPageList all_pages;   /* that are in it, the newest first */
     ThinvmPageList clean;       /* clock, hand at the tail */
     ThinvmPageList dirty[THINVM_NB_RANKS];
     uint64_t nb_clean, nb_dirty, cache_limit;   /* pages */
@@ -143,6 +151,7 @@ struct ThinvmState {
     uint64_t search_hint;       /* no free cluster below that is not busy */
     uint64_t window_first, window_nb;
     GArray *freed;              /* ThinvmFreedRange */
+    ThinvmTaking taking;
 
     ThinvmFrozen *frozen;
     /* Opening: the superblocks and which is being loaded; page.c */
@@ -241,12 +250,6 @@ bool thinvm_page_resident(ThinvmState *s, ThinvmPointerLe *slot,
  */
 ThinvmPage *thinvm_page_shadow(ThinvmState *s, ThinvmPointerLe *slot);
 void thinvm_pages_evict(ThinvmState *s);
-/*
- * Does a page in memory map any of these clusters?  Those that are read later
- * are judged then; this is for clusters that become metadata meanwhile.
- */
-bool thinvm_pages_name_clusters(ThinvmState *s, uint64_t first,
-                                uint64_t nb_clusters);
 /* A page that nothing names (repair) leaves memory */
 void thinvm_page_forget(ThinvmState *s, uint64_t number);
 void thinvm_pages_forget_clean(ThinvmState *s);
@@ -271,6 +274,18 @@ uint64_t thinvm_place_alloc(ThinvmState *s);
 void thinvm_place_free(ThinvmState *s, uint64_t number, bool hold);
 void thinvm_extents_hold_shift(ThinvmState *s);
 void thinvm_extents_hold_release(ThinvmState *s);
+
+/* ---- taking.c: clusters that are to become metadata ---- */
+
+/* A page takes over what another one said, or goes */
+void thinvm_taking_look(ThinvmState *s, ThinvmPage *page);
+void thinvm_taking_page_leaves(ThinvmState *s, ThinvmPage *page);
+/* Does a page in memory map any of these clusters? */
+bool thinvm_taking_finds(ThinvmState *s, uint64_t first,
+                         uint64_t nb_clusters);
+/* ThinvmBounds callback, for pages that are read */
+bool thinvm_taking_have_clusters(void *opaque, uint64_t cluster,
+                                 uint64_t nb_clusters);
 
 /* ---- count.c: the tree of reference counts of clusters ---- */
 

@@ -42,7 +42,7 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
         .device_clusters = s->device_clusters,
         .cluster_bits = s->cluster_bits,
         .page_is_metadata = thinvm_extents_have_page,
-        .clusters_are_metadata = thinvm_extents_have_clusters,
+        .clusters_are_metadata = thinvm_taking_have_clusters,
         .opaque = s,
     };
     s->checksums = g_hash_table_new_full(g_int64_hash, g_int64_equal, NULL,
@@ -320,7 +320,7 @@ static int prepare_meta_extend(ThinvmState *s, const ThinvmOp *op,
                    PRIu64 " clusters are not all free", op->physical,
                    op->count);
     } else if (ret == 0 &&
-               thinvm_pages_name_clusters(s, op->physical, op->count)) {
+               thinvm_taking_finds(s, op->physical, op->count)) {
         s->damaged = true;
         error_setg(errp, "metadata extent at cluster %" PRIu64 ": its %"
                    PRIu64 " clusters have count 0, but are in use",

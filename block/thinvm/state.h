@@ -298,6 +298,14 @@ GArray *thinvm_space_take_freed(ThinvmState *s);
  */
 uint64_t thinvm_space_metadata_wanted(ThinvmState *s, bool *urgent);
 /*
+ * Before a META_EXTEND: looks at the pages in memory a step at a time, so that
+ * the operation need not look at all of them.  step: -EAGAIN until it is done.
+ * Whatever becomes of it, end it.  Lock; one at a time.
+ */
+void thinvm_taking_begin(ThinvmState *s, uint64_t first, uint64_t nb_clusters);
+int thinvm_taking_step(ThinvmState *s);
+void thinvm_taking_end(ThinvmState *s);
+/*
  * Clusters of metadata that must be had beyond the present ones before this
  * many unwritten runs more can be mapped.
  */

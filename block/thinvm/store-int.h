@@ -195,6 +195,7 @@ struct ThinvmStore {
     unsigned reserve_waiting;   /* requests that wait for others to leave */
     bool discard;
     CoMutex grow_lock;
+    bool extension_due;         /* the worker's to do; qatomic */
     uint64_t deleting_id;       /* of the snapshot being deleted; st->lock */
     uint64_t deleting_sequence; /* record that hides it */
 
@@ -320,8 +321,9 @@ void coroutine_fn thinvm_preload_adopt(ThinvmStore *st, ThinvmState *s,
 /* ---- checkpoint.c ---- */
 /* Are dirty pages or the ring above this share of their bounds (of 4)? */
 bool thinvm_checkpoint_due(ThinvmStore *st, unsigned quarters);
-/* Wait for one step of a checkpoint in progress, if there is one */
-void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st);
+/* Past this share of the bounds: wait for one step of a checkpoint in progress,
+   if there is one */
+void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st, unsigned quarters);
 /* A record was composed: is it the last one in the frozen base? st->lock */
 void thinvm_checkpoint_mark(ThinvmStore *st, uint64_t sequence);
 int coroutine_fn thinvm_checkpoint_first(ThinvmStore *st);
@@ -347,5 +349,10 @@ void thinvm_retire_state(ThinvmStore *st, ThinvmState *s);
 #define THINVM_METADATA_STEPS   32
 /* Take metadata space ahead of need, a step.  1; 0: nothing is wanted; -errno */
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st);
+/*
+ * Leave it to the worker; false: there is none, or it has been told.  No I/O,
+ * also under the state lock; true: kick it then.
+ */
+bool thinvm_store_extend_later(ThinvmStore *st);
 
 #endif

@@ -551,7 +551,8 @@ static int coroutine_fn make_way(ThinvmStore *st, const ThinvmOp *op,
             return ret;
         }
     }
-    thinvm_checkpoint_pace(st);
+    thinvm_checkpoint_pace(st, op->type == THINVM_OP_SNAPSHOT_DELETE_STEP ?
+                               2 : 3);
     return 0;
 }
 
@@ -559,11 +560,12 @@ static int coroutine_fn make_way(ThinvmStore *st, const ThinvmOp *op,
 typedef enum Obstacle {
     OBSTACLE_NONE,
     OBSTACLE_FULL,              /* ring or dirty pages: needs a checkpoint */
-    OBSTACLE_METADATA,          /* an extension ahead of need is due */
+    OBSTACLE_METADATA,          /* an extension is due, and cannot wait */
 } Obstacle;
 
 static Obstacle find_obstacle(ThinvmStore *st, ThinvmState *s,
-                              const ThinvmOp *op, bool *extended)
+                              const ThinvmOp *op, bool *extended,
+                              bool *kick)
 {
     ThinvmInfoState info;
     bool urgent;
@@ -575,7 +577,10 @@ static Obstacle find_obstacle(ThinvmStore *st, ThinvmState *s,
     }
     if (!*extended && thinvm_space_metadata_wanted(s, &urgent)) {
         *extended = true;
-        return OBSTACLE_METADATA;
+        if (urgent || !st->kick) {
+            return OBSTACLE_METADATA;
+        }
+        *kick |= thinvm_store_extend_later(st);
     }
     return OBSTACLE_NONE;
 }
@@ -621,7 +626,7 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
 {
     ThinvmState *s = thinvm_store_state(st);
     uint64_t remaining = op->count;
-    bool extended = internal;
+    bool extended = internal, kick = false;
     unsigned attempts = 0, releases = 0, urges = 0;
     ThinvmNeeds needs;
     int ret;
@@ -644,13 +649,17 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                                  "writing");
                 break;
             }
-            obstacle = find_obstacle(st, s, op, &extended);
+            obstacle = find_obstacle(st, s, op, &extended, &kick);
         }
         if (obstacle == OBSTACLE_NONE) {
             ret = try_execute(st, s, op, unmap ? &remaining : NULL, &needs,
                               ticket, &local_err);
         }
         thinvm_state_unlock(s);
+        if (kick) {
+            kick = false;
+            thinvm_store_kick(st);
+        }
 
         if (obstacle == OBSTACLE_FULL) {
             ret = thinvm_store_checkpoint(st);

@@ -230,6 +230,8 @@ bool thinvm_store_wants_checkpoint(ThinvmStore *st);
 int coroutine_fn thinvm_store_reclaim(ThinvmStore *st, bool discard);
 /* Should reserve and reclaim pass discards down?  Default false */
 void thinvm_store_set_discard(ThinvmStore *st, bool discard);
+/* Take metadata space that operations will want.  The worker's business */
+void coroutine_fn thinvm_store_extend_ahead(ThinvmStore *st);
 /*
  * Called (any thread, no lock of the store held) when background work is
  * due: a checkpoint, a reclaim, a record that has gathered enough.

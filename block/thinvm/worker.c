@@ -8,7 +8,8 @@
  *  - by a timer that the first operation after a commit starts, so that no
  *    operation waits longer than the flush interval (invariant 5) and an
  *    idle node costs nothing;
- *  - by the store, when a checkpoint or a reclaim is due or a record is full;
+ *  - by the store, when a checkpoint, a reclaim or metadata space is due, or
+ *    a record is full;
  *  - after a take-over, to finish deletions of snapshots.
  *
  * Drain: the coroutine counts as a request in flight, works in bounded steps,
@@ -104,6 +105,7 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_store(ThinvmWorker *w,
         ret = thinvm_store_checkpoint(st);
     }
     if (ret >= 0) {
+        thinvm_store_extend_ahead(st);
         ret = thinvm_store_reclaim(st, w->s->bs->open_flags & BDRV_O_UNMAP);
     }
     if (ret < 0) {

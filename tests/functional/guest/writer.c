@@ -16,13 +16,14 @@
  * base + (I * lanes + L) * stride, so lanes never write the same block but,
  * with a small stride, do write to the same cluster at the same time.  A lane
  * has one request under way at a time; its sequence numbers are acknowledged
- * in order.
+ * in order.  With disks=2 the blocks with an odd index are on the second disk,
+ * so that a lane writes now to one disk and now to the other.
  *
  * Commands (key=value pairs in any order; numbers are decimal):
  *   write seed= lanes= blocks= stride= base= first= flush= zero= discard=
- *         usec= limit=
+ *         usec= limit= disks=
  *   stop                        ends the lanes, answers "stopped"
- *   verify lanes= blocks= stride= base=
+ *   verify lanes= blocks= stride= base= disks=
  *                               "V lane index seq seed" for each block that
  *                               is not zero, "B lane index" for one that
  *                               holds neither zeroes nor a whole block of
@@ -64,6 +65,7 @@
 
 #define OUR_BLOCK 4096          /* bytes written by one operation */
 #define MAX_LANES 16
+#define MAX_DISKS 2
 #define BLOCK_MAGIC 0x6b6c622d6d766e74ULL
 #define REPORT_USEC 3000
 
@@ -87,10 +89,11 @@ struct run {
     uint64_t zero, discard;     /* percent of the operations */
     uint64_t usec;              /* pause between operations */
     uint64_t limit;             /* operations per lane; 0: until "stop" */
+    uint64_t disks;
 };
 
 static struct run run;
-static int disk_fd = -1;
+static int disk_fd[MAX_DISKS] = { -1, -1 };
 static int port_fd = -1;
 static pthread_mutex_t port_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_t lane_thread[MAX_LANES];
@@ -192,15 +195,26 @@ static bool do_op(uint64_t lane, uint64_t seq, uint8_t *buf)
     uint64_t index = hash % run.blocks;
     uint64_t kind = (hash >> 40) % 100;
     uint64_t range[2] = { block_offset(&run, lane, index), OUR_BLOCK };
+    int fd = disk_fd[index % run.disks];
 
     if (kind < run.zero) {
-        return ioctl(disk_fd, BLKZEROOUT, range) == 0;
+        return ioctl(fd, BLKZEROOUT, range) == 0;
     }
     if (kind < run.zero + run.discard) {
-        return ioctl(disk_fd, BLKDISCARD, range) == 0;
+        return ioctl(fd, BLKDISCARD, range) == 0;
     }
     fill_block(buf, lane, index, seq);
-    return pwrite(disk_fd, buf, OUR_BLOCK, range[0]) == OUR_BLOCK;
+    return pwrite(fd, buf, OUR_BLOCK, range[0]) == OUR_BLOCK;
+}
+
+static bool flush_disks(uint64_t disks)
+{
+    for (uint64_t i = 0; i < disks; i++) {
+        if (fdatasync(disk_fd[i]) < 0) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static void *lane_main(void *opaque)
@@ -221,7 +235,7 @@ static void *lane_main(void *opaque)
         }
         acked[lane] = seq;
         if (run.flush && seq % run.flush == 0) {
-            if (fdatasync(disk_fd) < 0) {
+            if (!flush_disks(run.disks)) {
                 say("X lane %llu flush: %s", (unsigned long long)lane,
                     strerror(errno));
                 break;
@@ -268,6 +282,23 @@ static void *report_main(void *opaque)
     return NULL;
 }
 
+static bool open_disks(uint64_t disks)
+{
+    char path[] = "/dev/vda";
+
+    for (uint64_t i = 0; i < disks; i++) {
+        path[sizeof(path) - 2] = 'a' + i;
+        if (disk_fd[i] < 0) {
+            disk_fd[i] = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+        }
+        if (disk_fd[i] < 0) {
+            say("X %s: %s", path, strerror(errno));
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Reads "key=value" pairs into a run; false if one is unknown. */
 static bool parse_run(char *args, struct run *r)
 {
@@ -280,12 +311,13 @@ static bool parse_run(char *args, struct run *r)
         { "base", &r->base }, { "first", &r->first },
         { "flush", &r->flush }, { "zero", &r->zero },
         { "discard", &r->discard }, { "usec", &r->usec },
-        { "limit", &r->limit },
+        { "limit", &r->limit }, { "disks", &r->disks },
     };
     char *save = NULL;
 
     *r = (struct run) {
         .lanes = 1, .blocks = 1024, .stride = OUR_BLOCK, .first = 1,
+        .disks = 1,
     };
     for (char *word = strtok_r(args, " ", &save); word;
          word = strtok_r(NULL, " ", &save)) {
@@ -310,7 +342,11 @@ static bool parse_run(char *args, struct run *r)
         say("X lanes must be 1 to %d, blocks at least 1", MAX_LANES);
         return false;
     }
-    return true;
+    if (!r->disks || r->disks > MAX_DISKS) {
+        say("X disks must be 1 to %d", MAX_DISKS);
+        return false;
+    }
+    return open_disks(r->disks);
 }
 
 static void cmd_stop(void)
@@ -374,7 +410,8 @@ static void verify_block(const struct run *r, uint8_t *buf, uint64_t lane,
 {
     static const uint8_t zeroes[OUR_BLOCK];
     struct block_head head;
-    ssize_t n = pread(disk_fd, buf, OUR_BLOCK, block_offset(r, lane, index));
+    ssize_t n = pread(disk_fd[index % r->disks], buf, OUR_BLOCK,
+                      block_offset(r, lane, index));
 
     if (n != OUR_BLOCK) {
         say("X read of lane %llu index %llu: %s", (unsigned long long)lane,
@@ -417,7 +454,7 @@ static void cmd_size(void)
 {
     uint64_t bytes = 0;
 
-    if (ioctl(disk_fd, BLKGETSIZE64, &bytes) < 0) {
+    if (ioctl(disk_fd[0], BLKGETSIZE64, &bytes) < 0) {
         say("X size: %s", strerror(errno));
     } else {
         say("size %llu", (unsigned long long)bytes);
@@ -438,7 +475,7 @@ static void obey(char *line)
     } else if (!strcmp(line, "size")) {
         cmd_size();
     } else if (!strcmp(line, "sync")) {
-        if (fdatasync(disk_fd) < 0) {
+        if (!flush_disks(1)) {
             say("X sync: %s", strerror(errno));
         } else {
             say("synced");
@@ -528,7 +565,7 @@ int main(void)
     setvbuf(stdout, NULL, _IONBF, 0);
     load_modules();
     port_fd = open_when_there("/dev/vport0p1", O_RDWR);
-    disk_fd = open_when_there("/dev/vda", O_RDWR | O_DIRECT);
+    disk_fd[0] = open_when_there("/dev/vda", O_RDWR | O_DIRECT);
     printf("writer: ready\n");
     say("ready");
 

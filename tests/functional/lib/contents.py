@@ -13,9 +13,9 @@ class Contents:
     memory, the device stays as it is.
     """
 
-    def __init__(self, ctx, place, fmt=None, host='reader'):
+    def __init__(self, ctx, place, fmt=None, host='reader', **more):
         self._daemon = StorageDaemon(ctx, host=host)
-        self._daemon.add_disk(place, fmt=fmt, read_only=True)
+        self._daemon.add_disk(place, fmt=fmt, read_only=True, **more)
         self._client = NBDClient(
             ctx, self._daemon.export_nbd(writable=False), 'disk')
         self.read = self._client.read
@@ -27,7 +27,13 @@ class Contents:
 
 def scan(ctx, model, place, fmt=None):
     """Which of the model's blocks are in the image: see Model.scan()."""
-    contents = Contents(ctx, place, fmt)
-    found = model.scan(contents.read)
-    contents.close()
+    return scan_disks(ctx, model, [place], fmt=fmt)
+
+
+def scan_disks(ctx, model, places, **more):
+    """The same of several disks; @more goes to blockdev-add."""
+    disks = [Contents(ctx, place, **more) for place in places]
+    found = model.scan(*[disk.read for disk in disks])
+    for disk in disks:
+        disk.close()
     return found

@@ -156,12 +156,14 @@ class Guest:
     """What the guest did and said, whichever process it runs in."""
 
     def __init__(self, ctx, lanes=4, blocks=1500, stride=65536 + 4096,
-                 base=0, flush=50, zero=0, discard=0, usec=0, seed=None):
+                 base=0, flush=50, zero=0, discard=0, usec=0, seed=None,
+                 disks=1):
         self.ctx = ctx
         self.model = Model(seed or random.randrange(1, 1 << 60), lanes,
                            blocks, stride, base, zero, discard)
         self.flush = flush              # a lane flushes after so many writes
         self.usec = usec                # pause between two writes of a lane
+        self.disks = disks              # block i is on disk i % disks
         self.vm = None                  # where commands go
         self.errors = []
         self.history = []               # (time, acknowledged per lane)
@@ -242,11 +244,12 @@ class Guest:
         with self._news:
             model.start(first)
         self.ask('write seed=%d lanes=%d blocks=%d stride=%d base=%d '
-                 'first=%d flush=%d zero=%d discard=%d usec=%d' % (
+                 'first=%d flush=%d zero=%d discard=%d usec=%d disks=%d' % (
                      model.seed, len(model.lanes), model.blocks,
                      model.stride, model.base, first,
                      self.flush if flush is None else flush,
-                     model.zero, model.discard, self.usec), 'writing')
+                     model.zero, model.discard, self.usec, self.disks),
+                 'writing')
 
     def stop_writing(self):
         """All lanes at rest; the acknowledged numbers are then exact."""
@@ -280,9 +283,9 @@ class Guest:
         with self._news:
             self._found = {}
         model = self.model
-        self.ask('verify lanes=%d blocks=%d stride=%d base=%d' % (
-            len(model.lanes), model.blocks, model.stride, model.base),
-            'verified', seconds)
+        self.ask('verify lanes=%d blocks=%d stride=%d base=%d disks=%d' % (
+            len(model.lanes), model.blocks, model.stride, model.base,
+            self.disks), 'verified', seconds)
         self.no_errors()
         with self._news:
             return dict(self._found)

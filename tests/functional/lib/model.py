@@ -205,11 +205,13 @@ class Model:
             self.lanes[number].base[index] = set(
                 seq if isinstance(seq, tuple) else (seq,))
 
-    def scan(self, read):
-        """Read every block with read(offset, length); contents found."""
+    def scan(self, *disks):
+        """Read every block with read(offset, length) of the disks that they
+        are on in turn; contents found."""
         found = {}
         for number in range(len(self.lanes)):
             for index in range(self.blocks):
+                read = disks[index % len(disks)]
                 data = read(self.offset(number, index), OUR_BLOCK)
                 seq = read_block(data, self.seed, number, index)
                 if seq == BAD and self.torn:
