@@ -631,6 +631,23 @@ void coroutine_fn thinvm_check_all(ThinvmCheck *c)
     g_array_unref(c->extents);
 }
 
+/*
+ * What is read anew, should it be necessary to fall back to the older base, is
+ * what the device has: so bring everything there before.
+ */
+static int coroutine_fn repair(ThinvmCheck *c, int fix, Error **errp)
+{
+    int ret = thinvm_store_commit(c->st, THINVM_COMMIT_DURABLE, true);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write to the journal; nothing "
+                         "was repaired");
+        qemu_co_mutex_unlock(&c->st->checkpoint_lock);
+        return ret;
+    }
+    return thinvm_check_repair(c, fix, errp);
+}
+
 int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
                                     void (*report_fn)(void *opaque,
                                                       const char *message),
@@ -663,7 +680,7 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
                                           1ULL << c.info.cluster_bits);
     thinvm_store_request_end(st, token);
     if (fix) {
-        ret = thinvm_check_repair(&c, fix, errp);
+        ret = repair(&c, fix, errp);
         g_array_unref(c.fixes);
     }
     g_hash_table_unref(c.duplicates);
