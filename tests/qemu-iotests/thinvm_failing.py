@@ -9,7 +9,12 @@
 # not, or in part.  `durable` is what it may read as after the process is
 # gone: all that was written since the last flush that succeeded, or what
 # `now` was then.  Every request that reports success counts as done, so an
-# error that is swallowed shows as a block that holds something else.
+# error that is swallowed shows as a block that holds something else.  At
+# points whose failure is always told to somebody (a request, a command, or
+# whoever reads the message at closing), told() has to say so.
+#
+# A run ends by closing the image, or by SIGKILL before that, which shows what
+# of the promises was on the device already.
 
 import collections
 import json
@@ -25,6 +30,8 @@ KiB, MiB = 1024, 1024 * 1024
 DISK = 16 * MiB
 PREPARED = (8 * MiB, 64 * KiB, 200)     # offset, length, byte
 TIMEOUT = 60
+INTERVAL = 600 * 1000           # no commit but those that are asked for
+SUPERBLOCKS = 0, 512 * KiB       # where they lie
 READ, WRITE, FLUSH, TRIM, ZEROES = 0, 1, 3, 4, 6
 
 
@@ -178,15 +185,23 @@ def rules(event, nth, once, errno, iotype=None):
                           for n in range(1, nth + 1)]}
 
 
+def broken_superblocks():
+    """Rules for blkdebug: no superblock can be written, all else can."""
+    return {'inject-error': [{'event': 'none', 'iotype': 'write',
+                              'sector': at // 512} for at in SUPERBLOCKS]}
+
+
 class Run:
     """The workload once, with these rules for blkdebug."""
 
-    def __init__(self, program, directory, image, config, persistent, path):
+    def __init__(self, program, directory, image, config, persistent, path,
+                 workload='work', kill=False):
         self.directory, self.image = directory, image
         self.trace = os.path.join(directory, 'trace')
         self.model, self.errors, self.byte = Model(), [], 0
         self.persistent = persistent
         self.closed = False
+        self.stderr = ''
         self.nbd = None
         self.qsd = Daemon(program, directory, path, self.trace)
         try:
@@ -197,12 +212,17 @@ class Run:
                     'cache': {'no-flush': True}}, **config)
             if error:
                 raise Failure(error)
-            if self.open():
-                self.work()
-                self.close()
-            self.qsd.quit()
+            opened = self.open()
+            if opened:
+                getattr(self, workload)()
+            if kill:
+                self.qsd.destroy()
+            else:
+                if opened:
+                    self.close()
+                self.qsd.quit()
+                self.stderr = self.qsd.ended()
             self.reached = self._count()
-            self.stderr = self.qsd.ended()
         finally:
             if self.nbd:
                 self.nbd.close()
@@ -234,7 +254,7 @@ class Run:
         return self.attempt(f'request {kind} at {offset:#x}', once)
 
     def write(self, offset, length):
-        self.byte += 1
+        self.byte = self.byte % 250 + 1
         return self.change(WRITE, offset, length, self.byte,
                            bytes([self.byte]) * length)
 
@@ -267,7 +287,7 @@ class Run:
         if not self.qmp('blockdev-add', driver='thinvm', node_name='disk',
                         file='device', discard='unmap',
                         mapping_cache_size=1 << 20,
-                        mapping_flush_interval=1000):
+                        mapping_flush_interval=INTERVAL):
             return False
         if not self.qmp('block-export-add', type='nbd', id='e', name='disk',
                         node_name='disk', writable=True):
@@ -302,6 +322,13 @@ class Run:
         self.flush()
         self.write(5 * MiB, 64 * KiB)
         self.read_all()
+
+    def checkpoints(self):
+        """Fills the ring, so that checkpoints are made meanwhile."""
+        self.work()
+        for n in range(400):
+            self.write(8 * MiB + n * 20 * KiB, 4 * KiB)
+            self.flush()
 
     def snapshot(self, name):
         """A name that a failed attempt has taken is as good."""
@@ -343,6 +370,10 @@ class Run:
 
     # --- afterwards ---
 
+    def told(self):
+        """Has anybody heard of an error?"""
+        return bool(self.errors) or 'not closed properly' in self.stderr
+
     def _count(self):
         """How often the run came by each of thinvm's events."""
         counts = collections.Counter()
@@ -358,7 +389,7 @@ class Run:
         done = subprocess.run([qemu_img, 'check', '-f', 'thinvm', self.image],
                               text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=TIMEOUT)
-        if done.returncode:
+        if done.returncode or 'using the other superblock' in done.stdout:
             raise Failure(f'check: {done.stdout}')
         raw = os.path.join(self.directory, 'raw')
         done = subprocess.run([qemu_img, 'convert', '-f', 'thinvm', '-O',
