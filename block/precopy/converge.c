@@ -1,0 +1,216 @@
+/*
+ * blockdev-precopy: what is swept next, and when it is enough
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The disk is swept again and again.  The horizon of a sweep is the time that
+ * what is left takes on the link: what will be written within that time is
+ * better sent later.  As less is left, the horizon comes nearer and more is
+ * sent; a sweep that finds nothing to send halves it, down to zero, at which
+ * nothing waits.
+ *
+ *   left    dirty bytes and bytes in flight
+ *   bound   what the link carries within the downtime limit
+ *
+ * The job is ready, and stays so, when what is left is within the bound: then
+ * the guest may be stopped for as long as the rest takes.  If that does not
+ * come about, the guest is faster than the link, and what the user asked for
+ * in that case happens until it is in time again.  A guest that is seen to
+ * make blocks dirty as fast as the link cleans them is not waited for; else it
+ * counts as no progress that the least so far has stood for a while.
+ */
+
+#include "qemu/osdep.h"
+#include "precopy.h"
+#include "trace.h"
+
+#define PRECOPY_MEASURE_MS      250
+#define PRECOPY_LEAST_BOUND     (1024 * 1024)
+/* Before the rate is known: as long as Linux keeps pages dirty */
+#define PRECOPY_FIRST_HORIZON   30000
+#define PRECOPY_LEAST_HORIZON   50
+#define PRECOPY_MOST_HORIZON    3600000
+/* Once ready: what has been quiet for so long is sent */
+#define PRECOPY_READY_HORIZON   5000
+#define PRECOPY_PATIENCE_MS     3000
+
+void precopy_converge_start(PrecopyJob *s)
+{
+    PrecopyConverge *c = &s->converge;
+
+    c->horizon_cap = PRECOPY_MOST_HORIZON;
+    c->sweep.horizon = PRECOPY_FIRST_HORIZON;
+    c->rate_since = c->least_since = precopy_clock_ms();
+    c->least_left = UINT64_MAX;
+}
+
+/* ------------------------------------------------------------------ */
+/* Measuring                                                           */
+
+static uint64_t precopy_smooth(uint64_t mean, uint64_t sample)
+{
+    return mean ? (3 * mean + sample) / 4 : sample;
+}
+
+void precopy_converge_measure(PrecopyJob *s)
+{
+    PrecopyConverge *c = &s->converge;
+    int64_t now = precopy_clock_ms();
+    int64_t busy = precopy_busy_ns(s);
+    PrecopyCounters n;
+
+    if (now - c->rate_since < PRECOPY_MEASURE_MS) {
+        return;
+    }
+    n = precopy_track_counters(s->track);
+    c->dirty_rate = precopy_smooth(c->dirty_rate,
+                                   (n.newly_dirty - c->rate_dirtied) * 1000 /
+                                   (now - c->rate_since));
+    c->rate_dirtied = n.newly_dirty;
+    c->rate_since = now;
+    if (busy >= PRECOPY_MEASURE_MS * SCALE_MS / 2 && n.sent > c->rate_sent) {
+        c->rate = precopy_smooth(c->rate, (n.sent - c->rate_sent) *
+                                 (double)NANOSECONDS_PER_SECOND / busy);
+        c->rate_sent = n.sent;
+        s->busy_ns -= busy;         /* what is in flight begins anew */
+    }
+}
+
+/* What may be counted on */
+static uint64_t precopy_rate(PrecopyJob *s)
+{
+    uint64_t rate = s->converge.rate;
+    int64_t speed;
+
+    WITH_JOB_LOCK_GUARD() {
+        speed = s->common.speed;
+    }
+    return speed && (!rate || rate > speed) ? speed : rate;
+}
+
+uint64_t precopy_bound(PrecopyJob *s)
+{
+    return MAX(precopy_rate(s) / 1000.0 * s->downtime_limit,
+               PRECOPY_LEAST_BOUND);
+}
+
+static int64_t precopy_time_for(PrecopyJob *s, uint64_t bytes)
+{
+    uint64_t rate = precopy_rate(s);
+
+    return rate ? MIN(bytes * 1000.0 / rate, PRECOPY_MOST_HORIZON)
+                : PRECOPY_FIRST_HORIZON;
+}
+
+/* ------------------------------------------------------------------ */
+/* A guest that is faster than the link                                */
+
+static void precopy_set_outpaced(PrecopyJob *s, bool on)
+{
+    PrecopyConverge *c = &s->converge;
+    uint64_t rate = precopy_rate(s);
+
+    c->outpaced = on;
+    switch (s->when_outpaced) {
+    case PRECOPY_OUTPACED_WRITE_BLOCKING:
+        precopy_track_set_write_through(s->track, on);
+        break;
+    case PRECOPY_OUTPACED_THROTTLE:
+        /* Half of the link, then the other half reduces what is left */
+        ratelimit_set_speed(&s->throttle, on ? MAX(rate / 2, 1) : 0,
+                            BLOCK_JOB_SLICE_TIME);
+        break;
+    case PRECOPY_OUTPACED_CONTINUE:
+        break;
+    default:
+        g_assert_not_reached();
+    }
+}
+
+/* How long a guest's write that made @bytes dirty is held back */
+int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes)
+{
+    return ratelimit_calculate_delay(&s->throttle, bytes);
+}
+
+static bool precopy_stalled(PrecopyJob *s, uint64_t left)
+{
+    PrecopyConverge *c = &s->converge;
+    int64_t now = precopy_clock_ms();
+
+    if (left < c->least_left - c->least_left / 10) {
+        c->least_left = left;
+        c->least_since = now;
+        return false;
+    }
+    return now - c->least_since >
+           PRECOPY_PATIENCE_MS + 2 * precopy_time_for(s, left);
+}
+
+/* At the end of a sweep */
+static void precopy_check_pace(PrecopyJob *s, uint64_t left, uint64_t bound)
+{
+    PrecopyConverge *c = &s->converge;
+    bool stalled = precopy_stalled(s, left);
+
+    if (left <= bound / 2) {
+        c->least_left = UINT64_MAX;
+        c->least_since = precopy_clock_ms();
+        if (c->outpaced) {
+            trace_precopy_in_time(s, left);
+            precopy_set_outpaced(s, false);
+        }
+    } else if (left > bound && !c->outpaced &&
+               (stalled || (c->rate && c->dirty_rate > c->rate / 10 * 9))) {
+        trace_precopy_outpaced(s, left, c->dirty_rate, c->rate);
+        precopy_set_outpaced(s, true);
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* The next sweep                                                      */
+
+static void precopy_next_horizon(PrecopyJob *s, bool idle, uint64_t left)
+{
+    PrecopyConverge *c = &s->converge;
+    PrecopySweep *sweep = &c->sweep;
+
+    if (sweep->nb_picked) {
+        c->horizon_cap = MIN(c->horizon_cap * 2, PRECOPY_MOST_HORIZON);
+    } else if (!sweep->free_too) {
+        sweep->free_too = true;
+    } else {
+        c->horizon_cap = sweep->horizon / 2;
+    }
+    c->horizon_cap = MAX(c->horizon_cap, PRECOPY_LEAST_HORIZON / 2);
+    if (idle) {
+        sweep->horizon = PRECOPY_READY_HORIZON;
+    } else {
+        sweep->horizon = MIN(precopy_time_for(s, left), c->horizon_cap);
+        if (sweep->horizon < PRECOPY_LEAST_HORIZON) {
+            sweep->horizon = 0;
+        }
+    }
+}
+
+/*
+ * Called at the end of a sweep, which need not have been sent in full.
+ * Returns whether there is reason to sweep again at once.
+ */
+bool precopy_converge_next(PrecopyJob *s)
+{
+    PrecopyConverge *c = &s->converge;
+    uint64_t left = precopy_left(s);
+    uint64_t bound = precopy_bound(s);
+    bool idle = left <= bound / 2;
+    bool picked = c->sweep.nb_picked;
+
+    c->rounds += picked;
+    precopy_check_pace(s, left, bound);
+    precopy_next_horizon(s, idle, left);
+    trace_precopy_sweep(s, c->rounds, c->sweep.horizon, left, bound);
+    c->sweep.cursor = 0;
+    c->sweep.nb_picked = 0;
+    c->sweep.nb_deferred = 0;
+    return !idle || picked;
+}

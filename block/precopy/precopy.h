@@ -1,0 +1,140 @@
+/*
+ * blockdev-precopy: the job and its filter node
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the files of the job share.  Who calls whom:
+ *
+ *   qmp.c, start.c     the command: checks, filter node and job are made
+ *   job.c              life cycle: ready, the last phase, the change of graph
+ *   converge.c         what is swept next, when it is enough, what is done
+ *                      about a guest that is faster than the link
+ *   scan.c             what there is to copy at all
+ *   copy.c             requests from source to target
+ *   filter.c           the guest's requests
+ *   track.c, heat.c    what is left, and the order
+ *
+ * The job's coroutine and its requests run in the job's AioContext; the
+ * filter is called from any thread.
+ */
+
+#ifndef BLOCK_PRECOPY_PRECOPY_H
+#define BLOCK_PRECOPY_PRECOPY_H
+
+#include "block/block_int.h"
+#include "block/blockjob_int.h"
+#include "qapi/qapi-types-precopy.h"
+#include "qemu/ratelimit.h"
+#include "track.h"
+
+/* Requests at once, and bytes in each */
+#define PRECOPY_MAX_IN_FLIGHT 16
+#define PRECOPY_MAX_BYTES     (1024 * 1024)
+
+typedef struct PrecopyJob PrecopyJob;
+
+typedef struct PrecopyFilter {
+    PrecopyTrack *track;
+    PrecopyJob *job;            /* NULL when it no longer cares */
+    bool stop;                  /* no permissions below any more */
+} PrecopyFilter;
+
+/* See converge.c */
+typedef struct PrecopyConverge {
+    PrecopySweep sweep;
+    int64_t horizon_cap;        /* ms */
+    uint64_t rounds;            /* sweeps that picked something */
+    uint64_t rate;              /* of the link, bytes per second; 0: unknown */
+    uint64_t dirty_rate;        /* by the guest, of blocks that were clean */
+    uint64_t rate_sent;         /* counters at the last measurement */
+    uint64_t rate_dirtied;
+    int64_t rate_since;         /* ms */
+    uint64_t least_left;        /* the best so far */
+    int64_t least_since;        /* ms: when that was */
+    bool outpaced;
+} PrecopyConverge;
+
+struct PrecopyJob {
+    BlockJob common;
+    BlockBackend *target;
+    BlockDriverState *filter;
+    PrecopyFilter *top;         /* its state */
+    PrecopyTrack *track;        /* owned by the filter node */
+    BlockdevOnError on_source_error, on_target_error;
+    PrecopyOutpaced when_outpaced;
+    int64_t downtime_limit;     /* ms */
+    bool target_is_zero;
+
+    /* Requests; in the job's context, but for atomic reads of in_flight */
+    int in_flight;
+    int64_t bytes_in_flight;
+    CoQueue slots;              /* wait for one to end */
+    int64_t busy_since;         /* ns, while any is in flight */
+    int64_t busy_ns;
+
+    PrecopyConverge converge;
+    RateLimit throttle;         /* of the guest */
+    int64_t started;            /* ms */
+    int64_t ready_after;        /* ms; -1: not yet */
+
+    int ret;                    /* atomic: the error to end with */
+    bool failed;                /* a request failed since this was cleared */
+    bool should_complete;
+    bool in_drain;              /* our own */
+    bool finished;              /* the graph has been put right */
+    bool pivoted;
+    int64_t last_pause_ns;
+    PrecopyStatistics last;     /* when the track is gone */
+};
+
+/* filter.c */
+BlockDriverState *precopy_filter_new(BlockDriverState *bs, const char *name,
+                                     Error **errp);
+
+/* scan.c */
+int coroutine_fn GRAPH_UNLOCKED precopy_scan(PrecopyJob *s);
+
+/* copy.c */
+void precopy_failed(PrecopyJob *s, bool read, int ret);
+PrecopyPick coroutine_fn precopy_copy_next(PrecopyJob *s,
+                                           PrecopySweep *sweep);
+void coroutine_fn precopy_wait_slot(PrecopyJob *s);
+void coroutine_fn precopy_wait_all(PrecopyJob *s);
+int coroutine_fn precopy_flush_target(PrecopyJob *s);
+uint64_t precopy_left(PrecopyJob *s);
+int64_t precopy_busy_ns(PrecopyJob *s);
+int coroutine_fn GRAPH_RDLOCK
+precopy_write_through(PrecopyJob *s, int64_t offset, int64_t bytes,
+                      QEMUIOVector *qiov, size_t qiov_offset);
+
+/* converge.c */
+void precopy_converge_start(PrecopyJob *s);
+void precopy_converge_measure(PrecopyJob *s);
+/* Bytes that can be sent within the downtime limit */
+uint64_t precopy_bound(PrecopyJob *s);
+/* A sweep is over: begin another, or say that there is nothing to do */
+bool precopy_converge_next(PrecopyJob *s);
+int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes);
+
+/* job.c */
+extern const BlockJobDriver precopy_job_driver;
+void precopy_statistics(PrecopyJob *s, PrecopyStatistics *info);
+
+/* start.c */
+typedef struct PrecopyOptions {
+    const char *job_id;
+    const char *filter_node_name;
+    int64_t speed;
+    BlockdevOnError on_source_error, on_target_error;
+    PrecopyOutpaced when_outpaced;
+    int64_t downtime_limit;
+    bool target_is_zero;
+    int job_flags;
+} PrecopyOptions;
+
+void GRAPH_UNLOCKED precopy_start(BlockDriverState *bs,
+                                  BlockDriverState *target,
+                                  const PrecopyOptions *options,
+                                  Error **errp);
+
+#endif
