@@ -47,7 +47,7 @@ LIBRARIES = '''
 
 # Firmware, and what tests call.
 RUN_TIME = '''
-    fuse3 ipxe-qemu kmod libiscsi-bin qemu-system-data seabios tgt
+    e2fsprogs fuse3 ipxe-qemu kmod libiscsi-bin qemu-system-data seabios tgt
 '''.split()
 
 

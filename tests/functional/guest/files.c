@@ -1,0 +1,272 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A guest with file systems, for tests of what a guest knows of its files.
+ *
+ * It is /init.  It loads the modules of its initramfs, starts the program
+ * /agent if there is one, and obeys one-line commands from the virtio-serial
+ * port org.thinvm.test; words are separated by one space:
+ *
+ *   mount DEVICE PATH           ext4; answers "ok"
+ *   linear NAME START,LENGTH,MAJOR:MINOR,AT ...
+ *                               a device-mapper device of linear pieces
+ *                               (sectors), as LVM makes them; answers "ok
+ *                               MAJOR:MINOR", and it is /dev/NAME
+ *   write PATH OFFSET LENGTH    buffered, answers when write() has returned
+ *   fsync PATH | delete PATH | sync | umount PATH
+ *   poweroff                    ends the machine
+ *
+ * An answer is "ok" with what is said above, or "X" and an error.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/dm-ioctl.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define MAX_WORDS 16
+
+static void load_modules(void)
+{
+    struct dirent **list;
+    int n = scandir("/modules", &list, NULL, alphasort);
+
+    for (int i = 0; i < n; i++) {
+        char path[512];
+        int fd;
+
+        snprintf(path, sizeof(path), "/modules/%s", list[i]->d_name);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd >= 0) {
+            syscall(SYS_finit_module, fd, "", 0);
+            close(fd);
+        }
+    }
+}
+
+/* /dev/virtio-ports/NAME, as udev would make it */
+static int port_open(const char *wanted)
+{
+    DIR *dir = opendir("/sys/class/virtio-ports");
+    struct dirent *e;
+    int result = -1;
+
+    mkdir("/dev/virtio-ports", 0755);
+    while (dir && (e = readdir(dir))) {
+        char path[512], name[256] = "";
+        FILE *f;
+
+        snprintf(path, sizeof(path), "/sys/class/virtio-ports/%s/name",
+                 e->d_name);
+        f = fopen(path, "re");
+        if (!f) {
+            continue;
+        }
+        if (fscanf(f, "%255s", name) == 1) {
+            char to[512];
+
+            snprintf(to, sizeof(to), "/dev/virtio-ports/%s", name);
+            snprintf(path, sizeof(path), "/dev/%s", e->d_name);
+            (void)!symlink(path, to);
+            if (!strcmp(name, wanted)) {
+                result = open(path, O_RDWR | O_CLOEXEC);
+            }
+        }
+        fclose(f);
+    }
+    if (dir) {
+        closedir(dir);
+    }
+    return result;
+}
+
+static int dm(int control, unsigned long request, struct dm_ioctl *io,
+              const char *name, size_t size)
+{
+    io->version[0] = DM_VERSION_MAJOR;
+    io->data_size = size;
+    io->data_start = sizeof(*io);
+    snprintf(io->name, sizeof(io->name), "%s", name);
+    return ioctl(control, request, io);
+}
+
+/* "linear NAME PIECE...": 0, and the device's number in *@device */
+static int make_linear(char **word, unsigned nb, dev_t *device)
+{
+    static char buf[16384];
+    struct dm_ioctl *io = (void *)buf;
+    int control = open("/dev/mapper/control", O_RDWR | O_CLOEXEC);
+    char path[300];
+    char *at;
+
+    memset(buf, 0, sizeof(buf));
+    if (control < 0 || dm(control, DM_DEV_CREATE, io, word[1],
+                          sizeof(buf)) < 0) {
+        return -1;
+    }
+    *device = io->dev;
+    memset(buf, 0, sizeof(buf));
+    at = buf + sizeof(*io);
+    for (unsigned i = 2; i < nb; i++) {
+        struct dm_target_spec *spec = (void *)at;
+        unsigned long long start, length, sector;
+        unsigned major, minor;
+
+        if (sscanf(word[i], "%llu,%llu,%u:%u,%llu", &start, &length, &major,
+                   &minor, &sector) != 5) {
+            errno = EINVAL;
+            return -1;
+        }
+        spec->sector_start = start;
+        spec->length = length;
+        strcpy(spec->target_type, "linear");
+        sprintf(at + sizeof(*spec), "%u:%u %llu", major, minor, sector);
+        spec->next = sizeof(*spec) + 64;
+        at += spec->next;
+    }
+    io->target_count = nb - 2;
+    if (dm(control, DM_TABLE_LOAD, io, word[1], sizeof(buf)) < 0) {
+        return -1;
+    }
+    memset(buf, 0, sizeof(*io));
+    if (dm(control, DM_DEV_SUSPEND, io, word[1], sizeof(buf)) < 0) {
+        return -1;
+    }
+    close(control);
+    snprintf(path, sizeof(path), "/dev/%s", word[1]);
+    return mknod(path, S_IFBLK | 0600, *device);
+}
+
+static int write_file(const char *path, const char *offset,
+                      const char *length)
+{
+    static char block[65536];
+    int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    uint64_t at = strtoull(offset, NULL, 10);
+    uint64_t left = strtoull(length, NULL, 10);
+    static unsigned char turn;
+
+    memset(block, ++turn, sizeof(block));
+    while (fd >= 0 && left) {
+        ssize_t n = pwrite(fd, block, left < sizeof(block) ? left :
+                           sizeof(block), at);
+
+        if (n <= 0) {
+            return -1;
+        }
+        at += n;
+        left -= n;
+    }
+    return fd < 0 ? -1 : close(fd);
+}
+
+static int sync_file(const char *path)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int ret = fd < 0 ? -1 : fsync(fd);
+
+    close(fd);
+    return ret;
+}
+
+static int mount_at(const char *device, const char *path)
+{
+    mkdir(path, 0755);
+    return mount(device, path, "ext4", 0, NULL);
+}
+
+static void obey(char *line, FILE *answers)
+{
+    char *word[MAX_WORDS] = { NULL };
+    unsigned nb = 0;
+    dev_t device = 0;
+    int ret = -1;
+
+    errno = EINVAL;
+    while (nb < MAX_WORDS && (word[nb] = strsep(&line, " "))) {
+        nb++;
+    }
+    if (nb == 3 && !strcmp(word[0], "mount")) {
+        ret = mount_at(word[1], word[2]);
+    } else if (nb > 2 && !strcmp(word[0], "linear")) {
+        ret = make_linear(word, nb, &device);
+    } else if (nb == 4 && !strcmp(word[0], "write")) {
+        ret = write_file(word[1], word[2], word[3]);
+    } else if (nb == 2 && !strcmp(word[0], "fsync")) {
+        ret = sync_file(word[1]);
+    } else if (nb == 2 && !strcmp(word[0], "delete")) {
+        ret = unlink(word[1]);
+    } else if (nb == 2 && !strcmp(word[0], "umount")) {
+        ret = umount(word[1]);
+    } else if (nb == 1 && !strcmp(word[0], "sync")) {
+        sync();
+        ret = 0;
+    } else if (nb == 1 && !strcmp(word[0], "poweroff")) {
+        sync();
+        reboot(RB_POWER_OFF);
+    }
+    if (ret < 0) {
+        fprintf(answers, "X %s: %s\n", word[0], strerror(errno));
+    } else if (device) {
+        fprintf(answers, "ok %u:%u\n", major(device), minor(device));
+    } else {
+        fprintf(answers, "ok\n");
+    }
+    fflush(answers);
+}
+
+int main(void)
+{
+    char line[1024];
+    FILE *in, *out;
+    int port;
+
+    mount("proc", "/proc", "proc", 0, NULL);
+    mount("sys", "/sys", "sysfs", 0, NULL);
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    load_modules();
+    for (int i = 0; (port = port_open("org.thinvm.test")) < 0; i++) {
+        if (i == 300) {
+            fprintf(stderr, "no port\n");
+            reboot(RB_POWER_OFF);
+        }
+        usleep(100000);
+    }
+    /* dirty pages are to stay dirty until a test has seen them */
+    FILE *f = fopen("/proc/sys/vm/dirty_expire_centisecs", "we");
+
+    if (f) {
+        fprintf(f, "60000\n");
+        fclose(f);
+    }
+    if (access("/agent", X_OK) == 0 && fork() == 0) {
+        execl("/agent", "/agent", NULL);
+        _exit(127);
+    }
+    in = fdopen(port, "r");
+    out = fdopen(dup(port), "w");
+    fprintf(out, "ready\n");
+    fflush(out);
+    while (fgets(line, sizeof(line), in)) {
+        line[strcspn(line, "\n")] = 0;
+        obey(line, out);
+        while (waitpid(-1, NULL, WNOHANG) > 0) {
+            ;
+        }
+    }
+    reboot(RB_POWER_OFF);
+    return 1;
+}
