@@ -495,7 +495,7 @@ static void insert_op(Mutator *m, uint8_t *block, unsigned length, unsigned nr)
 {
     uint8_t op[THINVM_OP_MAX_LENGTH];
     unsigned n = encode_op(m, op);
-    unsigned at = find_op(block, length, nr);
+    unsigned at = MIN(find_op(block, length, nr), length);
 
     if (length + n <= FUZZ_BLOCK) {
         memmove(block + at + n, block + at, length - at);
@@ -506,8 +506,8 @@ static void insert_op(Mutator *m, uint8_t *block, unsigned length, unsigned nr)
 
 static void remove_op(uint8_t *block, unsigned length, unsigned nr)
 {
-    unsigned at = find_op(block, length, nr);
-    unsigned end = find_op(block, length, nr + 1);
+    unsigned at = MIN(find_op(block, length, nr), length);
+    unsigned end = MIN(find_op(block, length, nr + 1), length);
 
     memmove(block + at, block + end, length - end);
     memset(block + length - (end - at), 0, end - at);
@@ -530,7 +530,8 @@ static void change_record(Mutator *m)
         return;
     }
     length = ldl_le_p(block + offsetof(ThinvmRecordLe, length_le));
-    length = MIN(length, FUZZ_BLOCK);
+    /* an earlier change may have made it anything */
+    length = MAX(MIN(length, FUZZ_BLOCK), sizeof(ThinvmRecordLe));
     nb = ldl_le_p(block + offsetof(ThinvmRecordLe, nb_operations_le));
     nr = below(m, MIN(nb, 100) + 1);
     switch (below(m, 6)) {
