@@ -659,6 +659,85 @@ static void coroutine_fn test_follow_quarantine(ThinvmSim *sim)
     store_close(follower, true);
 }
 
+/* ------------------------------------------------------------------ */
+
+typedef struct Releaser {
+    ThinvmStore *st;
+    int thread;                 /* its id, once it runs */
+} Releaser;
+
+static void coroutine_fn release_entry(void *opaque)
+{
+    Releaser *r = opaque;
+
+    qatomic_set(&r->thread, qemu_get_thread_id());
+    thinvm_store_reclaim(r->st, false);
+}
+
+static gpointer release_thread(gpointer opaque)
+{
+    qemu_coroutine_enter(qemu_coroutine_create(release_entry, opaque));
+    return NULL;
+}
+
+/* Does that thread of ours wait for something? */
+static bool sleeps(int thread)
+{
+    g_autofree char *path = g_strdup_printf("/proc/self/task/%d/stat", thread);
+    g_autofree char *text = NULL;
+    const char *state;
+
+    if (!thread || !g_file_get_contents(path, &text, NULL, NULL)) {
+        return false;
+    }
+    state = strrchr(text, ')');
+    return state && state[2] == 'S';
+}
+
+/*
+ * A follower's thread is about to make a freed cluster usable; another one,
+ * which has the state lock, makes the node the owner.  Whoever comes first,
+ * the cluster is not made usable by what was decided before: the new owner
+ * may have mapped and freed it again.
+ */
+static void coroutine_fn test_release_in_one_step(ThinvmSim *sim)
+{
+    ThinvmStore *owner, *follower;
+    Releaser r = {};
+    GThread *thread;
+    unsigned token;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_one(sim, owner, 0, 1);
+    flush(owner);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    token = thinvm_store_request_begin(follower);
+    thinvm_store_unmap(owner, 0, 0, 1, THINVM_SOURCE_ZERO, NULL, &error_abort);
+    flush(owner);
+    follow(follower, true);
+    g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 1);
+    thinvm_store_request_end(follower, token);
+
+    r.st = follower;
+    thinvm_state_lock(follower->state);
+    thread = g_thread_new("release", release_thread, &r);
+    while (!sleeps(qatomic_read(&r.thread))) {
+        g_thread_yield();
+    }
+    g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 1);
+    qatomic_set(&follower->mode, THINVM_STORE_WRITING);
+    thinvm_state_unlock(follower->state);
+    g_thread_join(thread);
+    g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 1);
+
+    qatomic_set(&follower->mode, THINVM_STORE_READING);
+    thinvm_store_reclaim(follower, false);
+    g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 0);
+    thinvm_store_free(follower);
+    store_close(owner, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -669,6 +748,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/cut-off", test_follow_cut_off);
     add("/thinvm/follow/hidden", test_follow_hidden);
     add("/thinvm/follow/quarantine", test_follow_quarantine);
+    add("/thinvm/follow/release-in-one-step", test_release_in_one_step);
     add("/thinvm/follow/preload", test_preload);
     add("/thinvm/follow/preload-small", test_preload_small);
     add("/thinvm/follow/preload-hot", test_preload_hot);
