@@ -151,8 +151,9 @@ static void coroutine_fn copy_cluster(Rewrite *r, uint64_t guest,
     }
     new = g_array_index(r->spare, uint64_t, r->nb_used++);
     if (thinvm_entry_valid(*entry)) {
-        buf = g_malloc(1ULL << bits);
-        ret = thinvm_store_pread(c->st, old << bits, 1ULL << bits, buf,
+        buf = g_try_malloc(1ULL << bits);
+        ret = !buf ? -ENOMEM :
+              thinvm_store_pread(c->st, old << bits, 1ULL << bits, buf,
                                  BLKDBG_COW_READ);
         if (ret == 0) {
             ret = thinvm_store_pwrite(c->st, new << bits, 1ULL << bits, buf,

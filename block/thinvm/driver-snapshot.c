@@ -286,6 +286,22 @@ static void thinvm_snapshot_fill(QEMUSnapshotInfo *info,
     pstrcpy(info->name, sizeof(info->name), snap->name);
 }
 
+/* An image may have 65,000 of them */
+static int thinvm_snapshot_append(ThinvmSnapshotCo *c,
+                                  const ThinvmSnapshot *snap, Error **errp)
+{
+    QEMUSnapshotInfo *list = g_try_renew(QEMUSnapshotInfo, c->list, c->nb + 1);
+
+    if (!list) {
+        error_setg(errp, "Not enough memory for a list of more than %d "
+                   "snapshots", c->nb);
+        return -ENOMEM;
+    }
+    c->list = list;
+    thinvm_snapshot_fill(&list[c->nb++], snap);
+    return 0;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_snapshot_list(BlockDriverState *bs, void *opaque, Error **errp)
 {
@@ -300,12 +316,11 @@ thinvm_co_snapshot_list(BlockDriverState *bs, void *opaque, Error **errp)
         if (ret == -ENOENT) {
             continue;
         }
+        if (ret == 0 && !(snap.flags & THINVM_SNAPSHOT_HIDDEN)) {
+            ret = thinvm_snapshot_append(c, &snap, errp);
+        }
         if (ret < 0) {
             return ret;
-        }
-        if (!(snap.flags & THINVM_SNAPSHOT_HIDDEN)) {
-            c->list = g_renew(QEMUSnapshotInfo, c->list, c->nb + 1);
-            thinvm_snapshot_fill(&c->list[c->nb++], &snap);
         }
     }
     return 0;
