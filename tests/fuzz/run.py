@@ -73,7 +73,8 @@ def test_sources(name):
     """A unit test and what it is made of beside the engine."""
     unit = CHECKOUT / 'tests/unit'
     table = (unit / 'thinvm/meson.build').read_text(encoding='utf-8')
-    helpers = dict.fromkeys(re.findall(r"thinvm_unit / '(\S+\.c)'", table))
+    helpers = dict.fromkeys(re.findall(r"thinvm_unit / '(thinvm-\S+\.c)'",
+                                       table))
     return [unit / f'{name}.c', *(unit / h for h in helpers
                                   if 'crash' in name or 'sim' in h)]
 
