@@ -11,8 +11,9 @@
 #
 # prints "ok NAME", "not ok NAME" or "skip NAME reason" (see
 # scripts/lib/testrun.py), with --tap the same as TAP for meson.  With --all
-# test-thinvm-crash makes a million cuts more, split over the processors; their
-# progress is told on stderr.
+# test-thinvm-crash makes a million cuts more, split over the processors (their
+# progress is told on stderr), and all programs run once more under sanitizers
+# (thinvm_sanitize.py): "--all --only asan" and "--all --only tsan" run these.
 
 import argparse
 import concurrent.futures
@@ -23,12 +24,16 @@ import sys
 import threading
 from pathlib import Path
 
+import thinvm_sanitize
+
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 LIMIT = 600             # seconds that one program may take
 LIMIT_ALL = 10000       # the same for a part of a million cuts
+LIMIT_SANITIZED = 3600  # and for one that sanitizers slow down
 CUTS_ALL = 1000000
 SEED_ALL = 1000000      # of the first part's first life, and so on
-CASE = re.compile(r'^(not )?ok \d+ (?:- )?(\S+)(?:\s+#\s*SKIP\s*(.*))?')
+CASE = re.compile(r'^(not )?ok \d+ (?:- )?(\S+)(?:\s+#\s*SKIP\s*(.*))?',
+                  re.MULTILINE)
 
 
 def call(argv, log, env, limit):
@@ -83,6 +88,25 @@ def run(program, log_dir, options, part='', limit=LIMIT):
     return results
 
 
+BUILDING = threading.Lock()     # the programs share objects
+
+
+def run_sanitized(case, make, name, log_dir):
+    """One program under a sanitizer; [(verdict, name, detail)]."""
+    log = log_dir / f'{case.replace("/", "-")}.log'
+    try:
+        with BUILDING:
+            program, env = make(name)
+    except thinvm_sanitize.FUZZ.BuildError as e:
+        log.write_text(str(e), encoding='utf-8')
+        return [('not ok', case, f'does not build, see {log}')]
+    rc, output = call([str(program), '--tap', '-k'], log,
+                      dict(os.environ, **env), LIMIT_SANITIZED)
+    if rc or not CASE.search(output):
+        return [('not ok', case, f'exit {rc}, see {log}')]
+    return [('ok', case, '')]
+
+
 def million_cuts(parts):
     """(options, part, limit) of each run of test-thinvm-crash."""
     for n in range(parts):
@@ -105,11 +129,14 @@ def main():
 
     log_dir = args.build / 'test-logs' / 'unit'
     log_dir.mkdir(parents=True, exist_ok=True)
-    sources = (CHECKOUT / 'tests' / 'unit').glob('test-thinvm-*.c')
+    sources = list((CHECKOUT / 'tests' / 'unit').glob('test-thinvm-*.c'))
     programs = [args.build / 'qemu' / 'tests' / 'unit' / s.stem
                 for s in sorted(sources)
                 if args.only.split('/')[0] in s.stem]
-    if not programs and args.only:
+    sanitized = [c for c in thinvm_sanitize.Sanitized(args.build).cases(
+                     s.stem for s in sorted(sources))
+                 if args.only in c[0]] if args.all else []
+    if not programs and not sanitized and args.only:
         return 2
     options = ['-m', 'slow'] if args.all else []
     count = 0
@@ -120,6 +147,7 @@ def main():
             if args.all and p.name == 'test-thinvm-crash':
                 jobs += [pool.submit(run, p, log_dir, *more)
                          for more in million_cuts(args.jobs)]
+        jobs += [pool.submit(run_sanitized, *c, log_dir) for c in sanitized]
         for job in concurrent.futures.as_completed(jobs):
             for verdict, name, detail in job.result():
                 count += 1

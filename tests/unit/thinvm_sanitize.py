@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The unit tests under sanitizers, for run-thinvm.py --all: all of them with
+# ASan and UBSan ("asan/NAME"), and test-thinvm-store-threads with TSan
+# ("tsan/NAME"), where QEMU's threads, bottom halves, locks and coroutines are
+# compiled for it as well, since it must see how they order things.
+#
+# Programs are compiled and linked as the fuzzer's are (tests/fuzz/run.py), by
+# the compiler of QEMU's build; objects lie in BUILD/fuzz.
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent.parent
+THREADS = 'test-thinvm-store-threads'
+# These take minutes under ASan, and what they run others run as well
+SLOW = ('test-thinvm-shrink',)
+# What orders things in QEMU, but the coroutine backend, which is our own
+UTIL = re.compile(r'^libqemuutil\.a\.p/util_(aio|async|coroutine|qemu-co|'
+                  r'lockcnt|rcu|qemu-thread|main-loop|thread-pool|'
+                  r'event_notif|fdmon|qemu-timer|qht|iohandler|memalign|'
+                  r'oslib-posix)[\w-]*\.c\.o$')
+BACKENDS = ('coroutine-ucontext', 'coroutine-sigaltstack')
+TSAN_FLAGS = ['-O1', '-fsanitize=thread', '-DCONFIG_TSAN=1', '-Wno-tsan']
+
+
+def fuzz_module():
+    spec = importlib.util.spec_from_file_location(
+        'thinvm_fuzz_run', CHECKOUT / 'tests/fuzz/run.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FUZZ = fuzz_module()
+
+
+class Sanitized:
+    def __init__(self, build):
+        self.build = build.resolve()
+        self.fuzz = FUZZ
+        self.cc = shutil.which('gcc') or shutil.which('cc')
+
+    def _sources(self, name):
+        return [*self.fuzz.test_sources(name), *self.fuzz.engine_sources()]
+
+    def _threads(self, name):
+        unit = [HERE / f'{name}.c', HERE / 'thinvm-sim-image.c',
+                self.build / 'qemu-src/tests/unit/iothread.c']
+        return [*unit, *self.fuzz.engine_sources(),
+                self.build / 'qemu-src/block/aio_task.c']
+
+    def _util(self):
+        qemu = self.build / 'qemu'
+        commands = json.loads((qemu / 'compile_commands.json').read_text())
+        found = {Path(os.path.normpath(qemu / c['file'])) for c in commands
+                 if UTIL.match(c.get('output', ''))}
+        return sorted(f for f in found if f.stem not in BACKENDS)
+
+    def asan(self, name):
+        """The program, and the environment that it wants."""
+        program = self.fuzz.Program(
+            self.build, 'asan', self.cc,
+            self.fuzz.sanitized(self.cc, self.fuzz.SANITIZE))
+        if name == THREADS:
+            sources = [*self._threads(name),
+                       self.build / 'qemu-src/util/coroutine-ucontext.c']
+        else:
+            sources = [*self._sources(name),
+                       *self.fuzz.qemu_sources(self.build)]
+        return program.link(name, sources), {
+            k: v for k, v in self.fuzz.environment().items()
+            if k.endswith('SAN_OPTIONS')}
+
+    def tsan(self, name):
+        program = self.fuzz.Program(self.build, 'tsan', self.cc, TSAN_FLAGS)
+        path = program.link(name, [*self._threads(name), *self._util(),
+                                   HERE / 'thinvm-coroutine-tsan.c'])
+        return path, {'TSAN_OPTIONS': 'halt_on_error=0:exitcode=66:suppressions='
+                      f'{HERE / "thinvm-tsan.supp"}'}
+
+    def cases(self, names):
+        """(what it is called, how the program is made)."""
+        for name in names:
+            if name not in SLOW:
+                yield f'asan/{name}', self.asan, name
+            if name == THREADS:
+                yield f'tsan/{name}', self.tsan, name
