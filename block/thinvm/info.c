@@ -152,6 +152,7 @@ ThinvmInfo *thinvm_info(BDRVThinvmState *s)
         .space_low = space.low,
         .allocation_rate = space.rate,
         .statistics = statistics,
+        .lost_reason = g_strdup(qatomic_read(&s->lost_reason)),
     };
     thinvm_pulse_info(s, dst);
     return dst;

@@ -390,6 +390,7 @@ void thinvm_mode_lose(BDRVThinvmState *s, const char *reason)
     if (qatomic_xchg(&s->lost, true)) {
         return;
     }
+    qatomic_set(&s->lost_reason, g_strdup(reason));
     qatomic_set(&s->owner, false);
     qatomic_set(&s->fence.held, false);
     thinvm_store_poison(s->store);

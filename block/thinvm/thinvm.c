@@ -209,6 +209,7 @@ static void thinvm_free(BlockDriverState *bs)
         thinvm_store_free(g_steal_pointer(&s->store));
     }
     g_free(g_steal_pointer(&s->view));
+    g_free(g_steal_pointer(&s->lost_reason));
     thinvm_io_destroy(s);
 }
 

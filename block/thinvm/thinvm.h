@@ -151,6 +151,7 @@ struct BDRVThinvmState {
     bool in_migration;              /* outgoing: write-through is forced */
     bool owner;                     /* we hold the claim claim.epoch */
     bool lost;                      /* ownership lost: every write fails */
+    char *lost_reason;              /* atomic; set once, after lost */
     bool follow;                    /* catch up before a look-up for reading */
     bool take_failed;               /* reported already; until one succeeds */
     bool put_down;                  /* by the user's order; mode_lock */

@@ -146,6 +146,8 @@ def frozen_owner(ctx):
     info = query_thinvm(frozen.qmp, 'disk')
     check(info['ownership-lost'] and not info['owner'],
           'it does not know that it lost the image: %s', info)
+    check(info.get('lost-reason') == event['data']['reason'],
+          'the reason is shown as %s', info.get('lost-reason'))
     client.close()
     frozen.kill()
     check(read(ctx, winner, 0) == pattern(2),
