@@ -23,9 +23,11 @@ OWN = {'/run': '755', '/dev/shm': '1777'}
 
 
 class Host:
-    def __init__(self, ctx, name, network=False, own=None, views=None):
-        """@own: more directories that are empty and its own; @views:
-        {directory: {name: target}}, symbolic links that it sees there."""
+    def __init__(self, ctx, name, network=False, own=None, views=None,
+                 links=None):
+        """@own: {directory: mode}, more that are empty and its own; @views:
+        {directory: {name: target}}, symbolic links that it sees there beside
+        what is there; @links: {path in a directory of its own: target}."""
         self.ctx = ctx
         self.name = name
         self.network = network
@@ -33,8 +35,9 @@ class Host:
         ctx.need('nsenter', 'util-linux')
         self._orders = {'name': name, 'network': network,
                         'own': list({**OWN, **(own or {})}.items()),
-                        'views': views or {}}
+                        'views': views or {}, 'links': links or {}}
         self.process = None
+        self._services = []
         self.power_on()
         ctx.cleanup(self.power_off)
 
@@ -97,8 +100,18 @@ class Host:
 
     def start(self, name, *argv, env=None):
         """A service: a Process whose output is a log of the test."""
-        return Process(self.ctx, self.ctx.unique('%s-%s' % (self.name, name)),
-                       self.inside(*argv), env=env)
+        service = Process(self.ctx,
+                          self.ctx.unique('%s-%s' % (self.name, name)),
+                          self.inside(*argv), env=env)
+        self._services.append(service)
+        return service
+
+    def _wake_services(self):
+        """nsenter stops itself with its child, but nobody continues it, and
+        a child that it does not bury keeps the host from ending."""
+        for service in self._services:
+            if service.alive():
+                service.popen.send_signal(signal.SIGCONT)
 
     def _processes(self):
         for entry in os.listdir('/proc'):
@@ -139,6 +152,7 @@ class Host:
                 os.kill(pid, signal.SIGCONT)
             except OSError:
                 pass
+        self._wake_services()
 
     def is_on(self):
         return self.process.alive()
@@ -150,4 +164,5 @@ class Host:
                 os.kill(self.init, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+            self._wake_services()
             self.process.wait(60)

@@ -27,14 +27,14 @@ class Lun:
     @property
     def url(self):
         """What qemu-img and friends take as a file name."""
-        return 'iscsi://127.0.0.1:%d/%s/%d' % (self.target.port,
-                                               self.target.iqn, self.number)
+        return 'iscsi://%s:%d/%s/%d' % (self.target.address, self.target.port,
+                                        self.target.iqn, self.number)
 
     def blockdev(self, node, host='a'):
         """Options of a protocol node that logs in as the named host."""
         return {
             'driver': 'iscsi', 'node-name': node, 'transport': 'tcp',
-            'portal': '127.0.0.1:%d' % self.target.port,
+            'portal': '%s:%d' % (self.target.address, self.target.port),
             'target': self.target.iqn, 'lun': self.number,
             'initiator-name': '%s:host-%s' % (IQN, host),
             'cache': {'direct': True},
@@ -46,8 +46,9 @@ class Lun:
 
 
 class Target:
-    def __init__(self, ctx):
+    def __init__(self, ctx, address='127.0.0.1'):
         self.ctx = ctx
+        self.address = address
         self.tgtd = ctx.need('tgtd', 'tgt')
         self.tgtadm = ctx.need('tgtadm', 'tgt')
         self.name = ctx.unique('tgtd')
@@ -65,7 +66,7 @@ class Target:
             self.process = Process(
                 self.ctx, self.name,
                 [self.tgtd, '-f', '-C', str(self.control), '--iscsi',
-                 'portal=127.0.0.1:%d' % self.port], env=env)
+                 'portal=%s:%d' % (self.address, self.port)], env=env)
             if self._ready():
                 self._adm('--mode', 'target', '--op', 'new', '--tid', '1',
                           '-T', self.iqn)
