@@ -122,6 +122,10 @@ class Target:
                   '--lun', str(number), '--params',
                   'thin_provisioning=1')
 
+    def statistics(self):
+        """A line for each LUN and login: what they have read and written."""
+        return self._adm('--mode', 'target', '--op', 'stat', '--tid', '1')
+
     def stop(self):
         """The array goes away (kill -9)."""
         self.process.kill()
