@@ -219,13 +219,13 @@ def cmd_dump(args):
 
 # --- claims -----------------------------------------------------------------
 
-STATES = {1: 'active', 2: 'released', 3: 'closed'}
+STATES = {1: 'active', 2: 'released', 3: 'closed', 4: 'returned'}
 
 
 def ownership_block(image, kind, offset, magic):
     data = image.device.read(offset, 512, 'ownership block')
     # the UUID of the image is at another place in each kind
-    at = 144 if kind == fmt.SUM_CLAIM else 40
+    at = {fmt.SUM_CLAIM: 144, fmt.SUM_HEARTBEAT: 40, fmt.SUM_RELEASE: 40}[kind]
     if data[:4] != magic or data[at:at + 16] != image.uuid:
         return None
     crc, epoch = struct.unpack_from('<IQ', data, 4)
@@ -275,6 +275,13 @@ def cmd_claims(args):
                   f'{clean(host)!r} {data[32:48].hex()}, boot '
                   f'{data[48:64].hex()}, process {pid} started {start}, nonce '
                   f'{data[64:80].hex()}')
+        release = ownership_block(image, fmt.SUM_RELEASE, fmt.CLAIM_OFFSET +
+                                  slot * fmt.PAGE + 512, b'TVRL')
+        if release:
+            data, epoch = release
+            print(f'release of epoch {epoch}: the journal ends with record '
+                  f'{struct.unpack_from("<Q", data, 16)[0]}, checksum '
+                  f'{struct.unpack_from("<I", data, 56)[0]:#010x}')
         beat = ownership_block(image, fmt.SUM_HEARTBEAT,
                                fmt.HEARTBEAT_OFFSET + slot * fmt.PAGE,
                                b'TVHB')

@@ -461,6 +461,8 @@ QEMU_BUILD_BUG_ON(sizeof(ThinvmClaimLe) != BLOCK_SIZE);
 QEMU_BUILD_BUG_ON(sizeof(ThinvmHeartbeatLe) != BLOCK_SIZE);
 QEMU_BUILD_BUG_ON(offsetof(ThinvmClaimLe, crc_le) != BLOCK_CRC_OFFSET);
 QEMU_BUILD_BUG_ON(offsetof(ThinvmHeartbeatLe, crc_le) != BLOCK_CRC_OFFSET);
+QEMU_BUILD_BUG_ON(sizeof(ThinvmReleaseLe) != BLOCK_SIZE);
+QEMU_BUILD_BUG_ON(offsetof(ThinvmReleaseLe, crc_le) != BLOCK_CRC_OFFSET);
 
 /* The checksum as it ought to be, whatever the field holds */
 static uint32_t block_checksum(const QemuUUID *uuid, ThinvmChecksumKind kind,
@@ -566,6 +568,46 @@ int thinvm_heartbeat_decode(const QemuUUID *uuid, ThinvmHeartbeat *dst,
     };
     memcpy(dst->nonce.data, src->nonce, sizeof(src->nonce));
     return epoch && epoch <= THINVM_COUNTER_MAX &&
+           buffer_is_zero(src->reserved, sizeof(src->reserved))
+           ? 0 : -ENOTSUP;
+}
+
+void thinvm_release_encode(const QemuUUID *uuid, ThinvmReleaseLe *dst,
+                           const ThinvmRelease *src)
+{
+    *dst = (ThinvmReleaseLe) {
+        .magic_le = cpu_to_le32(THINVM_RELEASE_MAGIC),
+        .epoch_le = cpu_to_le64(src->epoch),
+        .sequence_le = cpu_to_le64(src->sequence),
+        .record_crc_le = cpu_to_le32(src->record_crc),
+    };
+    memcpy(dst->nonce, src->nonce.data, sizeof(dst->nonce));
+    memcpy(dst->image_uuid, uuid->data, sizeof(dst->image_uuid));
+    dst->crc_le = cpu_to_le32(block_checksum(uuid, THINVM_SUM_RELEASE,
+                                             src->epoch, dst));
+}
+
+int thinvm_release_decode(const QemuUUID *uuid, ThinvmRelease *dst,
+                          const ThinvmReleaseLe *src)
+{
+    uint64_t epoch = le64_to_cpu(src->epoch_le);
+
+    if (le32_to_cpu(src->magic_le) != THINVM_RELEASE_MAGIC ||
+        memcmp(src->image_uuid, uuid->data, sizeof(src->image_uuid))) {
+        return -ENOENT;
+    }
+    if (le32_to_cpu(src->crc_le) !=
+        block_checksum(uuid, THINVM_SUM_RELEASE, epoch, src)) {
+        return -EBADMSG;
+    }
+    *dst = (ThinvmRelease) {
+        .epoch = epoch,
+        .sequence = le64_to_cpu(src->sequence_le),
+        .record_crc = le32_to_cpu(src->record_crc_le),
+    };
+    memcpy(dst->nonce.data, src->nonce, sizeof(src->nonce));
+    return epoch && epoch <= THINVM_COUNTER_MAX &&
+           dst->sequence <= THINVM_COUNTER_MAX &&
            buffer_is_zero(src->reserved, sizeof(src->reserved))
            ? 0 : -ENOTSUP;
 }

@@ -80,6 +80,7 @@
 #define THINVM_RECORD_MAGIC         0x524a5654u             /* "TVJR" */
 #define THINVM_CLAIM_MAGIC          0x4c435654u             /* "TVCL" */
 #define THINVM_HEARTBEAT_MAGIC      0x42485654u             /* "TVHB" */
+#define THINVM_RELEASE_MAGIC        0x4c525654u             /* "TVRL" */
 #define THINVM_HOT_MAGIC            0x544f5654u             /* "TVOT" */
 #define THINVM_VERSION_MAJOR        1
 #define THINVM_VERSION_MINOR        1
@@ -97,6 +98,7 @@ typedef enum ThinvmChecksumKind {
     THINVM_SUM_HEARTBEAT = 4,
     THINVM_SUM_PAGE = 5,        /* any metadata page */
     THINVM_SUM_HOT = 6,
+    THINVM_SUM_RELEASE = 7,
 } ThinvmChecksumKind;
 
 /*
@@ -661,6 +663,38 @@ void thinvm_claim_encode(const QemuUUID *uuid, ThinvmClaimLe *dst,
  */
 int thinvm_claim_decode(const QemuUUID *uuid, ThinvmClaim *dst,
                         const ThinvmClaimLe *src);
+
+/*
+ * Behind a claim that was released to another host, in the same block: where
+ * the journal ended then.  Who takes the image over knows by this that the
+ * device has shown all of it.
+ */
+#define THINVM_RELEASE_OFFSET   512     /* in the claim's block */
+
+typedef struct QEMU_PACKED ThinvmReleaseLe {
+    uint32_t magic_le;
+    uint32_t crc_le;                /* over 512 bytes, THINVM_SUM_RELEASE,
+                                       place: epoch */
+    uint64_t epoch_le;
+    uint64_t sequence_le;           /* of the last record */
+    uint8_t nonce[16];              /* of the claim */
+    uint8_t image_uuid[16];
+    uint32_t record_crc_le;         /* of the last record */
+    uint8_t reserved[452];
+} ThinvmReleaseLe;
+QEMU_BUILD_BUG_ON(sizeof(ThinvmReleaseLe) != 512);
+
+typedef struct ThinvmRelease {
+    uint64_t epoch, sequence;
+    uint32_t record_crc;
+    QemuUUID nonce;
+} ThinvmRelease;
+
+void thinvm_release_encode(const QemuUUID *uuid, ThinvmReleaseLe *dst,
+                           const ThinvmRelease *src);
+/* Errors as for claims */
+int thinvm_release_decode(const QemuUUID *uuid, ThinvmRelease *dst,
+                          const ThinvmReleaseLe *src);
 
 typedef struct QEMU_PACKED ThinvmHeartbeatLe {
     uint32_t magic_le;

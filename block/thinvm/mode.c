@@ -164,8 +164,9 @@ thinvm_take_store(BDRVThinvmState *s, bool unchanged, bool fresh,
  */
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
-                    Error **errp)
+                    const ThinvmRelease *end, Error **errp)
 {
+    ERRP_GUARD();
     ThinvmInfoState info;
     ThinvmStore *st;
     int ret = 0;
@@ -184,7 +185,16 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
         }
     }
     if (ret >= 0) {
+        if (end) {
+            thinvm_store_expect_end(st, end->sequence, end->record_crc);
+        }
         ret = thinvm_store_begin_writing(st, s->claim.epoch, errp);
+        if (ret == -EBADMSG && end) {
+            error_append_hint(errp, "Is there a cache in between that the "
+                              "other host does not write to?  With "
+                              "force-takeover=on the image is taken as it "
+                              "is.\n");
+        }
     }
     if (ret < 0) {
         if (st != s->store) {
@@ -250,6 +260,7 @@ thinvm_take_look(BDRVThinvmState *s, ThinvmOwnerView *view, Error **errp)
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
 {
+    const ThinvmRelease *end;
     ThinvmOwnerView view;
     int ret;
 
@@ -272,10 +283,17 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = thinvm_take_claimed(s, view.unchanged, fresh, errp);
+    end = view.has_end && !s->options.force_takeover ? &view.end : NULL;
+    ret = thinvm_take_claimed(s, view.unchanged, fresh, end, errp);
     if (ret < 0) {
-        /* Best effort: if it fails, others will find the process gone */
-        thinvm_owner_release(s, THINVM_CLAIM_CLOSED, NULL);
+        /*
+         * No guest has run here, so the one that was sent away may go on.
+         * What the owner before has told of the journal's end is handed on
+         * where that was not found; otherwise we may have written ourselves.
+         * Best effort: if it fails, others will find the process gone.
+         */
+        thinvm_owner_release(s, THINVM_CLAIM_RETURNED,
+                             ret == -EBADMSG ? end : NULL, NULL);
         thinvm_owner_drop(s);
         return ret;
     }
@@ -347,6 +365,7 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
                                      const char *reason, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
+    ThinvmRelease end = {};
     bool checkpoint;
     int ret = 0;
 
@@ -370,7 +389,11 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
      * fails: the block on the device may say either.
      */
     qatomic_set(&s->owner, false);
-    ret = thinvm_owner_release(s, state, errp);
+    /* Who opens an image that was closed knows nothing of it before */
+    thinvm_store_journal_end(s->store, &end.sequence, &end.record_crc);
+    ret = thinvm_owner_release(s, state,
+                               state != THINVM_CLAIM_CLOSED ? &end : NULL,
+                               errp);
     if (ret < 0) {
         thinvm_owner_drop(s);
         goto out;

@@ -326,6 +326,20 @@ static bool thinvm_used_since(const QemuUUID *uuid, const uint8_t *area,
     return false;
 }
 
+/* Did the owner of the newest claim say where his journal ended? */
+static void thinvm_look_end(const QemuUUID *uuid, const uint8_t *area,
+                            ThinvmOwnerView *view)
+{
+    const uint8_t *block = area + view->newest_epoch % THINVM_NB_CLAIMS *
+                                  THINVM_PAGE_SIZE;
+    const void *end = block + THINVM_RELEASE_OFFSET;
+
+    view->has_end = view->newest.state != THINVM_CLAIM_ACTIVE &&
+                    thinvm_release_decode(uuid, &view->end, end) == 0 &&
+                    view->end.epoch == view->newest_epoch &&
+                    qemu_uuid_is_equal(&view->end.nonce, &view->newest.nonce);
+}
+
 int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                    BDRVThinvmState *self,
                                    ThinvmOwnerView *view, Error **errp)
@@ -350,6 +364,7 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
     } else if (view->newest_epoch) {
         view->kind = thinvm_owner_judge(&view->newest, self);
         view->this_host = thinvm_is_this_host(&view->newest);
+        thinvm_look_end(uuid, area, view);
         view->unchanged = self && self->claim.epoch &&
             qemu_uuid_is_equal(&view->newest.nonce, &self->claim.nonce);
         view->used_since = self && self->claim.epoch && !view->unchanged &&
@@ -480,8 +495,10 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
 /* ------------------------------------------------------------------ */
 /* Writing claims                                                      */
 
+/* @end: where the journal ends, or NULL */
 static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
-                                           const ThinvmClaim *claim)
+                                           const ThinvmClaim *claim,
+                                           const ThinvmRelease *end)
 {
     g_autofree uint8_t *block = g_malloc0(THINVM_PAGE_SIZE);
     uint64_t offset = THINVM_CLAIM_OFFSET +
@@ -490,6 +507,10 @@ static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
     int ret;
 
     thinvm_claim_encode(&s->uuid, (ThinvmClaimLe *)block, claim);
+    if (end) {
+        thinvm_release_encode(&s->uuid, (ThinvmReleaseLe *)
+                              (block + THINVM_RELEASE_OFFSET), end);
+    }
     thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_WRITE);
     ret = dev->co_pwrite(dev, offset, THINVM_PAGE_SIZE, block);
     if (ret < 0) {
@@ -590,7 +611,7 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     QLIST_INSERT_HEAD(&thinvm_owner_nodes, s, owner_link);
     qemu_mutex_unlock(&thinvm_owner_lock);
 
-    ret = thinvm_claim_write(s, &claim);
+    ret = thinvm_claim_write(s, &claim, NULL);
     if (decides) {
         wait = thinvm_owner_wait_ms(&found, (g_get_monotonic_time() - start) /
                                             1000);
@@ -614,13 +635,20 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
 }
 
 int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
-                                      ThinvmClaimState state, Error **errp)
+                                      ThinvmClaimState state,
+                                      const ThinvmRelease *end, Error **errp)
 {
     ThinvmClaim claim = s->claim;
+    ThinvmRelease release;
     int ret;
 
     claim.state = state;
-    ret = thinvm_claim_write(s, &claim);
+    if (end) {
+        release = *end;
+        release.epoch = claim.epoch;
+        release.nonce = claim.nonce;
+    }
+    ret = thinvm_claim_write(s, &claim, end ? &release : NULL);
     trace_thinvm_owner_release(s->bs, claim.epoch, state, ret);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot release the claim of ownership "

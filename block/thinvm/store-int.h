@@ -210,6 +210,9 @@ struct ThinvmStore {
     uint8_t *head_block;        /* 4 KiB at the head when last looked at */
     bool head_block_valid;
     ThinvmHistory *history;     /* of the records that state consists of */
+    bool expects_end;           /* to find the journal's end here: */
+    uint64_t end_sequence;
+    uint32_t end_crc;
 
     void (*kick)(void *opaque);
     void *kick_opaque;

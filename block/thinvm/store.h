@@ -124,6 +124,14 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
  */
 int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
                                           Error **errp);
+/* The journal's last record: sequence and checksum field (0: none yet) */
+void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
+                              uint32_t *crc);
+/*
+ * thinvm_store_begin_writing() fails, with -EBADMSG, if that is not where it
+ * finds the journal's end.
+ */
+void thinvm_store_expect_end(ThinvmStore *st, uint64_t sequence, uint32_t crc);
 /* Refuse every further change at once, without I/O (lost ownership) */
 void thinvm_store_poison(ThinvmStore *st);
 bool thinvm_store_writable(ThinvmStore *st);

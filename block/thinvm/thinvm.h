@@ -237,6 +237,9 @@ void thinvm_device_init_blk(ThinvmBlkDevice *d, BlockBackend *blk);
  * there no page cache of this host in between?
  */
 bool GRAPH_RDLOCK thinvm_device_coherent(BlockDriverState *bs);
+/* If there is one on a shared device: take nothing out of it that is old */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_device_forget_cache(BlockDriverState *bs, Error **errp);
 
 /* ------------------------------------------------------------------ */
 /* options.c                                                           */
@@ -386,6 +389,8 @@ typedef struct ThinvmOwnerView {
     bool beat;              /* it has written any */
     uint64_t counter, unchanged_ms;
     bool used_since;        /* an owner after @self may have run a guest */
+    bool has_end;           /* it told where its journal ended: */
+    ThinvmRelease end;
 } ThinvmOwnerView;
 
 /* Read all claims and judge the newest.  @self may be NULL */
@@ -411,8 +416,10 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
 int coroutine_fn GRAPH_RDLOCK
 thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
                    const ThinvmClaim *newest, Error **errp);
+/* @end: where the next owner must find the journal's end, or NULL */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_owner_release(BDRVThinvmState *s, ThinvmClaimState state, Error **errp);
+thinvm_owner_release(BDRVThinvmState *s, ThinvmClaimState state,
+                     const ThinvmRelease *end, Error **errp);
 /* Has a process of this host ended? */
 bool thinvm_owner_process_ended(uint32_t pid);
 /* The name of the host that made @claim, fit to be shown; g_free() it */

@@ -546,6 +546,39 @@ static void test_heartbeat(void)
                     -ENOTSUP);
 }
 
+static void test_release(void)
+{
+    ThinvmRelease src = { .epoch = 1ULL << 40, .sequence = 1ULL << 50,
+                          .record_crc = 0xdeadbeef,
+                          .nonce = { .data = "nonce   1234567" } };
+    ThinvmRelease back;
+    ThinvmReleaseLe le;
+    uint8_t *b = (uint8_t *)&le;
+    uint32_t crc;
+
+    thinvm_release_encode(&test_uuid, &le, &src);
+    g_assert_cmpint(thinvm_release_decode(&test_uuid, &back, &le), ==, 0);
+    g_assert_cmpuint(back.epoch, ==, src.epoch);
+    g_assert_cmpuint(back.sequence, ==, src.sequence);
+    g_assert_cmphex(back.record_crc, ==, src.record_crc);
+    g_assert_cmpmem(back.nonce.data, 16, src.nonce.data, 16);
+    g_assert_cmphex((uint32_t)ldl_le_p(b + 56), ==, src.record_crc);
+
+    crc = ldl_le_p(b + 4);
+    put(&le, 4, 4, 0);
+    g_assert_cmphex(slow_checksum(&test_uuid, 7, 1ULL << 40, &le, 512), ==,
+                    crc);
+    put(&le, 4, 4, crc);
+    for (int i = 0; i < 512 * 8; i++) {
+        bool foreign = i / 8 < 4 || (i / 8 >= 40 && i / 8 < 56);
+
+        b[i / 8] ^= 1 << i % 8;
+        g_assert_cmpint(thinvm_release_decode(&test_uuid, &back, &le), ==,
+                        foreign ? -ENOENT : -EBADMSG);
+        b[i / 8] ^= 1 << i % 8;
+    }
+}
+
 /* A list of hot leaves: bytes, flips of bits, lengths that are none */
 static void test_hot(void)
 {
@@ -607,6 +640,7 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/claim/round", test_claim_round);
     g_test_add_func("/thinvm/claim/fields", test_claim_fields);
     g_test_add_func("/thinvm/heartbeat", test_heartbeat);
+    g_test_add_func("/thinvm/release", test_release);
     g_test_add_func("/thinvm/hot", test_hot);
     return g_test_run();
 }

@@ -18,7 +18,7 @@ from .structures import (
     SUM_HEARTBEAT, SUPERBLOCK_FIELDS, Device, FormatError, Superblock,
     checksum_without, entry_fields)
 
-STATES = {1: 'active', 2: 'released', 3: 'closed'}
+STATES = {1: 'active', 2: 'released', 3: 'closed', 4: 'returned'}
 
 
 class Loose(Pages):
