@@ -222,6 +222,26 @@ bool thinvm_device_coherent(BlockDriverState *bs)
     return true;
 }
 
+/*
+ * Of a block device that several hosts share, this host's page cache may hold
+ * what was there long ago, claims of ownership included.  (A file system sees
+ * to that itself, if it is shared at all.)
+ */
+int coroutine_fn thinvm_device_forget_cache(BlockDriverState *bs, Error **errp)
+{
+    BlockDriverState *protocol = thinvm_protocol(bs);
+    Error *local_err = NULL;
+
+    if (!thinvm_is_driver(protocol, "host_device") ||
+        thinvm_device_coherent(bs)) {
+        return 0;
+    }
+    protocol->drv->bdrv_co_invalidate_cache(protocol, &local_err);
+    trace_thinvm_device_forget_cache(bs, local_err ? -EIO : 0);
+    error_propagate(errp, local_err);
+    return local_err ? -EIO : 0;
+}
+
 /* ------------------------------------------------------------------ */
 /* Over a block backend                                                */
 

@@ -160,7 +160,10 @@ thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
     bool take;
     int ret;
 
-    ret = thinvm_open_superblock(bs, errp);
+    ret = thinvm_device_forget_cache(bs, errp);
+    if (ret >= 0) {
+        ret = thinvm_open_superblock(bs, errp);
+    }
     if (ret < 0) {
         return ret;
     }

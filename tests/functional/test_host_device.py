@@ -7,19 +7,25 @@ test is skipped.
 
 import os
 
-from lib.context import Skip, check
+from lib.context import Failure, Skip, check
 from lib.guest import Guest
 from lib.image import GiB, MiB, create, info, require_clean
+from lib.qmp import QMPError
+from lib.qsd import StorageDaemon
 from lib.testing import test
 from lib.vm import VM
 
 
 class LoopDevice:
-    """A place on a loop device over a file of the test's directory."""
+    """A place on a loop device over a file of the test's directory.
 
-    def __init__(self, ctx, size):
+    Two of them over one file have a page cache each, as two hosts have that
+    share a device."""
+
+    def __init__(self, ctx, size, direct=True):
+        self.direct = direct
         backing = ctx.path('device')
-        with open(backing, 'wb') as file:
+        with open(backing, 'ab') as file:
             file.truncate(size)
         if os.geteuid() != 0 or not os.path.exists('/dev/loop-control'):
             raise Skip('needs root and loop devices')
@@ -32,7 +38,7 @@ class LoopDevice:
     def blockdev(self, node, host='a'):
         del host                    # all processes see the same device
         return {'driver': 'host_device', 'node-name': node,
-                'filename': self.url, 'cache': {'direct': True}}
+                'filename': self.url, 'cache': {'direct': self.direct}}
 
 
 @test()
@@ -65,3 +71,39 @@ def full(ctx):
     check('No space left' in text, 'a full device says: %s', text.strip())
     ctx.run(io, '-n', '-f', ctx.fmt, '-c', 'read -P 7 900M 8M', device.url)
     require_clean(ctx, device)
+
+
+@test()
+def old_page_cache(ctx):
+    """What a host's page cache holds of a shared device may be old, also the
+    claims in it: reading through it while another owns the image is refused,
+    for the disk and for a snapshot, and works past it."""
+    there = LoopDevice(ctx, 512 * MiB)
+    create(ctx, there, 1 * GiB)
+    here = LoopDevice(ctx, 512 * MiB, direct=False)
+    io, img = ctx.bin('qemu-io'), ctx.bin('qemu-img')
+    ctx.run(io, '-n', '-f', ctx.fmt, '-c', 'write -P 7 0 1M', there.url)
+    ctx.run(img, 'snapshot', '-c', 'snap', there.url)
+    with open(here.url, 'rb') as kept:
+        # As long as somebody has the device open, its cache stays.
+        kept.read(4 * MiB)
+        owner = StorageDaemon(ctx)
+        owner.add_disk(there)
+        reader = StorageDaemon(ctx, host='b')
+        for more in ({}, {'snapshot': {'name': 'snap'}}):
+            try:
+                reader.add_disk(here, node='n%d' % len(more), read_only=True,
+                                **more)
+            except QMPError as err:
+                ctx.log('refused: ' + err.desc)
+                check('cache.direct=on' in err.desc or
+                      'page cache' in err.desc, 'message: %s', err.desc)
+            else:
+                raise Failure('an image that another host owns was opened '
+                              'through the page cache (%s)' % more)
+        here.direct = True
+        reader.add_disk(here, node='direct', read_only=True,
+                        **{'snapshot': {'name': 'snap'}})
+        reader.quit()
+        owner.quit()
+    require_clean(ctx, there)
