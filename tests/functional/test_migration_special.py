@@ -86,14 +86,15 @@ def two_disks(ctx):
 class Unclaimable:
     """A place whose image a host cannot make its own."""
 
-    def __init__(self, lun):
+    def __init__(self, lun, event='thinvm_claim_write', once=False):
         self._lun = lun
+        self._error = {'event': event, 'iotype': 'write', 'errno': 5,
+                       'once': once}
 
     def blockdev(self, node, host='a'):
         return {'driver': 'blkdebug', 'node-name': node,
                 'image': self._lun.blockdev(node + '-lun', host),
-                'inject-error': [{'event': 'thinvm_claim_write',
-                                  'iotype': 'write', 'errno': 5}]}
+                'inject-error': [self._error]}
 
 
 @test(seconds=300, formats=OURS)
@@ -119,6 +120,24 @@ def one_disk_cannot_be_activated(ctx):
     target.kill()
     finish(ctx, lun, guest, source)
     require_clean(ctx, second)
+
+
+@test(seconds=300, formats=OURS)
+def device_error_while_taking_over(ctx):
+    """The target has claimed the disk and cannot write its first record: it
+    returns the disk, and the guest goes on where it came from."""
+    lun, guest, source = setup_pair(ctx)
+    target = VM(ctx, guest, Unclaimable(lun, 'thinvm_journal_write', True),
+                host='b', incoming=True)
+    begin_migration(source, target)
+    wait_migration(source, ('completed',))
+    expect_mode(target, 'migration')
+    check(target.status() != 'running', 'the target runs without a disk')
+    target.kill()
+    source.qmp.cmd('cont')
+    guest.attach(source)
+    guest.wait_writes(200)
+    finish(ctx, lun, guest, source)
 
 
 @test(seconds=300, formats=ANY)
