@@ -109,7 +109,7 @@ class VM:
 
 
 def begin_migration(src, dst, bandwidth=1 << 30, return_path=False,
-                    pause=False, postcopy=False, channel=None):
+                    pause=False, postcopy=False, multifd=False, channel=None):
     """Start migrating, through @channel if there is one; bandwidth in bytes
     a second."""
     ctx = src.ctx
@@ -117,7 +117,8 @@ def begin_migration(src, dst, bandwidth=1 << 30, return_path=False,
     capabilities = [{'capability': 'events', 'state': True},
                     {'capability': 'return-path', 'state': return_path},
                     {'capability': 'pause-before-switchover', 'state': pause},
-                    {'capability': 'postcopy-ram', 'state': postcopy}]
+                    {'capability': 'postcopy-ram', 'state': postcopy},
+                    {'capability': 'multifd', 'state': multifd}]
     for vm in (src, dst):
         vm.qmp.cmd('migrate-set-capabilities', capabilities=capabilities)
         vm.qmp.events = [event for event in vm.qmp.events
