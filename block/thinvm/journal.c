@@ -601,3 +601,39 @@ int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket)
     }
     return thinvm_store_commit(st, THINVM_COMMIT_RECORD, true);
 }
+
+/* ------------------------------------------------------------------ */
+/* Where it ends                                                       */
+
+void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
+                              uint32_t *crc)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    *sequence = st->journal.composed_sequence;
+    *crc = st->journal.composed_crc;
+}
+
+void thinvm_store_expect_end(ThinvmStore *st, uint64_t sequence, uint32_t crc)
+{
+    st->expects_end = true;
+    st->end_sequence = sequence;
+    st->end_crc = crc;
+}
+
+int thinvm_journal_end_expected(ThinvmStore *st, Error **errp)
+{
+    bool expects = st->expects_end;
+    uint64_t sequence;
+    uint32_t crc;
+
+    st->expects_end = false;
+    thinvm_store_journal_end(st, &sequence, &crc);
+    if (!expects || (sequence == st->end_sequence && crc == st->end_crc)) {
+        return 0;
+    }
+    error_setg(errp, "The journal ends with record %" PRIu64 ", but its owner "
+               "released it with record %" PRIu64 " (checksum 0x%08" PRIx32
+               "): the device does not show all that was written",
+               sequence, st->end_sequence, st->end_crc);
+    return -EBADMSG;
+}

@@ -957,40 +957,6 @@ static bool coroutine_fn last_record_stands(ThinvmStore *st)
     return stands;
 }
 
-void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
-                              uint32_t *crc)
-{
-    QEMU_LOCK_GUARD(&st->lock);
-    *sequence = st->journal.composed_sequence;
-    *crc = st->journal.composed_crc;
-}
-
-void thinvm_store_expect_end(ThinvmStore *st, uint64_t sequence, uint32_t crc)
-{
-    st->expects_end = true;
-    st->end_sequence = sequence;
-    st->end_crc = crc;
-}
-
-/* The owner before has told where the journal ends: was that all of it? */
-static int end_is_expected(ThinvmStore *st, Error **errp)
-{
-    bool expects = st->expects_end;
-    Position pos;
-
-    st->expects_end = false;
-    position_get(st, &pos);
-    if (!expects || (pos.sequence == st->end_sequence &&
-                     pos.crc == st->end_crc)) {
-        return 0;
-    }
-    error_setg(errp, "The journal ends with record %" PRIu64 ", but its owner "
-               "released it with record %" PRIu64 " (checksum 0x%08" PRIx32
-               "): the device does not show all that was written",
-               pos.sequence, st->end_sequence, st->end_crc);
-    return -EBADMSG;
-}
-
 int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
 {
     Position pos;
@@ -1021,7 +987,7 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
         }
     }
     if (ret == 0) {
-        ret = end_is_expected(st, errp);
+        ret = thinvm_journal_end_expected(st, errp);
     }
     if (ret == 0) {
         /* Some of it the former owner may have used again: no discard */

@@ -286,6 +286,8 @@ int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event);
 int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        ThinvmCommitLevel level,
                                        bool only_metadata);
+/* 0, or -EBADMSG: the owner before said that it ends elsewhere */
+int thinvm_journal_end_expected(ThinvmStore *st, Error **errp);
 
 /* ---- bases.c ---- */
 int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
