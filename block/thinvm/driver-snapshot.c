@@ -131,6 +131,43 @@ typedef struct ThinvmSnapshotCo {
 /* ------------------------------------------------------------------ */
 /* Creating                                                            */
 
+static bool thinvm_has_vmstate(BDRVThinvmState *s)
+{
+    ThinvmState *state = thinvm_store_state(s->store);
+    ThinvmPointer map, vmstate, count, snapshot, backing;
+    ThinvmInfoState info;
+
+    thinvm_state_lock(state);
+    thinvm_state_info(state, &info);
+    thinvm_state_roots(state, &map, &vmstate, &count, &snapshot, &backing);
+    thinvm_state_unlock(state);
+    return info.vmstate_size || vmstate.type != THINVM_PTR_NONE;
+}
+
+/*
+ * The active VM state goes into the snapshot.  It may be more than what was
+ * saved for it: after going back to a snapshot that has VM state, that one's,
+ * with which the disk has nothing to do any more.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_cut_vmstate(BDRVThinvmState *s, uint64_t size, Error **errp)
+{
+    uint64_t first = DIV_ROUND_UP(size, s->cluster_size);
+    ThinvmOp op = {
+        .type = THINVM_OP_VMSTATE_SIZE,
+        .value = size,
+    };
+    int ret;
+
+    if (!thinvm_has_vmstate(s)) {
+        return 0;
+    }
+    ret = thinvm_store_unmap(s->store, THINVM_TREE_VMSTATE, first,
+                             THINVM_MAX_GUEST_CLUSTERS - first,
+                             THINVM_SOURCE_BACKING, NULL, errp);
+    return ret < 0 ? ret : thinvm_store_execute(s->store, &op, NULL, errp);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
 {
@@ -150,6 +187,10 @@ thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
     int ret;
 
     ret = thinvm_mode_begin_change(bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_cut_vmstate(s, snap.vmstate_size, errp);
     if (ret < 0) {
         return ret;
     }

@@ -210,24 +210,31 @@ def with_the_machine(ctx):
                   devices=list(NODES))
         guest.wait_writes(150)
 
+    def vmstate(name):
+        """Sizes on both disks."""
+        return [disks.tree(node)[name]['vm-state-size'] for node in NODES]
+
     save('a')
     save('b')
     check(clocks(disks)['b'] > clocks(disks)['a'] > 0, "guest's clocks: %s",
           clocks(disks))
     load('a')
+    disks.take('disks')                     # without the memory of a
+    check(vmstate('a')[0] > 0 and vmstate('disks') == [0, 0],
+          'sizes of VM state: %s, %s', vmstate('a'), vmstate('disks'))
     save('c')
     load('a')
     for node in NODES:
         tree = disks.tree(node)
-        children = sorted([tree['b']['id'], tree['c']['id']])
+        children = sorted([tree['b']['id'], tree['disks']['id']])
         check(sorted(tree['a']['children']) == children and
               tree['a']['current'], 'the tree is %s', tree)
-    check(disks.tree(NODE)['c']['vm-state-size'] > 0 ==
-          disks.tree('second')['c']['vm-state-size'],
-          'VM state is not on the first disk alone')
+    check(vmstate('c')[0] > 0 == vmstate('c')[1],
+          'VM state is not on the first disk alone: %s', vmstate('c'))
     disks.delete('b')
     load('c')
     disks.delete('a')
+    disks.delete('disks')
     guest.wait_writes(100)
     guest.stop_writing()
     guest.verify('after going to a, to a and to c')

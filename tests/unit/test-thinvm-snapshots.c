@@ -5,10 +5,11 @@
  *
  * A disk of a few clusters, each write of which takes a new cluster, so that
  * what a snapshot holds is told by the numbers of its clusters.  The model
- * keeps those numbers and the links of the tree.  Trees of several shapes are
- * deleted in every order; after each deletion every snapshot that is left
- * reads as before, parents are who they should be, and the clusters in use
- * are exactly those that somebody names (design invariant 4).
+ * keeps those numbers, those of the VM state, the disk's size and the links of
+ * the tree.  Trees of several shapes are deleted in every order; after each
+ * deletion every snapshot that is left reads as before, parents are who they
+ * should be, the clusters in use are exactly those that somebody names (design
+ * invariant 4), and those may be written in place that the disk alone has.
  */
 #include "qemu/osdep.h"
 #include "block/thinvm/state.h"
@@ -16,6 +17,7 @@
 #define CLUSTER_BITS    16
 #define DISK            24          /* guest clusters, far apart */
 #define STRIDE          300         /* so that several leaves are touched */
+#define VMSTATE         3           /* its clusters */
 #define MAX_SNAPSHOTS   128
 
 typedef struct Node {
@@ -23,12 +25,14 @@ typedef struct Node {
     uint64_t parent;                /* id; 0: none */
     bool present;                   /* listed */
     bool exists;                    /* has a record that is in the tree */
-    uint64_t cluster[DISK];
+    uint64_t cluster[DISK], vmstate[VMSTATE];
+    uint64_t size, vmstate_size;
 } Node;
 
 typedef struct Fixture {
     ThinvmState *s;
-    uint64_t disk[DISK];
+    uint64_t disk[DISK], vmstate[VMSTATE];
+    uint64_t size, vmstate_size;
     uint64_t current;
     Node node[MAX_SNAPSHOTS];
     unsigned nb;
@@ -154,6 +158,7 @@ static void init(Fixture *f)
     memset(f, 0, sizeof(*f));
     memset(&sb.uuid, 0xa5, sizeof(sb.uuid));
     f->s = thinvm_state_new_empty(&sb, 256 * MiB, &error_abort);
+    f->size = sb.virtual_size;
     f->rand = g_rand_new_with_seed(1);
 }
 
@@ -166,16 +171,43 @@ static void destroy(Fixture *f)
 /* ------------------------------------------------------------------ */
 /* What is done to both                                                */
 
-static void write_cluster(Fixture *f, unsigned i)
+static void write_tree(Fixture *f, int tree, unsigned i, uint64_t *cluster)
 {
     uint64_t nb;
     ThinvmOp op = {
-        .type = THINVM_OP_MAP, .guest = i * STRIDE, .count = 1,
+        .type = THINVM_OP_MAP, .tree = tree, .guest = i * STRIDE, .count = 1,
         .physical = reserve(f, 1, &nb), .valid = THINVM_ALL_VALID,
     };
 
     g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
-    f->disk[i] = op.physical;
+    cluster[i] = op.physical;
+}
+
+static void write_cluster(Fixture *f, unsigned i)
+{
+    write_tree(f, THINVM_TREE_DISK, i, f->disk);
+}
+
+static void write_vmstate(Fixture *f)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_VMSTATE_SIZE,
+        .value = g_rand_int_range(f->rand, 1, 1 << 20),
+    };
+
+    for (unsigned i = 0; i < VMSTATE; i++) {
+        write_tree(f, THINVM_TREE_VMSTATE, i, f->vmstate);
+    }
+    g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
+    f->vmstate_size = op.value;
+}
+
+static void resize(Fixture *f)
+{
+    ThinvmOp op = { .type = THINVM_OP_RESIZE, .value = f->size + MiB };
+
+    g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
+    f->size = op.value;
 }
 
 static int create(Fixture *f, Error **errp)
@@ -193,8 +225,14 @@ static int create(Fixture *f, Error **errp)
         *n = (Node) {
             .id = snap.id, .parent = f->current,
             .present = true, .exists = true,
+            .size = f->size, .vmstate_size = f->vmstate_size,
         };
         memcpy(n->cluster, f->disk, sizeof(f->disk));
+        memcpy(n->vmstate, f->vmstate, sizeof(f->vmstate));
+    }
+    if (ret == 0) {
+        memset(f->vmstate, 0, sizeof(f->vmstate));
+        f->vmstate_size = 0;
     }
     f->current = ret == 0 ? snap.id : f->current;
     return ret;
@@ -295,6 +333,9 @@ static void go_back(Fixture *f, unsigned i)
     g_assert_cmpint(execute(f, &op, &error_abort), ==, 0);
     collect(f);
     memcpy(f->disk, f->node[i].cluster, sizeof(f->disk));
+    memcpy(f->vmstate, f->node[i].vmstate, sizeof(f->vmstate));
+    f->size = f->node[i].size;
+    f->vmstate_size = f->node[i].vmstate_size;
     f->current = op.value;
     model_collect(f);
 }
@@ -302,23 +343,62 @@ static void go_back(Fixture *f, unsigned i)
 /* ------------------------------------------------------------------ */
 /* Comparing                                                           */
 
-static void compare_tree(Fixture *f, const ThinvmPointer *root,
+static void lookup(Fixture *f, int tree, const ThinvmPointer *root, unsigned i,
+                   ThinvmMapping *m)
+{
+    ThinvmNeeds needs;
+
+    thinvm_needs_init(&needs);
+    g_assert_cmpint(thinvm_state_lookup(f->s, tree, root, i * STRIDE, 1, !root,
+                                        m, &needs), ==, 0);
+    thinvm_state_lock(f->s);
+    thinvm_needs_destroy(f->s, &needs);
+    thinvm_state_unlock(f->s);
+}
+
+static void compare_tree(Fixture *f, int tree, const ThinvmPointer *root,
                          const uint64_t *cluster, GHashTable *used)
 {
-    for (unsigned i = 0; i < DISK; i++) {
-        ThinvmMapping m;
-        ThinvmNeeds needs;
+    unsigned nb = tree == THINVM_TREE_DISK ? DISK : VMSTATE;
 
-        thinvm_needs_init(&needs);
-        g_assert_cmpint(thinvm_state_lookup(f->s, THINVM_TREE_DISK, root,
-                                            i * STRIDE, 1, false, &m, &needs),
-                        ==, 0);
+    for (unsigned i = 0; i < nb; i++) {
+        ThinvmMapping m;
+
+        lookup(f, tree, root, i, &m);
         g_assert_cmpuint(m.type == THINVM_MAPPING_DATA ? m.physical : 0, ==,
                          cluster[i]);
         if (cluster[i]) {
             g_hash_table_add(used, GUINT_TO_POINTER(cluster[i]));
         }
     }
+}
+
+/* A write goes in place if no snapshot has the cluster, and only then */
+static void compare_private(Fixture *f)
+{
+    for (unsigned i = 0; i < DISK; i++) {
+        bool shared = false;
+        ThinvmMapping m;
+
+        for (unsigned j = 0; j < f->nb; j++) {
+            shared |= f->node[j].present &&
+                      f->node[j].cluster[i] == f->disk[i];
+        }
+        lookup(f, THINVM_TREE_DISK, NULL, i, &m);
+        if (f->disk[i]) {
+            g_assert_cmpint(m.shared, ==, shared);
+        }
+    }
+}
+
+static void compare_snapshot(Fixture *f, const ThinvmSnapshot *snap,
+                             const Node *n, GHashTable *used)
+{
+    compare_tree(f, THINVM_TREE_DISK, &snap->root, n->cluster, used);
+    compare_tree(f, THINVM_TREE_VMSTATE, &snap->vmstate_root, n->vmstate,
+                 used);
+    g_assert_cmpuint(snap->virtual_size, ==, n->size);
+    g_assert_cmpuint(snap->vmstate_size, ==, n->vmstate_size);
 }
 
 static void compare(Fixture *f)
@@ -328,7 +408,9 @@ static void compare(Fixture *f)
     ThinvmInfoState info;
     unsigned records = 0;
 
-    compare_tree(f, NULL, f->disk, used);
+    compare_tree(f, THINVM_TREE_DISK, NULL, f->disk, used);
+    compare_tree(f, THINVM_TREE_VMSTATE, NULL, f->vmstate, used);
+    compare_private(f);
     for (uint32_t i = 0; i < thinvm_snapshot_nb_slots(f->s); i++) {
         Node *n;
 
@@ -342,9 +424,10 @@ static void compare(Fixture *f)
         g_assert_cmpint(!(snap.flags & THINVM_SNAPSHOT_HIDDEN), ==,
                         n->present);
         if (n->present) {
-            compare_tree(f, &snap.root, n->cluster, used);
+            compare_snapshot(f, &snap, n, used);
         } else {
             g_assert_cmpint(snap.root.type, !=, THINVM_PTR_PAGE);
+            g_assert_cmpint(snap.vmstate_root.type, !=, THINVM_PTR_PAGE);
         }
         records++;
     }
@@ -355,6 +438,8 @@ static void compare(Fixture *f)
     thinvm_state_info(f->s, &info);
     g_assert_cmpuint(info.allocated_clusters, ==, g_hash_table_size(used));
     g_assert_cmpuint(info.current_snapshot_id, ==, f->current);
+    g_assert_cmpuint(info.virtual_size, ==, f->size);
+    g_assert_cmpuint(info.vmstate_size, ==, f->vmstate_size);
 }
 
 /* ------------------------------------------------------------------ */
@@ -362,7 +447,7 @@ static void compare(Fixture *f)
 
 /*
  * A tree as a list of steps: a letter goes back to that snapshot, 's' takes
- * one.  Before each a few clusters are written.
+ * one; every other one has VM state.  Before each a few clusters are written.
  */
 static const char *const shapes[] = {
     "sssss",                /* a chain */
@@ -370,6 +455,7 @@ static const char *const shapes[] = {
     "sssBssA",              /* two branches, the disk a third */
     "ssAssC",               /* the disk on a leaf */
     "sssAsBs",              /* branches of branches */
+    "ssBABs",               /* disks with VM state that are left */
 };
 
 static unsigned build(Fixture *f, const char *shape)
@@ -381,6 +467,11 @@ static unsigned build(Fixture *f, const char *shape)
             write_cluster(f, g_rand_int_range(f->rand, 0, DISK));
         }
         if (*shape == 's') {
+            if (n % 2) {
+                write_vmstate(f);
+            } else {
+                resize(f);
+            }
             g_assert_cmpint(create(f, &error_abort), ==, 0);
             n++;
         } else {
@@ -428,6 +519,28 @@ static void test_every_order(const void *opaque)
         g_assert_cmpuint(thinvm_snapshot_nb_slots(f.s), ==, 0);
         destroy(&f);
     }
+}
+
+/* What others have, too, goes in one step, however much it is */
+static void test_steps(void)
+{
+    ThinvmOp step = { .type = THINVM_OP_SNAPSHOT_DELETE_STEP, .value = 1 };
+    ThinvmSnapshot snap;
+    unsigned nb = 0;
+    Fixture f;
+
+    init(&f);
+    for (unsigned i = 0; i < DISK; i++) {
+        write_cluster(&f, i);
+    }
+    g_assert_cmpint(create(&f, &error_abort), ==, 0);
+    while (find(&f, 1, &snap) >= 0) {
+        g_assert_cmpint(execute(&f, &step, &error_abort), ==, 0);
+        nb++;
+    }
+    /* Hide it, give up the root, take the record away */
+    g_assert_cmpuint(nb, ==, 3);
+    destroy(&f);
 }
 
 /* A hundred generations, each tenth of them with a branch */
@@ -621,6 +734,7 @@ int main(int argc, char **argv)
 
         g_test_add_data_func(name, shapes[i], test_every_order);
     }
+    g_test_add_func("/thinvm/snapshots/steps", test_steps);
     g_test_add_func("/thinvm/snapshots/deep", test_deep);
     g_test_add_func("/thinvm/snapshots/slots-are-used-again",
                     test_slots_are_used_again);
