@@ -98,8 +98,8 @@ def backup_of_a_moment(ctx):
 def with_overlay(ctx):
     """(base, overlay, guest, vm): the guest began on base and now writes to
     an overlay over it."""
-    base = Target(ctx).add_lun(2 * GiB)
-    overlay = File(ctx, 'overlay')
+    target = Target(ctx)
+    base, overlay = (target.add_lun(2 * GiB) for _ in range(2))
     create(ctx, base, SIZE)
     guest, vm = writing_guest(ctx, base)
     create(ctx, overlay, SIZE)
