@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # Measures what an internal snapshot costs a running disk, thinvm beside
-# qcow2.  The disk is fully mapped (preallocation=metadata) and served by
-# qemu-system over NBD; a client writes 4 KiB at random places, one request
+# qcow2.  The disk is fully mapped (preallocation=metadata), or with --fill
+# fully written, and served by qemu-system over NBD; a client writes 4 KiB at random places, one request
 # at a time, before, while and after a snapshot is created and deleted, and
 # notes how long each write takes.  Then, with nothing running, a snapshot is
 # gone back to with qemu-img.
@@ -25,6 +25,7 @@ from bench_machine import BLOCK, Failure, Machine, run
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 UNITS = {'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+FILL_STEP = 64 << 20
 
 
 class SnapshotMachine(Machine):
@@ -79,11 +80,29 @@ def rate(result, name, writer, machine, seconds):
                                (count * BLOCK))
 
 
-def measure(args, fmt, size, directory):
+def bytes_of(size):
+    return int(size[:-1]) * UNITS[size[-1]]
+
+
+def make(args, fmt, options, image, size):
+    """A disk all of whose clusters are mapped, or written."""
+    img, io = (args.build / 'bin' / name for name in ('qemu-img', 'qemu-io'))
+    if not args.fill:
+        options = ['preallocation=metadata', *options]
+    run(img, 'create', '-q', '-f', fmt,
+        *[word for o in options for word in ('-o', o)], image, size)
+    if args.fill:
+        run(io, '-f', fmt, '-t', 'none',
+            *[word for at in range(0, bytes_of(size), FILL_STEP) for word in
+              ('-c', f'write -P {at // FILL_STEP % 255 + 1} {at} '
+               f'{min(FILL_STEP, bytes_of(size) - at)}')], image)
+
+
+def measure(args, spec, size, directory):
     img = args.build / 'bin' / 'qemu-img'
+    fmt, *options = spec.split('/')
     image = directory / f'disk.{fmt}'
-    run(img, 'create', '-q', '-f', fmt, '-o', 'preallocation=metadata', image,
-        size)
+    make(args, fmt, options, image, size)
     result = {}
     machine = SnapshotMachine(args, image, fmt, directory)
     try:
@@ -124,10 +143,10 @@ def show(value, unit):
     return f'{value * 1000:.2f} ms' if unit == 'ms' else f'{value:.1f}'
 
 
-def report(results, formats):
+def report(results, formats, what):
     """results[size][format]: the runs."""
     for size, by_format in results.items():
-        print(f'\n{size}, fully mapped, median of '
+        print(f'\n{size}, fully {what}, median of '
               f'{len(by_format[formats[0]])} (least to most)')
         for row, unit in ROWS:
             cells = []
@@ -146,7 +165,12 @@ def parse_args():
     p.add_argument('--dir', type=Path, default=None,
                    help='where the images are made (default: a temporary one)')
     p.add_argument('--sizes', default='1G,100G,1T')
-    p.add_argument('--formats', default='thinvm,qcow2')
+    p.add_argument('--formats', default='thinvm,qcow2',
+                   help='options for qemu-img create may follow a slash: '
+                   'thinvm,thinvm/cluster_size=16k')
+    p.add_argument('--fill', action='store_true',
+                   help='write the disks, do not only map them: then what a '
+                   'write does not cover has to be copied after a snapshot')
     p.add_argument('--runs', type=int, default=5)
     p.add_argument('--seconds', type=float, default=2.0,
                    help='that the client writes between the operations')
@@ -178,7 +202,7 @@ def main():
                         measure(args, fmt, size, directory))
                 finally:
                     shutil.rmtree(directory, ignore_errors=True)
-    report(results, args.formats)
+    report(results, args.formats, 'written' if args.fill else 'mapped')
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding='utf-8')
     return 0
