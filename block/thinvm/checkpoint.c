@@ -398,9 +398,17 @@ static void coroutine_fn set_checkpointing(ThinvmStore *st, bool on)
     qemu_co_queue_restart_all(&st->checkpoint_progress);
 }
 
+/* Who is about to begin writing may, too, to make room in the ring */
+static int may_checkpoint(ThinvmStore *st)
+{
+    return !qatomic_read(&st->poisoned) &&
+           qatomic_read(&st->mode) == THINVM_STORE_STARTING ? 0 :
+           thinvm_store_may_write(st);
+}
+
 int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
 {
-    int ret = thinvm_store_may_write(st);
+    int ret = may_checkpoint(st);
 
     if (ret < 0) {
         return ret;
@@ -408,7 +416,7 @@ int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
     qemu_co_mutex_lock(&st->checkpoint_lock);
     set_checkpointing(st, true);
     /* It may have ended while we waited, and another owner begun */
-    ret = thinvm_store_may_write(st);
+    ret = may_checkpoint(st);
     if (ret == 0) {
         ret = checkpoint_locked(st);
     }

@@ -40,6 +40,10 @@
 #define THINVM_GROW_STEP            (64 * MiB)
 /* The same where that takes space below at once */
 #define THINVM_GROW_STEP_BOUNDED    (1 * MiB)
+/* Pages of the shortest metadata extent that is taken */
+#define THINVM_EXTENT_LEAST         16ULL
+/* Shorter places that are passed over in the search for it */
+#define THINVM_EXTENT_SEARCH        32
 /* How long a request waits in reserve() for others to leave */
 #define THINVM_RESERVE_WAIT_NS      (10 * SCALE_MS)
 #define THINVM_RESERVE_WAITS        50
@@ -703,6 +707,48 @@ static int coroutine_fn extend_metadata_by(ThinvmStore *st, ThinvmOp *op)
     return ret;
 }
 
+/*
+ * A place for an extent that is worth it: its own block takes a page in each
+ * base, and the reserves grow by some more.  On a device that is nearly full
+ * shorter ones would take each cluster that comes free, and never be enough.
+ */
+static int coroutine_fn reserve_extent(ThinvmStore *st, uint64_t wanted,
+                                       uint64_t *first, uint64_t *nb)
+{
+    uint64_t least = DIV_ROUND_UP(THINVM_EXTENT_LEAST << THINVM_PAGE_BITS,
+                                  1ULL << st->cluster_bits);
+    ThinvmFreedRange small[THINVM_EXTENT_SEARCH];
+    unsigned n;
+    int ret = -ENOSPC;
+
+    for (n = 0; n < ARRAY_SIZE(small); n++) {
+        ret = reserve(st, 0, MAX(wanted, least), true, first, nb);
+        if (ret < 0 || *nb >= least) {
+            break;
+        }
+        small[n] = (ThinvmFreedRange) { *first, *nb };
+        ret = -ENOSPC;
+    }
+    while (n > 0) {
+        n--;
+        thinvm_store_unreserve(st, small[n].first, small[n].nb_clusters);
+    }
+    return ret;
+}
+
+/* Until more is free, or the device is larger, there is no point in trying */
+static void note_no_extent(ThinvmStore *st)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    ThinvmInfoState info;
+
+    thinvm_state_lock(s);
+    thinvm_state_info(s, &info);
+    thinvm_state_unlock(s);
+    qatomic_set(&st->extend_free, info.free_clusters);
+    qatomic_set(&st->extend_device, info.device_clusters);
+}
+
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
 {
     ThinvmOp op = { .type = THINVM_OP_META_EXTEND };
@@ -712,8 +758,10 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
     qemu_co_mutex_lock(&st->grow_lock);
     wanted = metadata_wanted(st);
     if (wanted) {
-        ret = reserve(st, 0, wanted, true, &op.physical, &op.count);
-        if (ret == 0) {
+        ret = reserve_extent(st, wanted, &op.physical, &op.count);
+        if (ret == -ENOSPC) {
+            note_no_extent(st);
+        } else if (ret == 0) {
             ret = extend_metadata_by(st, &op);
             if (ret < 0) {
                 thinvm_store_unreserve(st, op.physical, op.count);

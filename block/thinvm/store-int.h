@@ -3,8 +3,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Only store.c, journal.c, bases.c, replay.c, preload.c, checkpoint.c,
- * reclaim.c and check.c include this.  See store.h for what the layer promises to others.
+ * Only the files of this layer (store*.c, execute.c, journal.c, bases.c,
+ * replay.c, preload.c, checkpoint.c, reclaim.c, check*.c) include this.  See
+ * store.h for what the layer promises to others.
  *
  * Locks, in the order in which they are taken:
  *
@@ -196,6 +197,9 @@ struct ThinvmStore {
     bool discard;
     CoMutex grow_lock;
     bool extension_due;         /* the worker's to do; qatomic */
+    /* qatomic: with so many free clusters there was no metadata extent in a
+       device of this size */
+    uint64_t extend_free, extend_device;
     uint64_t deleting_id;       /* of the snapshot being deleted; st->lock */
     uint64_t deleting_sequence; /* record that hides it */
 
@@ -229,6 +233,9 @@ typedef struct ThinvmFrozenPage {
     const void *data;
 } ThinvmFrozenPage;
 
+/* Checkpoints until a page that was freed is named by no base any more */
+#define THINVM_NB_BASES         2
+
 /* ---- store.c ---- */
 
 /* Metadata I/O of this store; refused once it is poisoned (writes) */
@@ -244,6 +251,13 @@ int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
  */
 int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
                                           ThinvmNeeds *needs, Error **errp);
+/* Times that a request asks again for a page that proves wrong */
+#define THINVM_PAGE_ATTEMPTS    8
+/* 0, -EROFS, -EIO (poisoned) */
+int thinvm_store_may_write(ThinvmStore *st);
+void thinvm_store_kick(ThinvmStore *st);
+
+/* ---- execute.c ---- */
 /*
  * Execute with what ordinary operations lack: @unmap: @op->count is cut to
  * one step (and is 0 if nothing was to do); @internal: allowed while
@@ -252,11 +266,6 @@ int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
 int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                                                bool unmap, bool internal,
                                                uint64_t *ticket, Error **errp);
-/* Times that a request asks again for a page that proves wrong */
-#define THINVM_PAGE_ATTEMPTS    8
-/* 0, -EROFS, -EIO (poisoned) */
-int thinvm_store_may_write(ThinvmStore *st);
-void thinvm_store_kick(ThinvmStore *st);
 
 /* ---- journal.c ---- */
 void thinvm_journal_init(ThinvmStore *st, const ThinvmSuperblock *sb);

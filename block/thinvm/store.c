@@ -1,18 +1,11 @@
 /*
- * thinvm durability layer: life of a store, and its operations
+ * thinvm durability layer: life of a store, and look-ups
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Joins the engine (state.h), which lacks pages but never waits, with a
  * device, which makes wait: loops that read what the engine wants and ask
- * again, and everything that an operation has to wait for before it may be
- * applied: room in the ring, room for dirty pages, metadata space.
- *
- * An operation is applied and put into the pending record under the same hold
- * of the state lock, so that the journal has the order of the applies.  All
- * that can fail comes before.  Hence: what is applied is never rolled back,
- * and whatever could not be journalled later stays in memory until it can
- * (journal.c).
+ * again.  Operations are in execute.c.
  *
  * A power cut during any function here leaves what journal.c and checkpoint.c
  * say, since only these write, apart from thinvm_store_create(): both
@@ -28,8 +21,6 @@
 #include "store-int.h"
 #include "trace.h"
 
-/* Checkpoints until a page that was freed is named by no base any more */
-#define THINVM_NB_BASES         2
 /* Default cache: 1/8192 of the disk, which holds all leaves of a fully
  * fragmented disk with clusters of 64 KiB; within these bounds (bytes) */
 #define THINVM_MIN_CACHE        (8 * MiB)
@@ -275,15 +266,31 @@ static int coroutine_fn settle_repair(ThinvmStore *st)
  * there would be no room left for the next one, and nobody could write to the
  * image any more.  So whoever finds the ring fuller than operations make it
  * writes the checkpoint now that they would have to wait for.
+ *
+ * And if owners die, or fail, in that checkpoint again and again, the ring
+ * comes to seven eighths.  Then the checkpoint is written even before EPOCH:
+ * the claim is there already, so nobody else writes; what it contains is what
+ * the journal says; and it takes nothing from the ring, however often it is
+ * begun.
  */
-static int coroutine_fn make_room(ThinvmStore *st)
+static int coroutine_fn make_room(ThinvmStore *st, unsigned eighths,
+                                  Error **errp)
 {
     int ret = 0;
 
     /* The first may free nothing: the older base's records are kept too */
     for (int i = 0; i < THINVM_NB_BASES && ret == 0 &&
-                    thinvm_journal_used(st) > st->journal.size / 4 * 3; i++) {
-        ret = thinvm_store_checkpoint(st);
+                    thinvm_journal_used(st) > st->journal.size / 8 * eighths;
+         i++) {
+        /* What was replayed need not be durable yet */
+        ret = thinvm_journal_flush(st, BLKDBG_THINVM_JOURNAL_FLUSH);
+        if (ret == 0) {
+            ret = thinvm_store_checkpoint(st);
+        }
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write a checkpoint to make "
+                         "room in the journal");
     }
     return ret;
 }
@@ -323,6 +330,10 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
         ret = -EINVAL;
         goto fail;
     }
+    ret = make_room(st, 7, errp);
+    if (ret < 0) {
+        goto fail;
+    }
     st->epoch = epoch;
     ret = thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
     if (ret < 0) {
@@ -336,11 +347,12 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     }
     qatomic_set(&st->mode, THINVM_STORE_WRITING);
     ret = settle_repair(st);
-    if (ret == 0) {
-        ret = make_room(st);
-    }
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not write a checkpoint");
+        goto fail;
+    }
+    ret = make_room(st, 6, errp);
+    if (ret < 0) {
         goto fail;
     }
     ret = clear_unknown_autoclear(st);
@@ -520,311 +532,6 @@ int coroutine_fn thinvm_store_lookup(ThinvmStore *st, int tree,
         return 0;
     }
     return lookup_general(st, tree, root, guest, count, for_write, mapping);
-}
-
-/* ------------------------------------------------------------------ */
-/* Operations                                                          */
-
-/* Does the operation put more into use?  Refused while commits fail */
-static bool op_allocates(const ThinvmOp *op)
-{
-    return op->type == THINVM_OP_MAP || op->type == THINVM_OP_MAP_RUN ||
-           op->type == THINVM_OP_META_EXTEND || op->type == THINVM_OP_GROW ||
-           op->type == THINVM_OP_SNAPSHOT_CREATE;
-}
-
-/* What an operation waits for before it takes the lock */
-static int coroutine_fn make_way(ThinvmStore *st, const ThinvmOp *op,
-                                 Error **errp)
-{
-    bool failing;
-    int ret;
-
-    WITH_QEMU_LOCK_GUARD(&st->lock) {
-        failing = st->journal.error != 0;
-    }
-    if ((failing && op_allocates(op)) || thinvm_journal_is_behind(st)) {
-        /* Perhaps the device works again */
-        ret = thinvm_store_commit(st, THINVM_COMMIT_RECORD, true);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write to the journal");
-            return ret;
-        }
-    }
-    thinvm_checkpoint_pace(st, op->type == THINVM_OP_SNAPSHOT_DELETE_STEP ?
-                               2 : 3);
-    return 0;
-}
-
-/* What the last look under the state lock found to be in the way */
-typedef enum Obstacle {
-    OBSTACLE_NONE,
-    OBSTACLE_FULL,              /* ring or dirty pages: needs a checkpoint */
-    OBSTACLE_METADATA,          /* an extension is due, and cannot wait */
-} Obstacle;
-
-static Obstacle find_obstacle(ThinvmStore *st, ThinvmState *s,
-                              const ThinvmOp *op, bool *extended,
-                              bool *kick)
-{
-    ThinvmInfoState info;
-    bool urgent;
-
-    thinvm_state_info(s, &info);
-    if (info.dirty_pages >= info.dirty_bound ||
-        !thinvm_journal_has_room(st, op)) {
-        return OBSTACLE_FULL;
-    }
-    if (!*extended && thinvm_space_metadata_wanted(s, &urgent)) {
-        *extended = true;
-        if (urgent || !st->kick) {
-            return OBSTACLE_METADATA;
-        }
-        *kick |= thinvm_store_extend_later(st);
-    }
-    return OBSTACLE_NONE;
-}
-
-/* One attempt under the state lock; -EALREADY: nothing (more) to do */
-static int try_execute(ThinvmStore *st, ThinvmState *s, ThinvmOp *op,
-                       uint64_t *remaining, ThinvmNeeds *needs,
-                       uint64_t *ticket, Error **errp)
-{
-    bool nothing = false;
-    int ret = 0;
-
-    if (remaining) {
-        op->count = *remaining;
-        ret = thinvm_state_unmap_step(s, op->tree, op->guest, op->source,
-                                      &op->count, &nothing, needs);
-        if (ret == 0 && nothing) {
-            ret = -EALREADY;
-        }
-    }
-    if (ret == 0) {
-        ret = thinvm_snapshot_choose_slot(s, op, needs);
-    }
-    if (ret == 0) {
-        ret = thinvm_state_prepare(s, op, false, needs, errp);
-    }
-    if (ret == 0) {
-        /* At most: the record that gathers now, or the one after it */
-        thinvm_state_set_applying(s, st->journal.next_sequence + 1);
-        thinvm_state_apply(s, op);
-        thinvm_journal_add(st, op);
-        thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
-    }
-    if ((ret == 0 || ret == -EALREADY) && ticket) {
-        *ticket = thinvm_journal_ticket(st);
-    }
-    return ret;
-}
-
-int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
-                                               bool unmap, bool internal,
-                                               uint64_t *ticket, Error **errp)
-{
-    ThinvmState *s = thinvm_store_state(st);
-    uint64_t remaining = op->count;
-    bool extended = internal, kick = false;
-    unsigned attempts = 0, releases = 0, urges = 0;
-    ThinvmNeeds needs;
-    int ret;
-
-    thinvm_needs_init(&needs);
-    for (;;) {
-        Error *local_err = NULL;
-        Obstacle obstacle = OBSTACLE_NONE;
-
-        ret = internal ? 0 : make_way(st, op, errp);
-        if (ret < 0) {
-            break;
-        }
-        thinvm_state_lock(s);
-        if (!internal) {
-            ret = thinvm_store_may_write(st);
-            if (ret < 0) {
-                thinvm_state_unlock(s);
-                error_setg_errno(errp, -ret, "The image is not open for "
-                                 "writing");
-                break;
-            }
-            obstacle = find_obstacle(st, s, op, &extended, &kick);
-        }
-        if (obstacle == OBSTACLE_NONE) {
-            ret = try_execute(st, s, op, unmap ? &remaining : NULL, &needs,
-                              ticket, &local_err);
-        }
-        thinvm_state_unlock(s);
-        if (kick) {
-            kick = false;
-            thinvm_store_kick(st);
-        }
-
-        if (obstacle == OBSTACLE_FULL) {
-            ret = thinvm_store_checkpoint(st);
-            if (ret < 0) {
-                error_setg_errno(errp, -ret, "Could not write a checkpoint");
-                break;
-            }
-            continue;
-        } else if (obstacle == OBSTACLE_METADATA) {
-            thinvm_store_extend_metadata(st);
-            continue;
-        }
-        if (ret == -EAGAIN) {
-            error_free(local_err);
-            local_err = NULL;
-            ret = thinvm_store_read_wanted(st, s, &needs, &local_err);
-            if (ret == 0) {
-                continue;
-            }
-            if (ret == -EBADMSG && attempts++ < THINVM_PAGE_ATTEMPTS) {
-                /* see may_retry() */
-                error_free(local_err);
-                thinvm_state_lock(s);
-                thinvm_needs_destroy(s, &needs);
-                thinvm_state_unlock(s);
-                thinvm_needs_init(&needs);
-                continue;
-            }
-        } else if (ret == -ENOSPC && !internal &&
-                   urges++ < THINVM_METADATA_STEPS) {
-            /* 0: perhaps somebody else has done it just now */
-            if (thinvm_store_extend_metadata(st) >= 0) {
-                error_free(local_err);
-                continue;
-            }
-        }
-        if (ret == -ENOSPC && op->type == THINVM_OP_VALIDATE && !internal &&
-            releases++ < THINVM_NB_BASES) {
-            /* It has its page by promise, but two bases hold what it copies */
-            if (thinvm_store_checkpoint(st) == 0) {
-                error_free(local_err);
-                continue;
-            }
-        }
-        if (ret < 0 && ret != -EALREADY && !local_err) {
-            error_setg_errno(&local_err, -ret, "Could not change the image's "
-                             "metadata");
-        }
-        if (ret == -EALREADY) {
-            error_free(local_err);
-            ret = 0;
-        } else {
-            error_propagate(errp, local_err);
-        }
-        break;
-    }
-    if (needs.nb_pinned || needs.max_want) {
-        thinvm_state_lock(s);
-        thinvm_needs_destroy(s, &needs);
-        thinvm_state_unlock(s);
-    }
-    return ret;
-}
-
-static void kick_if_due(ThinvmStore *st)
-{
-    if (qatomic_read(&st->journal.pending_length) >=
-        st->journal.record_limit / 2 ||
-        thinvm_quarantine_is_full(st) || thinvm_store_wants_checkpoint(st)) {
-        thinvm_store_kick(st);
-    }
-}
-
-/*
- * Deleting a snapshot begins with a step that hides it; the next ones give up
- * its clusters, which may make them the disk's own, to be overwritten in
- * place.  So the first must be durable before the second: else a power cut
- * could list the snapshot again, with what was overwritten.
- */
-static int coroutine_fn settle_deletion(ThinvmStore *st, const ThinvmOp *op)
-{
-    WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (st->deleting_id != op->value ||
-            st->deleting_sequence <= st->journal.flushed_sequence) {
-            return 0;
-        }
-    }
-    return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
-}
-
-static void note_deletion(ThinvmStore *st, const ThinvmOp *op, uint64_t ticket)
-{
-    QEMU_LOCK_GUARD(&st->lock);
-    if (st->deleting_id != op->value) {
-        st->deleting_id = op->value;
-        st->deleting_sequence = ticket;
-    }
-}
-
-int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
-                                      uint64_t *ticket, Error **errp)
-{
-    bool deletes = op->type == THINVM_OP_SNAPSHOT_DELETE_STEP;
-    ThinvmOp copy = *op;
-    uint64_t own_ticket;
-    int ret;
-
-    if (deletes) {
-        ret = settle_deletion(st, op);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write to the journal");
-            return ret;
-        }
-    }
-    ret = thinvm_store_execute_internal(st, &copy, false, false, &own_ticket,
-                                        errp);
-    if (ret < 0) {
-        return ret;
-    }
-    if (deletes) {
-        note_deletion(st, op, own_ticket);
-    }
-    if (ticket) {
-        *ticket = own_ticket;
-    }
-    kick_if_due(st);
-    return 0;
-}
-
-int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
-                                    uint64_t count, ThinvmSource source,
-                                    uint64_t *ticket, Error **errp)
-{
-    ThinvmOp op = {
-        .type = THINVM_OP_UNMAP,
-        .tree = tree,
-        .source = source,
-    };
-    uint64_t full = THINVM_QUARANTINE_FULL;
-    int ret = thinvm_store_may_write(st);
-
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "The image is not open for writing");
-        return ret;
-    }
-    for (; count; guest += op.count, count -= op.count) {
-        op.guest = guest;
-        op.count = count;
-        ret = thinvm_store_execute_internal(st, &op, true, false, ticket,
-                                            errp);
-        if (ret < 0) {
-            return ret;
-        }
-        assert(op.count > 0 && op.count <= count);
-        if (qatomic_read(&st->quarantined_ranges) >= full) {
-            /* What a long range frees would else pile up in memory; the
-               caller's own request may be what keeps it there */
-            thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
-            thinvm_store_reclaim(st, st->discard);
-            full = qatomic_read(&st->quarantined_ranges) +
-                   THINVM_QUARANTINE_FULL;
-        }
-    }
-    kick_if_due(st);
-    return 0;
 }
 
 /* ------------------------------------------------------------------ */

@@ -12,6 +12,8 @@
 #include "thinvm-store-test.h"
 #include "block/thinvm/state-int.h"
 
+#define LEAF    THINVM_ENTRIES_PER_LEAF
+
 /* ------------------------------------------------------------------ */
 /* Snapshots                                                           */
 
@@ -105,13 +107,16 @@ static void coroutine_fn test_owners_die(ThinvmSim *sim)
     check_ring(sim, nr);
 }
 
-/* The same when the device does not take the checkpoint that makes room */
+/*
+ * The same when the device does not take the checkpoint that makes room: far
+ * more often than records fit into the ring
+ */
 static void coroutine_fn test_owners_fail(ThinvmSim *sim)
 {
     unsigned nr = fill_ring(sim);
 
     sim_fail(sim, SIM_WRITE, JOURNAL_END, UINT64_MAX, 0, EIO, false);
-    for (uint64_t i = 0; i < 40; i++) {
+    for (uint64_t i = 0; i < 300; i++) {
         ThinvmStore *st = thinvm_store_open(sim_device(sim), 0, &error_abort);
         Error *err = NULL;
 
@@ -119,7 +124,7 @@ static void coroutine_fn test_owners_fail(ThinvmSim *sim)
         g_assert_nonnull(strstr(error_get_pretty(err), "checkpoint"));
         error_free(err);
         g_assert_false(thinvm_store_writable(st));
-        if (i == 39) {
+        if (i == 299) {
             /* the same store can try again */
             sim_fail(sim, 0, 0, 0, 0, 0, false);
             g_assert_cmpint(thinvm_store_begin_writing(st, 3 + i,
@@ -128,6 +133,64 @@ static void coroutine_fn test_owners_fail(ThinvmSim *sim)
         store_die(st);
     }
     check_ring(sim, nr);
+}
+
+/* ------------------------------------------------------------------ */
+/* Metadata ahead of need                                              */
+
+static void coroutine_fn free_one(ThinvmStore *st, uint64_t guest)
+{
+    g_assert_cmpint(thinvm_store_unmap(st, 0, guest, 1, THINVM_SOURCE_ZERO,
+                                       NULL, &error_abort), ==, 0);
+    g_assert_cmpint(flush(st), ==, 0);
+    thinvm_store_reclaim(st, false);
+}
+
+/*
+ * On a full device, with less metadata space than is wanted ahead of need,
+ * single clusters come free.  Extents of one cluster would take them all and
+ * not bring the reserve nearer to what it should be.
+ */
+static void coroutine_fn test_single_clusters(ThinvmSim *sim)
+{
+    bool urgent;
+    ThinvmStore *st;
+    uint64_t n = 0, pages, leaf = 50;
+
+    image_create(sim, 64 * VIRTUAL_SIZE);
+    st = image_open(sim);
+    while (write_one(sim, st, n, 1) == 0) {
+        n++;
+    }
+    g_assert_cmpuint(n, >, 200);
+    pages = info_of(st).metadata_pages;
+    while (!thinvm_space_metadata_wanted(st->state, &urgent)) {
+        free_one(st, --n);
+        g_assert_cmpint(write_one(sim, st, leaf++ * LEAF, 2), ==, 0);
+    }
+    for (uint64_t i = 0; i < 100; i++) {
+        free_one(st, i);
+        free_one(st, i + 20);
+        g_assert_cmpint(write_one(sim, st, i, 3), ==, 0);
+        g_assert_cmpint(write_one(sim, st, i + 20, 3), ==, 0);
+    }
+    g_assert_cmpuint(info_of(st).metadata_pages, ==, pages);
+    /* but where there is room for a useful one it is taken */
+    for (uint64_t i = 100; i < 160; i++) {
+        free_one(st, i);
+    }
+    g_assert_cmpuint(info_of(st).metadata_pages, >=, pages + 16);
+    image_recount(sim, st);
+    image_check(st);
+    store_close(st, true);
+}
+
+static void run_small(gconstpointer data)
+{
+    ThinvmSim *sim = sim_new(1, DEVICE_SIZE, DEVICE_SIZE);
+
+    run_on(sim, (TestBody *)data);
+    sim_free(sim);
 }
 
 /* ------------------------------------------------------------------ */
@@ -746,6 +809,8 @@ int main(int argc, char **argv)
 
     add("/thinvm/limits/ring/owners-die", test_owners_die);
     add("/thinvm/limits/ring/owners-fail", test_owners_fail);
+    g_test_add_data_func("/thinvm/limits/metadata/single-clusters",
+                         test_single_clusters, run_small);
     g_test_add_data_func("/thinvm/limits/high-water/random", test_high_water,
                          run_large);
     g_test_add_data_func("/thinvm/limits/high-water/reuse", test_reuse,

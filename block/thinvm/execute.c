@@ -1,0 +1,391 @@
+/*
+ * thinvm durability layer: operations
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Everything that an operation has to wait for before it may be applied:
+ * pages, room in the ring, room for dirty pages, metadata space.  An attempt
+ * (attempt()) either succeeds, fails for good, or names the obstacle that is
+ * in its way (find_obstacle(), name_obstacle()); that is overcome
+ * (overcome()), and there is another attempt.
+ *
+ * An operation is applied and put into the pending record under the same hold
+ * of the state lock, so that the journal has the order of the applies.  All
+ * that can fail comes before.  Hence: what is applied is never rolled back,
+ * and whatever could not be journalled later stays in memory until it can
+ * (journal.c).
+ *
+ * Keeps invariants 4 and 7 of the design, section 4.
+ */
+#include "qemu/osdep.h"
+#include "qemu/lockable.h"
+#include "qapi/error.h"
+#include "store-int.h"
+
+/* Does the operation put more into use?  Refused while commits fail */
+static bool op_allocates(const ThinvmOp *op)
+{
+    return op->type == THINVM_OP_MAP || op->type == THINVM_OP_MAP_RUN ||
+           op->type == THINVM_OP_META_EXTEND || op->type == THINVM_OP_GROW ||
+           op->type == THINVM_OP_SNAPSHOT_CREATE;
+}
+
+/* What an operation waits for before it takes the lock */
+static int coroutine_fn make_way(ThinvmStore *st, const ThinvmOp *op,
+                                 Error **errp)
+{
+    bool failing;
+    int ret;
+
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        failing = st->journal.error != 0;
+    }
+    if ((failing && op_allocates(op)) || thinvm_journal_is_behind(st)) {
+        /* Perhaps the device works again */
+        ret = thinvm_store_commit(st, THINVM_COMMIT_RECORD, true);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+            return ret;
+        }
+    }
+    thinvm_checkpoint_pace(st, op->type == THINVM_OP_SNAPSHOT_DELETE_STEP ?
+                               2 : 3);
+    return 0;
+}
+
+/* An operation on its way */
+typedef struct Execution {
+    ThinvmStore *st;
+    ThinvmState *s;
+    ThinvmOp *op;
+    bool unmap, internal;       /* see thinvm_store_execute_internal() */
+    bool extended;              /* no (more) extension ahead of need */
+    bool kick;                  /* the worker, when the lock is released */
+    uint64_t remaining;         /* of an unmap: clusters that are asked for */
+    unsigned rereads, extensions, releases;     /* tried so far */
+    ThinvmNeeds needs;
+} Execution;
+
+/* What is in its way */
+typedef enum Obstacle {
+    OBSTACLE_NONE,
+    OBSTACLE_FULL,              /* ring or dirty pages: needs a checkpoint */
+    OBSTACLE_METADATA,          /* an extension is due, and cannot wait */
+    OBSTACLE_PAGES,             /* pages are not in memory */
+    OBSTACLE_NO_METADATA,       /* and no place for a page is left */
+    OBSTACLE_HELD,              /* only two bases hold the place it needs */
+} Obstacle;
+
+/* Before anything is tried.  State lock held */
+static Obstacle find_obstacle(Execution *x)
+{
+    ThinvmStore *st = x->st;
+    ThinvmInfoState info;
+    bool urgent;
+
+    if (x->internal) {
+        return OBSTACLE_NONE;
+    }
+    thinvm_state_info(x->s, &info);
+    if (info.dirty_pages >= info.dirty_bound ||
+        !thinvm_journal_has_room(st, x->op)) {
+        return OBSTACLE_FULL;
+    }
+    if (!x->extended && thinvm_space_metadata_wanted(x->s, &urgent) &&
+        (info.free_clusters > qatomic_read(&st->extend_free) ||
+         info.device_clusters != qatomic_read(&st->extend_device))) {
+        x->extended = true;
+        if (urgent || !st->kick) {
+            return OBSTACLE_METADATA;
+        }
+        x->kick = thinvm_store_extend_later(st);
+    }
+    return OBSTACLE_NONE;
+}
+
+/*
+ * Why an attempt has failed, or (@reading) to read what it lacked, if that
+ * can be helped.  All bounds on trying again are here.
+ */
+static Obstacle name_obstacle(Execution *x, int ret, bool reading)
+{
+    if (ret == -EAGAIN ||
+        (ret == -EBADMSG && reading && x->rereads++ < THINVM_PAGE_ATTEMPTS)) {
+        return OBSTACLE_PAGES;
+    }
+    if (ret == -ENOSPC && !x->internal) {
+        if (x->extensions++ < THINVM_METADATA_STEPS) {
+            return OBSTACLE_NO_METADATA;
+        }
+        /* It has its page by promise, but two bases hold what it copies */
+        if (x->op->type == THINVM_OP_VALIDATE &&
+            x->releases++ < THINVM_NB_BASES) {
+            return OBSTACLE_HELD;
+        }
+    }
+    return OBSTACLE_NONE;
+}
+
+/* State lock held.  -EALREADY: nothing (more) to do */
+static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
+{
+    ThinvmStore *st = x->st;
+    ThinvmState *s = x->s;
+    ThinvmOp *op = x->op;
+    bool nothing = false;
+    int ret = 0;
+
+    if (x->unmap) {
+        op->count = x->remaining;
+        ret = thinvm_state_unmap_step(s, op->tree, op->guest, op->source,
+                                      &op->count, &nothing, &x->needs);
+        if (ret == 0 && nothing) {
+            ret = -EALREADY;
+        }
+    }
+    if (ret == 0) {
+        ret = thinvm_snapshot_choose_slot(s, op, &x->needs);
+    }
+    if (ret == 0) {
+        ret = thinvm_state_prepare(s, op, false, &x->needs, errp);
+    }
+    if (ret == 0) {
+        /* At most: the record that gathers now, or the one after it */
+        thinvm_state_set_applying(s, st->journal.next_sequence + 1);
+        thinvm_state_apply(s, op);
+        thinvm_journal_add(st, op);
+        thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
+    }
+    if ((ret == 0 || ret == -EALREADY) && ticket) {
+        *ticket = thinvm_journal_ticket(st);
+    }
+    return ret;
+}
+
+/* One attempt; *obstacle: what has to be overcome before the next one */
+static int coroutine_fn attempt(Execution *x, Obstacle *obstacle,
+                                uint64_t *ticket, Error **errp)
+{
+    int ret = x->internal ? 0 : make_way(x->st, x->op, errp);
+
+    *obstacle = OBSTACLE_NONE;
+    if (ret < 0) {
+        return ret;
+    }
+    thinvm_state_lock(x->s);
+    ret = x->internal ? 0 : thinvm_store_may_write(x->st);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The image is not open for writing");
+    } else {
+        *obstacle = find_obstacle(x);
+        if (*obstacle == OBSTACLE_NONE) {
+            ret = try_execute(x, ticket, errp);
+            *obstacle = ret < 0 ? name_obstacle(x, ret, false) : OBSTACLE_NONE;
+        }
+    }
+    thinvm_state_unlock(x->s);
+    if (x->kick) {
+        x->kick = false;
+        thinvm_store_kick(x->st);
+    }
+    return ret;
+}
+
+static void forget_needs(Execution *x)
+{
+    if (x->needs.nb_pinned || x->needs.max_want) {
+        thinvm_state_lock(x->s);
+        thinvm_needs_destroy(x->s, &x->needs);
+        thinvm_state_unlock(x->s);
+    }
+}
+
+/*
+ * A page that proves damaged may just be gone: freed and reused since we were
+ * told to read it.  Then the next attempt asks for another one.
+ */
+static int coroutine_fn read_pages(Execution *x, Error **errp)
+{
+    Error *local_err = NULL;
+    int ret = thinvm_store_read_wanted(x->st, x->s, &x->needs, &local_err);
+
+    if (ret < 0 && name_obstacle(x, ret, true) == OBSTACLE_PAGES) {
+        error_free(local_err);
+        forget_needs(x);
+        return 0;
+    }
+    error_propagate(errp, local_err);
+    return ret;
+}
+
+/* 0: try again */
+static int coroutine_fn overcome(Execution *x, Obstacle obstacle, Error **errp)
+{
+    int ret;
+
+    switch (obstacle) {
+    case OBSTACLE_FULL:
+        ret = thinvm_store_checkpoint(x->st);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write a checkpoint");
+        }
+        return ret;
+    case OBSTACLE_METADATA:
+        thinvm_store_extend_metadata(x->st);
+        return 0;
+    case OBSTACLE_PAGES:
+        return read_pages(x, errp);
+    case OBSTACLE_NO_METADATA:
+        /* 0: perhaps somebody else has done it just now */
+        if (thinvm_store_extend_metadata(x->st) < 0) {
+            x->extensions = THINVM_METADATA_STEPS;
+        }
+        return 0;
+    case OBSTACLE_HELD:
+        return thinvm_store_checkpoint(x->st) < 0 ? -ENOSPC : 0;
+    default:
+        g_assert_not_reached();
+    }
+}
+
+int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
+                                               bool unmap, bool internal,
+                                               uint64_t *ticket, Error **errp)
+{
+    Execution x = {
+        .st = st,
+        .s = thinvm_store_state(st),
+        .op = op,
+        .unmap = unmap,
+        .internal = internal,
+        .remaining = op->count,
+    };
+    Error *err = NULL;
+    Obstacle obstacle;
+    int ret;
+
+    do {
+        error_free(err);
+        err = NULL;
+        ret = attempt(&x, &obstacle, ticket, &err);
+        if (obstacle != OBSTACLE_NONE) {
+            error_free(err);
+            err = NULL;
+            ret = overcome(&x, obstacle, &err);
+        }
+    } while (ret == 0 && obstacle != OBSTACLE_NONE);
+
+    forget_needs(&x);
+    if (ret == -EALREADY) {
+        error_free(err);
+        return 0;
+    }
+    if (ret < 0 && !err) {
+        error_setg_errno(&err, -ret, "Could not change the image's metadata");
+    }
+    error_propagate(errp, err);
+    return ret;
+}
+
+static void kick_if_due(ThinvmStore *st)
+{
+    if (qatomic_read(&st->journal.pending_length) >=
+        st->journal.record_limit / 2 ||
+        thinvm_quarantine_is_full(st) || thinvm_store_wants_checkpoint(st)) {
+        thinvm_store_kick(st);
+    }
+}
+
+/*
+ * Deleting a snapshot begins with a step that hides it; the next ones give up
+ * its clusters, which may make them the disk's own, to be overwritten in
+ * place.  So the first must be durable before the second: else a power cut
+ * could list the snapshot again, with what was overwritten.
+ */
+static int coroutine_fn settle_deletion(ThinvmStore *st, const ThinvmOp *op)
+{
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        if (st->deleting_id != op->value ||
+            st->deleting_sequence <= st->journal.flushed_sequence) {
+            return 0;
+        }
+    }
+    return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+}
+
+static void note_deletion(ThinvmStore *st, const ThinvmOp *op, uint64_t ticket)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    if (st->deleting_id != op->value) {
+        st->deleting_id = op->value;
+        st->deleting_sequence = ticket;
+    }
+}
+
+int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
+                                      uint64_t *ticket, Error **errp)
+{
+    bool deletes = op->type == THINVM_OP_SNAPSHOT_DELETE_STEP;
+    ThinvmOp copy = *op;
+    uint64_t own_ticket;
+    int ret;
+
+    if (deletes) {
+        ret = settle_deletion(st, op);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+            return ret;
+        }
+    }
+    ret = thinvm_store_execute_internal(st, &copy, false, false, &own_ticket,
+                                        errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (deletes) {
+        note_deletion(st, op, own_ticket);
+    }
+    if (ticket) {
+        *ticket = own_ticket;
+    }
+    kick_if_due(st);
+    return 0;
+}
+
+int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,
+                                    uint64_t count, ThinvmSource source,
+                                    uint64_t *ticket, Error **errp)
+{
+    ThinvmOp op = {
+        .type = THINVM_OP_UNMAP,
+        .tree = tree,
+        .source = source,
+    };
+    uint64_t full = THINVM_QUARANTINE_FULL;
+    int ret = thinvm_store_may_write(st);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The image is not open for writing");
+        return ret;
+    }
+    for (; count; guest += op.count, count -= op.count) {
+        op.guest = guest;
+        op.count = count;
+        ret = thinvm_store_execute_internal(st, &op, true, false, ticket,
+                                            errp);
+        if (ret < 0) {
+            return ret;
+        }
+        assert(op.count > 0 && op.count <= count);
+        if (qatomic_read(&st->quarantined_ranges) >= full) {
+            /* What a long range frees would else pile up in memory; the
+               caller's own request may be what keeps it there */
+            thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+            thinvm_store_reclaim(st, st->discard);
+            full = qatomic_read(&st->quarantined_ranges) +
+                   THINVM_QUARANTINE_FULL;
+        }
+    }
+    kick_if_due(st);
+    return 0;
+}
