@@ -170,6 +170,12 @@ static void precopy_check_pace(PrecopyJob *s, uint64_t left, uint64_t bound)
 /* ------------------------------------------------------------------ */
 /* The next sweep                                                      */
 
+/* What the guest may just be discarding is not sent meanwhile */
+static bool precopy_awaits_trim(PrecopyJob *s)
+{
+    return s->hints && precopy_hints_trimming(s->hints);
+}
+
 static void precopy_next_horizon(PrecopyJob *s, bool idle, uint64_t left)
 {
     PrecopyConverge *c = &s->converge;
@@ -178,7 +184,7 @@ static void precopy_next_horizon(PrecopyJob *s, bool idle, uint64_t left)
     if (sweep->nb_picked) {
         c->horizon_cap = MIN(c->horizon_cap * 2, PRECOPY_MOST_HORIZON);
     } else if (!sweep->free_too) {
-        sweep->free_too = true;
+        sweep->free_too = !precopy_awaits_trim(s);
     } else {
         c->horizon_cap = sweep->horizon / 2;
     }
@@ -212,5 +218,5 @@ bool precopy_converge_next(PrecopyJob *s)
     c->sweep.cursor = 0;
     c->sweep.nb_picked = 0;
     c->sweep.nb_deferred = 0;
-    return !idle || picked;
+    return picked || (!idle && (c->sweep.free_too || !precopy_awaits_trim(s)));
 }

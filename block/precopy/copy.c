@@ -75,7 +75,6 @@ static int coroutine_fn precopy_send(PrecopyJob *s, int64_t offset,
         return ret;
     }
     precopy_track_sent(s->track, offset, bytes, false);
-    block_job_ratelimit_processed_bytes(&s->common, bytes);
     return 0;
 }
 
@@ -105,6 +104,7 @@ static int coroutine_fn precopy_copy_data(PrecopyJob *s, int64_t offset,
     bool zero;
     int ret = -ENOMEM;
 
+    block_job_ratelimit_processed_bytes(&s->common, bytes);
     if (buf) {
         bdrv_graph_co_rdlock();
         ret = bdrv_co_preadv(s->filter->backing, offset, bytes, &qiov, 0);

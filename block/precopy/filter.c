@@ -231,7 +231,9 @@ BlockDriverState *precopy_filter_new(BlockDriverState *bs, const char *name,
                          bdrv_get_node_name(bs));
         return NULL;
     }
-    filter = bdrv_new_open_driver(&precopy_filter, name, BDRV_O_RDWR, errp);
+    /* The source decides about discards, as it does without the filter */
+    filter = bdrv_new_open_driver(&precopy_filter, name,
+                                  BDRV_O_RDWR | BDRV_O_UNMAP, errp);
     if (!filter) {
         return NULL;
     }

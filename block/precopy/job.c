@@ -97,6 +97,7 @@ static void coroutine_fn precopy_breathe(PrecopyJob *s)
     WITH_JOB_LOCK_GUARD() {
         limited = s->common.speed;
     }
+    s->max_in_flight = limited ? PRECOPY_MAX_LIMITED : PRECOPY_MAX_IN_FLIGHT;
     if (qatomic_xchg(&s->failed, false)) {
         /* Ignored, or the user has resumed the job: not again at once */
         precopy_wait_all(s);
@@ -216,7 +217,7 @@ static int coroutine_fn precopy_loop(PrecopyJob *s, BlockDriverState *bs)
         }
         precopy_converge_measure(s);
         job_progress_set_remaining(&s->common.job, precopy_left(s));
-        if (s->in_flight == PRECOPY_MAX_IN_FLIGHT) {
+        if (s->in_flight >= s->max_in_flight) {
             precopy_wait_slot(s);
         } else if (precopy_copy_next(s, &s->converge.sweep) ==
                    PRECOPY_PICK_END && precopy_sweep_end(s, bs)) {
@@ -336,6 +337,7 @@ static int precopy_finish(Job *job)
     bdrv_graph_wrunlock();
 
     precopy_statistics(s, &s->last);
+    precopy_forget_hints(s);
     s->top->job = NULL;
     s->track = NULL;
     bdrv_drained_end(target);

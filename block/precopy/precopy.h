@@ -13,6 +13,7 @@
  *   copy.c             requests from source to target
  *   filter.c           the guest's requests
  *   track.c, heat.c    what is left, and the order
+ *   hints.c, hint-*.c  what the guest says
  *
  * The job's coroutine and its requests run in the job's AioContext; the
  * filter is called from any thread.
@@ -25,11 +26,14 @@
 #include "block/blockjob_int.h"
 #include "qapi/qapi-types-precopy.h"
 #include "qemu/ratelimit.h"
+#include "hints.h"
 #include "track.h"
 
 /* Requests at once, and bytes in each */
 #define PRECOPY_MAX_IN_FLIGHT 16
 #define PRECOPY_MAX_BYTES     (1024 * 1024)
+/* With a speed limit, which counts a request when it begins */
+#define PRECOPY_MAX_LIMITED   2
 
 typedef struct PrecopyJob PrecopyJob;
 
@@ -60,6 +64,7 @@ struct PrecopyJob {
     BlockDriverState *filter;
     PrecopyFilter *top;         /* its state */
     PrecopyTrack *track;        /* owned by the filter node */
+    PrecopyHintsUser *hints;    /* NULL for none */
     BlockdevOnError on_source_error, on_target_error;
     PrecopyOutpaced when_outpaced;
     int64_t downtime_limit;     /* ms */
@@ -84,6 +89,7 @@ struct PrecopyJob {
     bool finished;              /* the graph has been put right */
     bool pivoted;
     int64_t last_pause_ns;
+    int max_in_flight;
     PrecopyStatistics last;     /* when the track is gone */
 };
 
@@ -121,6 +127,8 @@ extern const BlockJobDriver precopy_job_driver;
 void precopy_statistics(PrecopyJob *s, PrecopyStatistics *info);
 
 /* start.c */
+void precopy_forget_hints(PrecopyJob *s);
+
 typedef struct PrecopyOptions {
     const char *job_id;
     const char *filter_node_name;
@@ -129,6 +137,8 @@ typedef struct PrecopyOptions {
     PrecopyOutpaced when_outpaced;
     int64_t downtime_limit;
     bool target_is_zero;
+    const char *hints, *hints_disk;
+    bool trim;
     int job_flags;
 } PrecopyOptions;
 

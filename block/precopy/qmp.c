@@ -68,12 +68,20 @@ static bool precopy_options(const BlockdevPrecopy *arg, PrecopyOptions *o,
         .downtime_limit = arg->has_downtime_limit ? arg->downtime_limit
                                                   : PRECOPY_DEFAULT_DOWNTIME,
         .target_is_zero = arg->target_is_zero,
+        .hints = arg->hints,
+        .hints_disk = arg->hints_disk,
+        .trim = arg->trim,
         .job_flags = JOB_DEFAULT,
     };
     if (o->downtime_limit < 1 || o->downtime_limit > PRECOPY_MAX_DOWNTIME) {
         error_setg(errp, "Parameter 'downtime-limit' is %" PRId64 ", it must "
                    "be from 1 to %d milliseconds", o->downtime_limit,
                    PRECOPY_MAX_DOWNTIME);
+        return false;
+    }
+    if (!o->hints && (o->hints_disk || o->trim)) {
+        error_setg(errp, "Parameter '%s' needs 'hints', the object that the "
+                   "guest's agent is behind", o->trim ? "trim" : "hints-disk");
         return false;
     }
     if (arg->has_auto_finalize && !arg->auto_finalize) {

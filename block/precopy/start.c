@@ -100,6 +100,35 @@ static int precopy_take_nodes(PrecopyJob *s, BlockDriverState *bs,
     return ret;
 }
 
+/* In the main loop, while the filter is in use */
+static bool precopy_use_hints(PrecopyJob *s, const PrecopyOptions *o,
+                              Error **errp)
+{
+    if (!o->hints) {
+        return true;
+    }
+    s->hints = precopy_hints_attach(o->hints, o->hints_disk, s->track->length,
+                                    o->trim, errp);
+    if (!s->hints) {
+        return false;
+    }
+    QEMU_LOCK_GUARD(&s->track->lock);
+    s->track->hint = precopy_hints_get;
+    s->track->hint_written = precopy_hints_written;
+    s->track->hint_opaque = s->hints;
+    return true;
+}
+
+void precopy_forget_hints(PrecopyJob *s)
+{
+    WITH_QEMU_LOCK_GUARD(&s->track->lock) {
+        s->track->hint = NULL;
+        s->track->hint_written = NULL;
+    }
+    precopy_hints_detach(s->hints);
+    s->hints = NULL;
+}
+
 static void precopy_init(PrecopyJob *s, BlockDriverState *filter,
                          const PrecopyOptions *o)
 {
@@ -141,7 +170,9 @@ void precopy_start(BlockDriverState *bs, BlockDriverState *target,
         return;
     }
     precopy_init(s, filter, o);
-    if (precopy_take_nodes(s, bs, target, errp) < 0) {
+    if (!precopy_use_hints(s, o, errp) ||
+        precopy_take_nodes(s, bs, target, errp) < 0) {
+        precopy_forget_hints(s);
         blk_unref(s->target);
         ratelimit_destroy(&s->throttle);
         job_early_fail(&s->common.job);
