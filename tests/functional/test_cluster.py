@@ -9,7 +9,7 @@ distribution's: corosync, pacemaker, ocf-tester.  Needs root.
 import os
 import shutil
 
-from lib.agent import AGENT, AgentVM, write_config
+from lib.resource_agent import AGENT, AgentVM, write_config
 from lib.cluster import SAN, Cluster, own_network
 from lib.contents import scan
 from lib.context import check, wait_for
@@ -33,8 +33,7 @@ def ocf_tester(ctx):
     create(ctx, lun, 2 * GiB)
     directory = ctx.path('hosta')
     os.mkdir(directory)
-    config = os.path.join(directory, 'vm.conf')
-    write_config(ctx, config, lun, 'a', directory)
+    config = write_config(ctx, lun)
     schema = '/usr/share/resource-agents'
     shutil.copy(os.path.join(schema, 'ra-api-1.dtd'), directory)
     host = Host(ctx, 'hosta')
@@ -63,14 +62,12 @@ class Scene:
         self.lun = Target(ctx, SAN + '.1').add_lun(2 * GiB)
         create(ctx, self.lun, 2 * GiB)
         self.guest = Guest(ctx)
-        configs = {}
+        config = write_config(ctx, self.lun)
         for name in NAMES:
             os.mkdir(ctx.path(name))
-            configs[name] = ctx.path(name + '/vm.conf')
-            write_config(ctx, configs[name], self.lun, name, ctx.path(name))
-        self.cluster = Cluster(ctx, NAMES, configs)
+        self.cluster = Cluster(ctx, NAMES)
         self.cluster.configure(
-            config='/run/vm.conf', qemu=ctx.bin('qemu-system-x86_64'),
+            config=config, qemu=ctx.bin('qemu-system-x86_64'),
             shutdown_timeout=1, log=ctx.log_file('vm'))
         self.cluster.wait_where('node1', 'node1')
 

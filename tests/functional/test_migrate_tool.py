@@ -178,9 +178,11 @@ class Terminal:
 
     def close(self):
         """After the end of the tool: all that it has written."""
-        os.close(self.slave)
-        self._thread.join(30)
-        os.close(self._master)
+        if self.slave is not None:
+            os.close(self.slave)
+            self.slave = None
+            self._thread.join(30)
+            os.close(self._master)
         return self.text.decode()
 
 
@@ -200,7 +202,6 @@ def post_copy_on_a_terminal(ctx):
                               timeout=180, check=False)
         out.seek(0)
         report = out.read()
-    ctx._cleanups.pop()
     shown = terminal.close()
     ctx.log(shown + report)
     check(done.returncode == 0, 'thinvm-migrate ended with %d: %s',

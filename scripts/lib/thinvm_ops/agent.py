@@ -395,6 +395,10 @@ class Agent:
 
         if not wait_until(arrived, self.left('migrate_from')):
             raise Result(GENERIC, 'the guest did not arrive in time')
+        if qmp.cmd('query-status')['status'] != 'running':
+            log('the guest stands still, as it did where it came from; it '
+                'takes its disks when it goes on')
+            return
         # Taking the disks over comes with, or just before, the first step.
         wait_until(lambda: all(info['owner'] for info in
                                qmp.cmd('query-thinvm')

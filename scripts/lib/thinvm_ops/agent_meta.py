@@ -10,9 +10,9 @@ PARAMETERS = {
     'config': (
         'string', None, True, 'File with the arguments of QEMU',
         'File with the arguments of the VM\'s QEMU, written as for a shell, '
-        'over several lines and with comments (#). Disks are given by '
-        '-blockdev, thinvm nodes with node-name. The same on all nodes of '
-        'the cluster. -incoming, -S, -daemonize and -pidfile are not to be '
+        'over several lines and with comments (#). {node} in it stands for '
+        'the name of the node. Disks are given by -blockdev, thinvm nodes '
+        'with node-name. The same on all nodes of the cluster. -incoming, -S, -daemonize and -pidfile are not to be '
         'in it.'),
     'qemu': (
         'string', 'qemu-system-x86_64', False, 'The program',

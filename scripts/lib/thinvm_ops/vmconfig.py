@@ -2,12 +2,14 @@
 """A VM as the operator wrote it down: the arguments of its QEMU, in a file.
 
 The file is written as for a shell, over as many lines as one likes, with
-comments, but nothing in it is expanded or executed.  Block nodes must be
+comments.  {node} in it stands for the name of the host, nothing else is
+expanded, and nothing executed.  Block nodes must be
 given by -blockdev, each thinvm node that is written with its node-name, so
 that it can be told to take its image over, and recognised in query-thinvm.
 """
 
 import json
+import os
 import shlex
 
 # What only the agent may say, because it says it itself
@@ -127,7 +129,9 @@ class VMConfig:
     def __init__(self, path):
         try:
             with open(path, encoding='utf-8') as file:
-                self.words = shlex.split(file.read(), comments=True)
+                text = file.read().replace('\\\n', '')
+            self.words = [word.replace('{node}', os.uname().nodename)
+                          for word in shlex.split(text, comments=True)]
         except (OSError, ValueError) as e:
             raise ConfigError(f'{path}: {e}') from None
         self.path = path

@@ -20,7 +20,7 @@ import subprocess
 import threading
 import xml.etree.ElementTree
 
-from .agent import AGENT
+from .resource_agent import AGENT
 from .context import Skip, check, wait_for
 from .host import Host
 
@@ -168,21 +168,19 @@ class PowerController:
 
 
 class Cluster:
-    def __init__(self, ctx, names, configs):
-        """@configs: {name: path of the VM's configuration}"""
+    def __init__(self, ctx, names):
         self.ctx = ctx
         self.names = names
         self.hosts = {}
         self.services = {}
         self.power = PowerController(ctx, self)
         for number, name in enumerate(names):
-            self._boot(number, name, configs[name])
+            self._boot(number, name)
         for name in names:
             self._start_cluster(name)
 
-    def _boot(self, number, name, config):
-        host = Host(self.ctx, name, network=True, own=OWN, views=VIEWS,
-                    links={'/run/vm.conf': config})
+    def _boot(self, number, name):
+        host = Host(self.ctx, name, network=True, own=OWN, views=VIEWS)
         self.hosts[name] = host
         for net, bridge in ((LAN, 'lan'), (SAN, 'san')):
             port = '%s%d' % (bridge, number)

@@ -23,19 +23,22 @@ OWN = {'/run': '755', '/dev/shm': '1777'}
 
 
 class Host:
-    def __init__(self, ctx, name, network=False, own=None, views=None,
-                 links=None):
+    def __init__(self, ctx, name, network=False, own=None, views=None):
         """@own: {directory: mode}, more that are empty and its own; @views:
         {directory: {name: target}}, symbolic links that it sees there beside
-        what is there; @links: {path in a directory of its own: target}."""
+        what is there."""
         self.ctx = ctx
         self.name = name
         self.network = network
         ctx.need('unshare', 'util-linux')
         ctx.need('nsenter', 'util-linux')
+        if subprocess.run([*self._unshare(), 'true'], check=False,
+                          stdin=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL).returncode:
+            raise Skip('no namespaces here')
         self._orders = {'name': name, 'network': network,
                         'own': list({**OWN, **(own or {})}.items()),
-                        'views': views or {}, 'links': links or {}}
+                        'views': views or {}}
         self.process = None
         self._services = []
         self.power_on()
@@ -59,9 +62,7 @@ class Host:
             *self._unshare(), sys.executable, INIT, orders])
 
         def booted():
-            if not self.process.alive():
-                raise Skip('no namespaces here: '
-                           + self.process.log_tail())
+            self.process.check_alive()
             return os.path.exists(ready)
 
         wait_for(booted, 60, 'host %s is up' % self.name)

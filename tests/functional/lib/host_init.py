@@ -28,8 +28,6 @@ def mount_all(orders):
         run('mount', '--bind', '/dev/null', '/proc/sysrq-trigger')
     for path, names in orders['views'].items():
         view(path, names)
-    for path, target in orders['links'].items():
-        os.symlink(target, path)
 
 
 def view(path, names):

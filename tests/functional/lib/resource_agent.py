@@ -17,9 +17,10 @@ AGENT = os.path.join(TOP, 'scripts', 'ocf', 'thinvm-vm')
 SUCCESS, GENERIC, ARGS, CONFIGURED, NOT_RUNNING = 0, 1, 2, 6, 7
 
 
-def write_config(ctx, path, place, host, directory, second=None):
-    """The file of QEMU's arguments; in @directory are the guest's port and a
-    monitor for the test."""
+def write_config(ctx, place, second=None):
+    """The file of QEMU's arguments, for all hosts; its path.  The guest's port
+    and a monitor for the test are in a directory that the host's name has."""
+    path, directory = ctx.path('vm.conf'), ctx.path('{node}')
     kernel, initrd = boot_files(ctx)
     lines = ['# The guest of the test',
              '-no-user-config -nodefaults -display none',
@@ -37,12 +38,13 @@ def write_config(ctx, path, place, host, directory, second=None):
     for node, where in ((NODE, place), ('second', second)):
         if where is None:
             continue
-        for options in (where.blockdev(node + '-file', host),
+        for options in (where.blockdev(node + '-file', '{node}'),
                         format_node(ctx, node, node + '-file')):
             lines.append('-blockdev ' + shlex.quote(json.dumps(options)))
         lines.append('-device virtio-blk-pci,drive=%s,write-cache=on' % node)
     with open(path, 'w', encoding='utf-8') as file:
         file.write('\n'.join(lines) + '\n')
+    return path
 
 
 class Owner:

@@ -10,7 +10,7 @@ test_cluster.py.
 import os
 import xml.etree.ElementTree
 
-from lib.agent import (ARGS, CONFIGURED, GENERIC, NOT_RUNNING, SUCCESS, Agent,
+from lib.resource_agent import (ARGS, CONFIGURED, GENERIC, NOT_RUNNING, SUCCESS, Agent,
                        AgentVM, write_config)
 from lib.contents import scan
 from lib.context import check, free_port, wait_for
@@ -34,12 +34,15 @@ END
 
 
 class Scene:
-    """Two hosts, a LUN, and the guest's configuration on each."""
+    """Two hosts, two LUNs, and the guest's configuration."""
 
     def __init__(self, ctx):
         self.ctx = ctx
-        self.lun = Target(ctx).add_lun(2 * GiB)
+        array = Target(ctx)
+        self.lun, self.second = array.add_lun(2 * GiB), array.add_lun(GiB)
         create(ctx, self.lun, 2 * GiB)
+        create(ctx, self.second, GiB)
+        self.config = write_config(ctx, self.lun, self.second)
         self.guest = Guest(ctx)
         self.port = free_port()
         self.bin = ctx.path('bin')
@@ -47,11 +50,8 @@ class Scene:
         self.agents = [self.agent(name) for name in ('hosta', 'hostb')]
 
     def agent(self, name):
-        directory = self.ctx.path(name)
-        os.mkdir(directory)
-        config = os.path.join(directory, 'vm.conf')
-        write_config(self.ctx, config, self.lun, name, directory)
-        agent = Agent(self.ctx, Host(self.ctx, name), config,
+        os.mkdir(self.ctx.path(name))
+        agent = Agent(self.ctx, Host(self.ctx, name), self.config,
                       migration_host='127.0.0.1', migration_port=self.port)
         agent.path = self.bin + ':' + agent.path
         return agent
@@ -83,9 +83,10 @@ class Scene:
 
     def no_owner(self):
         """Anybody may open the image, without force and at once."""
-        text = self.ctx.run(self.ctx.bin('qemu-io'), '-f', 'thinvm', '-c',
-                            'read 0 4k', self.lun.url)
-        check('read 4096' in text, 'the image has an owner: %s', text)
+        for lun in self.lun, self.second:
+            text = self.ctx.run(self.ctx.bin('qemu-io'), '-f', 'thinvm', '-c',
+                                'read 0 4k', lun.url)
+            check('read 4096' in text, 'the image has an owner: %s', text)
 
 
 @test()
