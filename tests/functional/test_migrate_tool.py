@@ -376,3 +376,24 @@ def what_a_page_cache_forbids(ctx):
     check(any('page cache' in text for text in said), 'the problems: %s',
           said)
     finish(ctx, place, guest, source)
+
+
+@test(seconds=300)
+def a_paused_guest(ctx):
+    """It is paused on the target as well, and takes its disks when it goes
+    on."""
+    lun, guest, source = source_pair(ctx)
+    guest.stop_writing()
+    source.qmp.cmd('stop')
+    target = target_vm(ctx, guest, lun)
+    report = Tool(ctx).end('completed')
+    expect(report, guest_runs='nowhere')
+    check('paused' in report['situation'] and 'cont' in report['advice'],
+          'it says: %s %s', report['situation'], report['advice'])
+    source.quit()
+    guest.attach(target)
+    target.qmp.cmd('cont')
+    expect_mode(target, 'writeback')
+    guest.start_writing()
+    guest.wait_writes(200)
+    finish(ctx, lun, guest, target)

@@ -256,27 +256,34 @@ def takes_over_from_a_fenced_host(ctx):
 
 @test(seconds=400)
 def moves(ctx):
-    """migrate_to and migrate_from are a live migration; then one whose target
-    never comes, and the guest stays."""
+    """migrate_to and migrate_from are a live migration, also of a guest that
+    is paused; then one whose target never comes, and the guest stays."""
     scene = Scene(ctx)
     first, second = scene.agents
     guest = scene.guest
     vm = scene.started(first)
     guest.start_writing()
     guest.wait_writes(300)
-    for source, target in ((first, second), (second, first)):
+    for source, target, paused in ((first, second, False),
+                                   (second, first, True)):
+        if paused:
+            vm.qmp.cmd('stop')
         source.expect(SUCCESS, 'migrate_to',
                       migrate_target=target.host.name)
         target.expect(SUCCESS, 'migrate_from',
                       migrate_source=source.host.name)
         vm = scene.vm(target)
         guest.attach(vm)
+        target.expect(SUCCESS, 'monitor', interval=10)
+        if paused:
+            check(vm.status() == 'paused', 'the paused guest is %s',
+                  vm.status())
+            vm.qmp.cmd('cont')
         take = query_thinvm(vm.qmp, 'disk')['take-over']
         check(take['warm'], 'the take-over was cold: %s', take)
         source.expect(NOT_RUNNING, 'monitor')
         source.expect(SUCCESS, 'stop')
         check(not scene.pid(source), 'the old QEMU still runs')
-        target.expect(SUCCESS, 'monitor', interval=10)
         guest.wait_writes(300)
     first.expect(SUCCESS, 'migrate_to', migrate_target='hostb')
     guest.wait_writes(200)
