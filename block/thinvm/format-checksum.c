@@ -45,7 +45,7 @@ crc_update_sse42(uint32_t crc, const uint8_t *buf, size_t size)
     return crc;
 }
 
-static uint32_t crc_update(uint32_t crc, const void *buf, size_t size)
+uint32_t thinvm_crc_update(uint32_t crc, const void *buf, size_t size)
 {
     if (__builtin_cpu_supports("sse4.2")) {
         return crc_update_sse42(crc, buf, size);
@@ -53,7 +53,7 @@ static uint32_t crc_update(uint32_t crc, const void *buf, size_t size)
     return crc_update_table(crc, buf, size);
 }
 #else
-static uint32_t crc_update(uint32_t crc, const void *buf, size_t size)
+uint32_t thinvm_crc_update(uint32_t crc, const void *buf, size_t size)
 {
     return crc_update_table(crc, buf, size);
 }
@@ -69,7 +69,7 @@ uint32_t thinvm_checksum(const QemuUUID *uuid, ThinvmChecksumKind kind,
     stl_le_p(prefix + 16, kind);
     stq_le_p(prefix + 20, place);
 
-    crc = crc_update(crc, prefix, sizeof(prefix));
-    crc = crc_update(crc, buf, size);
+    crc = thinvm_crc_update(crc, prefix, sizeof(prefix));
+    crc = thinvm_crc_update(crc, buf, size);
     return ~crc;
 }

@@ -108,6 +108,9 @@ typedef enum ThinvmChecksumKind {
 uint32_t thinvm_checksum(const QemuUUID *uuid, ThinvmChecksumKind kind,
                          uint64_t place, const void *buf, size_t size);
 
+/* A piece of a CRC32C: starts with 0xffffffff, and is inverted at the end */
+uint32_t thinvm_crc_update(uint32_t crc, const void *buf, size_t size);
+
 /* ------------------------------------------------------------------ */
 /* Mapping entries: one guest cluster, 8 bytes                         */
 
