@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The boot cache: shared by processes, and what happens to the others when
+one of them dies, stops, or means harm.
+
+Contents are compared with what the template must hold at every read.  The
+template's server is behind a meter, so that "once for the host" is counted
+where it matters, and not by those who are tested.
+"""
+
+import array
+import fcntl
+import mmap
+import os
+import random
+import signal
+import socket
+import struct
+
+from lib.bootcache import (Publisher, Reader, Template, Wire, cache_node,
+                           in_parallel, template_nodes)
+from lib.context import Failure, check, wait_for
+from lib.guest import Guest
+from lib.image import GiB, MiB, File, create, require_clean
+from lib.qmp import QMPError
+from lib.testing import THIN, test
+from lib.vm import NODE, VM
+
+FD_SEALS = 0x1 | 0x2 | 0x4 | 0x10   # seal, shrink, grow, future writes
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+
+
+def surroundings(ctx, **options):
+    """A template on a metered server, its publisher, a socket's path."""
+    template = Template(ctx)
+    meter = template.serve()
+    path = ctx.path('cache.sock')
+    publisher = Publisher(ctx, template, meter, path, **options)
+    return template, meter, path, publisher
+
+
+def make_readers(ctx, count, template, meter, path, **options):
+    # A busy machine is no dead publisher
+    options.setdefault('timeout', 60000)
+    readers = [Reader(ctx, template, meter, path, **options)
+               for _ in range(count)]
+    for reader in readers:
+        reader.wait_connected()
+    return readers
+
+
+def about_once(template, meter, before=0):
+    """The server has sent the template once, give or take the first bytes
+    that each process looks at and what the protocol adds."""
+    sent = meter.bytes - before
+    check(sent < template.size * 1.05, 'the server sent %d bytes of a '
+          'template of %d', sent, template.size)
+
+
+@test()
+def once(ctx):
+    """Ten readers want the same at the same moment: the server is read
+    once, and what comes later is not read from it at all."""
+    template, meter, path, publisher = surroundings(ctx)
+    readers = make_readers(ctx, 10, template, meter, path)
+    in_parallel(readers, lambda reader, _: reader.verify_all())
+    about_once(template, meter)
+    before = meter.bytes
+    source = random.Random(ctx.name)
+
+    def again(reader, _):
+        for _ in range(100):
+            length = 512 * source.randrange(1, 600)
+            offset = 512 * source.randrange((template.size - length) // 512)
+            reader.verify(offset, length)
+
+    in_parallel(readers, again)
+    check(meter.bytes == before, 'the server was read again')
+    for reader in readers:
+        statistics = reader.statistics()
+        check(statistics['misses'] == 0, 'misses: %s', statistics)
+        check(statistics['hit-bytes'] + statistics['fetched-bytes'] >
+              template.size, 'bytes: %s', statistics)
+        check(statistics['used-blocks'] == -(-template.size // 65536),
+              'blocks: %s', statistics)
+    state = publisher.state()
+    check(state['readers'] == 10 and state['state'] == 'recording',
+          'publisher: %s', state)
+    for reader in readers:
+        reader.quit()
+    publisher.quit()
+
+
+@test()
+def publisher_dies(ctx):
+    """kill -9 of the publisher while all read: every reader goes on, what
+    was in the memory stays there, and the next publisher is found."""
+    template, meter, path, publisher = surroundings(ctx)
+    readers = make_readers(ctx, 4, template, meter, path)
+    middle = template.size // 2 // MiB * MiB
+
+    def read(reader, number):
+        for offset in range(0, template.size, MiB // 4):
+            if number == 0 and offset == middle:
+                publisher.kill()
+            reader.verify(offset, min(MiB // 4, template.size - offset))
+
+    in_parallel(readers, read)
+    for reader in readers:
+        reader.wait_connected(False)
+        before = reader.statistics()
+        reader.verify(0, MiB)
+        after = reader.statistics()
+        check(after['misses'] == before['misses'],
+              'what is in memory was read from the template')
+        check('publisher' in reader.info()['problem'], 'problem: %s',
+              reader.info()['problem'])
+    second = Publisher(ctx, template, meter, path)
+    for reader in readers:
+        reader.wait_connected()
+    before = meter.bytes
+    in_parallel(readers, lambda reader, _: reader.verify_all())
+    about_once(template, meter, before)
+    check(second.state()['readers'] == 4, 'publisher: %s', second.state())
+
+
+@test()
+def readers_die(ctx):
+    """kill -9 of readers in the middle of their requests harms nobody, and
+    leaves nothing behind in the publisher."""
+    template, meter, path, publisher = surroundings(ctx)
+    readers = make_readers(ctx, 4, template, meter, path)
+    victims = make_readers(ctx, 4, template, meter, path)
+
+    def read(reader, number):
+        for turn, offset in enumerate(range(0, template.size, MiB // 4)):
+            if number < 4 and turn == 5 * (number + 1):
+                victims[number].kill()
+            reader.verify(offset, min(MiB // 4, template.size - offset))
+
+    def read_until_dead(reader, number):
+        try:
+            read(reader, 4)
+        except (ConnectionError, OSError):
+            check(reader.process.gone_soon(), '%s fails', reader.name)
+
+    in_parallel(readers + victims, lambda reader, number:
+                read(reader, number) if number < 4
+                else read_until_dead(reader, number))
+    about_once(template, meter)
+    wait_for(lambda: publisher.state()['readers'] == 4, 60,
+             'the publisher has 4 readers')
+    for reader in readers:
+        check(reader.statistics()['misses'] == 0, 'misses: %s',
+              reader.statistics())
+        reader.quit()
+    publisher.quit()
+
+
+@test()
+def publisher_stops(ctx):
+    """A publisher that does not answer is waited for once, for the timeout,
+    and found again when he goes on."""
+    template, meter, path, publisher = surroundings(ctx)
+    reader, = make_readers(ctx, 1, template, meter, path, timeout=3000)
+    reader.verify(0, MiB)
+    publisher.process.popen.send_signal(signal.SIGSTOP)
+    reader.verify_all()
+    check(reader.statistics()['misses'], 'misses: %s', reader.statistics())
+    reader.wait_connected(False)
+    # One that starts now greets him in vain, and reads all the same
+    other = Reader(ctx, template, meter, path, timeout=3000)
+    other.verify(0, MiB)
+    check(other.statistics()['miss-bytes'] == MiB, 'misses: %s',
+          other.statistics())
+    publisher.process.popen.send_signal(signal.SIGCONT)
+    for each in (reader, other):
+        each.wait_connected()
+        before = each.statistics()['misses']
+        each.verify_all()
+        check(each.statistics()['misses'] == before, 'misses: %s',
+              each.statistics())
+    publisher.quit()
+
+
+@test()
+def killed_while_saving(ctx):
+    """kill -9 while the file is written: there is no file, or a whole one."""
+    template = Template(ctx)
+    path, cache = ctx.path('cache.sock'), ctx.path('cache')
+    saved = 0
+    for turn in range(8):
+        publisher = Publisher(ctx, template, None, path, cache_file=cache)
+        check(publisher.state()['state'] == 'recording', 'turn %d: %s', turn,
+              publisher.state())
+        reader, = make_readers(ctx, 1, template, None, path)
+        reader.verify_all()
+        publisher.seal()
+        # Each time a little later
+        wait_for(lambda: turn == 0 or
+                 (os.path.exists(cache + '.new') and
+                  os.path.getsize(cache + '.new') >= turn * MiB) or
+                 os.path.exists(cache), 60, 'the file begins', 0.0005)
+        publisher.kill()
+        reader.verify_all()
+        reader.quit()
+        check(not os.path.exists(cache + '.aside'), 'a file was put aside')
+        if os.path.exists(cache):
+            saved += 1
+            publisher = Publisher(ctx, template, None, path, cache_file=cache)
+            check(publisher.state()['sealed-by'] == 'cache-file',
+                  'turn %d: %s', turn, publisher.state())
+            publisher.wait_prefetched()
+            reader, = make_readers(ctx, 1, template, None, path)
+            reader.verify_all()
+            check(not reader.statistics()['misses'] and
+                  not publisher.state()['damaged-blocks'],
+                  'turn %d: %s %s', turn, reader.statistics(),
+                  publisher.state())
+            reader.quit()
+            publisher.quit()
+            os.unlink(cache)
+    ctx.log('%d of 8 files were complete' % saved)
+
+
+def resident(process):
+    with open('/proc/%d/statm' % process.popen.pid) as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@test()
+def hostile_readers(ctx):
+    """What a guest that has taken over its QEMU can send to the publisher:
+    nothing of it harms him, or the others."""
+    template, meter, path, publisher = surroundings(ctx, max_readers=20)
+    identity = publisher.info()['identity']
+    good, = make_readers(ctx, 1, template, meter, path)
+    good.verify(0, MiB)
+    blocks = -(-template.size // 65536)
+
+    def greeted():
+        wire = Wire(path)
+        check(wire.greet(identity, template.size) == 0, 'not greeted')
+        return wire
+
+    for bad in (Wire.hello(identity, template.size, magic=1),
+                Wire.hello(identity, template.size, version=99),
+                os.urandom(4096)):
+        wire = Wire(path)
+        wire.sock.sendall(bad)
+        check(wire.closed(), 'not closed')
+    other = '00' * 32
+    for hello in ((other, template.size), (identity, template.size + 1)):
+        wire = Wire(path)
+        check(wire.greet(*hello) == 1 and wire.fd is None,
+              'memory of a foreign template')
+        check(wire.closed(), 'not closed')
+    for bad in (Wire.request(1, blocks, 1), Wire.request(1, blocks - 1, 2),
+                Wire.request(1, 0, 0), Wire.request(1, 0, 65),
+                Wire.request(1, -1, 1), Wire.request(1, -1, -1),
+                Wire.request(1, 0, 1, magic=7), os.urandom(32)):
+        wire = greeted()
+        wire.sock.sendall(bad)
+        check(wire.closed(), 'not closed')
+        os.close(wire.fd)
+        good.verify(MiB, MiB)
+    check(publisher.state()['misbehaved'] >= 11, 'misbehaved: %s',
+          publisher.state())
+
+    # Somebody who asks and never takes an answer
+    before = resident(publisher.process)
+    silent = [greeted() for _ in range(4)]
+    for wire in silent:
+        wire.sock.setblocking(False)
+        try:
+            for cookie in range(100000):
+                wire.sock.send(Wire.request(cookie, 0, 1))
+        except BlockingIOError:
+            pass
+        else:
+            raise Failure('100,000 requests were taken')
+    good.verify_all()
+    check(not good.statistics()['misses'], 'misses: %s', good.statistics())
+    grown = resident(publisher.process) - before - template.size
+    check(grown < 16 * MiB, 'the publisher has grown by %d', grown)
+    for wire in silent:
+        wire.close()
+
+    # Too many of them
+    crowd = []
+    for _ in range(30):
+        wire = Wire(path)
+        crowd.append(wire)
+    wait_for(lambda: publisher.state()['refused'] >= 10, 60,
+             'readers are refused')
+    check(publisher.state()['readers'] <= 20, 'readers: %s',
+          publisher.state())
+    good.verify_all()
+    for wire in crowd:
+        wire.close()
+    wait_for(lambda: publisher.state()['readers'] == 1, 60,
+             'the crowd has left')
+    publisher.quit()
+    good.verify_all()
+
+
+@test()
+def shared_memory(ctx):
+    """The descriptor that a reader gets cannot be used to change the memory
+    or to make it smaller."""
+    template, meter, path, publisher = surroundings(ctx)
+    wire = Wire(path)
+    check(wire.greet(publisher.info()['identity'], template.size) == 0,
+          'not greeted')
+    seals = fcntl.fcntl(wire.fd, F_GET_SEALS)
+    check(seals == FD_SEALS, 'seals 0x%x', seals)
+    size = os.fstat(wire.fd).st_size
+    again = os.open('/proc/self/fd/%d' % wire.fd, os.O_RDWR)
+    for fd in (wire.fd, again):
+        for what in (lambda: os.pwrite(fd, b'x', 8192),
+                     lambda: mmap.mmap(fd, size),
+                     lambda: os.ftruncate(fd, size // 2),
+                     lambda: os.ftruncate(fd, 2 * size),
+                     lambda: os.posix_fallocate(fd, size, 4096)):
+            try:
+                what()
+            except PermissionError:
+                continue
+            raise Failure('the shared memory can be changed')
+    check(mmap.mmap(fd, size, prot=mmap.PROT_READ)[:8] == b'boochmap',
+          'it cannot be read')
+    os.close(again)
+    os.close(wire.fd)
+
+
+class FalsePublisher:
+    """Listens like a publisher, and answers as it is told."""
+
+    def __init__(self, ctx, path):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(8)
+        self.listener.settimeout(60)
+        ctx.cleanup(self.listener.close)
+
+    def answer(self, make_reply, fds=()):
+        """Take one connection, and answer its hello."""
+        sock, _ = self.listener.accept()
+        hello = sock.recv(64)
+        check(len(hello) == 64, 'a hello of %d bytes', len(hello))
+        reply = make_reply(hello)
+        if reply:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                       array.array('i', fds))] if fds else []
+            sock.sendmsg([reply], rights)
+        return sock
+
+
+def memory(size, seals=FD_SEALS, content=b''):
+    fd = os.memfd_create('test', os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    os.pwrite(fd, content, 0)
+    if seals:
+        fcntl.fcntl(fd, F_ADD_SEALS, seals)
+    return fd
+
+
+@test()
+def false_publisher(ctx):
+    """A publisher that is none: whatever he sends, the reader notices, and
+    reads the template."""
+    template = Template(ctx)
+    path = ctx.path('cache.sock')
+    false = FalsePublisher(ctx, path)
+    reader = Reader(ctx, template, None, path, timeout=300)
+    ok = memory(1 * MiB)
+    cases = (
+        ('not sealed', lambda hello: hello, [memory(MiB, 0)]),
+        ('not sealed', lambda hello: hello, [memory(MiB, FD_SEALS & ~0x2)]),
+        ('not sealed', lambda hello: hello, [os.open('/dev/null', os.O_RDWR)]),
+        ('only', lambda hello: hello, [memory(100)]),
+        ('damaged', lambda hello: hello, [ok]),
+        ('damaged', lambda hello: hello, [memory(
+            MiB, FD_SEALS, b'boochmap' + os.urandom(4096))]),
+        ('another template', lambda hello: hello, []),
+        ('another template', lambda hello: hello[:12] + struct.pack('<I', 1)
+         + hello[16:], [ok]),
+        ('no publisher', lambda hello: os.urandom(64), [ok]),
+        ('does not answer', lambda hello: None, []),
+        ('does not answer', lambda hello: hello[:20], []),
+    )
+    for problem, reply, fds in cases:
+        sock = false.answer(reply, fds)
+        wait_for(lambda: problem in reader.info().get('problem', ''), 60,
+                 'the reader says "%s": %s' % (problem, reader.info()))
+        reader.verify(0, MiB)
+        sock.close()
+    with false.listener:
+        pass
+    os.unlink(path)
+    publisher = Publisher(ctx, template, None, path)
+    reader.wait_connected()
+    reader.verify_all()
+    check(not publisher.state()['misbehaved'], 'publisher: %s',
+          publisher.state())
+
+
+@test()
+def two_publishers(ctx):
+    """The second one on a socket is refused while the first one lives, and
+    takes over from one that died."""
+    template, meter, path, publisher = surroundings(ctx)
+    try:
+        Publisher(ctx, template, meter, path)
+    except QMPError as err:
+        check('Another publisher' in err.desc, 'message: %s', err.desc)
+    else:
+        raise Failure('there are two publishers')
+    reader, = make_readers(ctx, 1, template, meter, path)
+    reader.verify(0, MiB)
+    publisher.kill()
+    Publisher(ctx, template, meter, path)
+    reader.wait_connected()
+    reader.verify_all()
+
+
+@test()
+def later_boot(ctx):
+    """A recording that was sealed serves the next start of the publisher:
+    the template is not read but for a few samples; what was not recorded
+    is read by each reader himself."""
+    template, meter, path, publisher = surroundings(
+        ctx, cache_file=ctx.path('cache'), record_bytes=8 * MiB)
+    reader, = make_readers(ctx, 1, template, meter, path)
+    reader.verify_all()
+    check(publisher.state()['sealed-by'] == 'record-bytes', 'publisher: %s',
+          publisher.state())
+    check(publisher.state()['used-bytes'] <= 8 * MiB, 'publisher: %s',
+          publisher.state())
+    publisher.wait_saved()
+    reader.quit()
+    publisher.quit()
+    before = meter.bytes
+    publisher = Publisher(ctx, template, meter, path,
+                          cache_file=ctx.path('cache'))
+    publisher.wait_prefetched()
+    reader, = make_readers(ctx, 1, template, meter, path)
+    for offset in range(0, 7 * MiB, MiB):
+        reader.verify(offset, MiB)
+    check(meter.bytes - before < 2 * MiB, 'the server sent %d bytes',
+          meter.bytes - before)
+    statistics = reader.statistics()
+    check(statistics['hit-bytes'] == 7 * MiB and
+          statistics['prefetched-used-blocks'] == 7 * 16 and
+          statistics['prefetched-blocks'] == publisher.state()['blocks'],
+          'reader: %s', statistics)
+    reader.verify(template.size - MiB, MiB)
+    check(reader.statistics()['miss-bytes'] == MiB, 'reader: %s',
+          reader.statistics())
+
+
+@test(formats=THIN)
+def guests(ctx):
+    """Guests on linked clones, with two queues and threads each, of a
+    template whose publisher dies meanwhile."""
+    template = Template(ctx)
+    os.truncate(template.place.path, GiB)
+    path = ctx.path('cache.sock')
+    publisher = Publisher(ctx, template, None, path)
+    vms = []
+    for number in range(2):
+        clone = File(ctx, 'clone-%d' % number)
+        create(ctx, clone, GiB)
+        guest = Guest(ctx, lanes=2, blocks=400, base=8 * MiB)
+        file = clone.blockdev(NODE + '-file')
+        vms.append(VM(ctx, guest, clone, iothread=2, cpus=2, disk=[
+            *template_nodes(template), cache_node(path), file,
+            {'driver': ctx.fmt, 'node-name': NODE, 'file': NODE + '-file',
+             'backing': 'cache'}]))
+    for vm in vms:
+        vm.guest.wait_ready()
+        vm.guest.start_writing()
+        vm.guest.wait_writes(300)
+    publisher.kill()
+    for vm in vms:
+        vm.guest.wait_writes(300 + vm.guest.acked_count())
+        vm.guest.stop_writing()
+        vm.guest.verify('read by the guest')
+        vm.quit()
+    for number in range(2):
+        require_clean(ctx, File(ctx, 'clone-%d' % number))
