@@ -192,22 +192,39 @@ fence_holder(BlockDriverState *file, uint64_t *key, unsigned *type)
 /* ------------------------------------------------------------------ */
 /* May it be used?                                                     */
 
-/* Is a host's block device a whole one, that nothing else lies on? */
+#ifdef CONFIG_LINUX
+/* What sysfs has of a block device below @name; g_free() it */
+static char *fence_sysfs(const struct stat *st, const char *name)
+{
+    return g_strdup_printf("/sys/dev/block/%u:%u/%s", major(st->st_rdev),
+                           minor(st->st_rdev), name);
+}
+#endif
+
+/*
+ * Is a host's block device a whole one, that nothing else lies on?  Volumes of
+ * a volume manager and multipath devices are not, nor partitions, nor a device
+ * that such a one is made of: a reservation would fence off its other users.
+ */
 static bool fence_host_device_is_whole(const char *filename)
 {
 #ifdef CONFIG_LINUX
-    g_autofree char *dm = NULL, *part = NULL;
+    g_autofree char *dm = NULL, *part = NULL, *holders = NULL;
+    g_autoptr(GDir) users = NULL;
     struct stat st;
 
-    if (stat(filename, &st) < 0 || !S_ISBLK(st.st_mode)) {
-        return !stat(filename, &st) && S_ISCHR(st.st_mode);
+    if (stat(filename, &st) < 0) {
+        return false;
     }
-    /* Volumes of a volume manager, and paths of a multipath device */
-    dm = g_strdup_printf("/sys/dev/block/%u:%u/dm", major(st.st_rdev),
-                         minor(st.st_rdev));
-    part = g_strdup_printf("/sys/dev/block/%u:%u/partition",
-                           major(st.st_rdev), minor(st.st_rdev));
-    return access(dm, F_OK) < 0 && access(part, F_OK) < 0;
+    if (!S_ISBLK(st.st_mode)) {
+        return S_ISCHR(st.st_mode);
+    }
+    dm = fence_sysfs(&st, "dm");
+    part = fence_sysfs(&st, "partition");
+    holders = fence_sysfs(&st, "holders");
+    users = g_dir_open(holders, 0, NULL);
+    return access(dm, F_OK) < 0 && access(part, F_OK) < 0 &&
+           !(users && g_dir_read_name(users));
 #else
     return false;
 #endif
