@@ -34,6 +34,7 @@ PROGRAMS = {
     'qemu-img': 'qemu-img',
     'qemu-io': 'qemu-io',
     'qemu-nbd': 'qemu-nbd',
+    'qemu-pr-helper': 'qemu-pr-helper',
     'qemu-storage-daemon': 'storage-daemon/qemu-storage-daemon',
 }
 

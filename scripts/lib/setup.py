@@ -47,7 +47,8 @@ LIBRARIES = '''
 
 # Firmware, and what tests call.
 RUN_TIME = '''
-    e2fsprogs fuse3 ipxe-qemu kmod libiscsi-bin qemu-system-data seabios tgt
+    busybox-static dmsetup e2fsprogs fuse3 ipxe-qemu kmod libiscsi-bin
+    qemu-system-data seabios tgt
 '''.split()
 
 

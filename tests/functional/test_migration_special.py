@@ -4,6 +4,7 @@ to the driver: queues in other threads, postcopy, devices without SCSI, a
 second disk, a block job that holds on to the source, a death right after.
 """
 
+import json
 import time
 
 from lib.contents import Contents, scan
@@ -285,3 +286,74 @@ def array_restarts(ctx):
     array.restart()
     guest.wait_writes(300, seconds=120)
     finish(ctx, lun, guest, vm)
+
+
+def plugged(name, lun, host):
+    """Options of a disk at a place of its own on the bus."""
+    return [lun.blockdev(name + '-file', host),
+            {'driver': 'thinvm', 'node-name': name, 'file': name + '-file',
+             'cache': {'direct': True}},
+            {'driver': 'virtio-blk-pci', 'drive': name, 'id': 'dev-' + name,
+             'addr': '0x10'}]
+
+
+def owned(ctx, lun):
+    """Is another host, without an order, refused to open @lun for writing?"""
+    other = StorageDaemon(ctx, host='other')
+    try:
+        other.add_disk(lun)
+    except QMPError as err:
+        ctx.log('refused: ' + err.desc)
+        return True
+    finally:
+        other.quit()
+    return False
+
+
+@test(seconds=300, formats=OURS)
+def hot_plug(ctx):
+    """A disk is plugged in before a migration and out after it; a node that
+    is added while one is under way is handed over with the others."""
+    array = Target(ctx)
+    lun, hot, late = (array.add_lun(1 * GiB) for _ in range(3))
+    for place in (lun, hot, late):
+        create(ctx, place, 1 * GiB)
+    _, guest, source = setup_pair(ctx, place=lun)
+    protocol, node, device = plugged('hot', hot, 'a')
+    source.qmp.cmd_raw('blockdev-add', protocol)
+    source.qmp.cmd_raw('blockdev-add', node)
+    source.qmp.cmd_raw('device_add', device)
+    guest.wait_writes(100)
+
+    extra = []
+    for option, what in zip(('-blockdev', '-blockdev', '-device'),
+                            plugged('hot', hot, 'b')):
+        extra += [option, json.dumps(what)]
+    target = VM(ctx, guest, lun, host='b', incoming=True, extra=extra)
+    begin_migration(source, target, bandwidth=256 << 10)
+    wait_migration(source, ('active',))
+    expect_mode(source, 'writethrough', node='hot')
+    protocol, node, _ = plugged('late', late, 'a')
+    source.qmp.cmd_raw('blockdev-add', protocol)
+    source.qmp.cmd_raw('blockdev-add', node)
+    check(owned(ctx, late), 'a node that was added amid a migration does not '
+          'own its image')
+    finish_migration(source, target)
+    check(not owned(ctx, late), 'a node that was added amid a migration was '
+          'not handed over with the others')
+    expect_mode(target, 'writeback', node='hot')
+    source.quit()
+
+    target.qmp.cmd('device_del', id='dev-hot')
+    target.qmp.wait_event('DEVICE_DELETED', 60,
+                          lambda data: data.get('device') == 'dev-hot')
+    for name in ('hot', 'hot-file'):
+        target.qmp.cmd('blockdev-del', node_name=name)
+    check(not owned(ctx, hot), 'a disk that was plugged out is still owned')
+    back = VM(ctx, guest, lun, host='a', incoming=True)
+    migrate(target, back)
+    guest.wait_writes(200)
+    target.quit()
+    finish(ctx, lun, guest, back)
+    for place in (hot, late):
+        require_clean(ctx, place)
