@@ -34,7 +34,7 @@ WantedBy=multi-user.target
 '''
 
 SCRIPT = '''#!/bin/sh
-python3 -c 'import json, socket, hashlib, subprocess' 
+python3 -c 'import json, socket, hashlib, subprocess'
 echo STORM-BOOTED
 grep -q storm.verify=1 /proc/cmdline || exit 0
 find %s -xdev -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum |
@@ -67,6 +67,13 @@ def make_root(directory):
     shutil.rmtree(root, ignore_errors=True)
     run('debootstrap', '--variant=minbase', '--include=' + PACKAGES, SUITE,
         root)
+    customise(root)
+    (directory / 'complete').touch()
+    return root
+
+
+def customise(root):
+    """The service that tells the host."""
     (root / 'etc/systemd/system/storm.service').write_text(UNIT)
     wants = root / 'etc/systemd/system/multi-user.target.wants'
     wants.mkdir(exist_ok=True)
@@ -74,8 +81,6 @@ def make_root(directory):
     script = root / 'usr/local/sbin/storm'
     script.write_text(SCRIPT)
     script.chmod(0o755)
-    (directory / 'complete').touch()
-    return root
 
 
 def make_image(directory, size):

@@ -459,7 +459,7 @@ def later_boot(ctx):
           reader.statistics())
 
 
-@test(formats=THIN)
+@test(formats=THIN, slow=True)
 def guests(ctx):
     """Guests on linked clones, with two queues and threads each, of a
     template whose publisher dies meanwhile."""
@@ -471,9 +471,9 @@ def guests(ctx):
     for number in range(2):
         clone = File(ctx, 'clone-%d' % number)
         create(ctx, clone, GiB)
-        guest = Guest(ctx, lanes=2, blocks=400, base=8 * MiB)
+        guest = Guest(ctx, lanes=2, blocks=400, base=32 * MiB)
         file = clone.blockdev(NODE + '-file')
-        vms.append(VM(ctx, guest, clone, iothread=2, cpus=2, disk=[
+        vms.append(VM(ctx, guest, clone, iothread=2, disk=[
             *template_nodes(template), cache_node(path), file,
             {'driver': ctx.fmt, 'node-name': NODE, 'file': NODE + '-file',
              'backing': 'cache'}]))
