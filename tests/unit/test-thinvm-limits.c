@@ -4,9 +4,10 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The ring of the journal, when owners come and go without doing anything;
- * the place on the device, which shall stay as small as what is in use; the
- * metadata pages that are kept for writes into unwritten runs; and those that
- * are kept for checkpoints.
+ * a device that becomes shorter while it is open; the place on the device,
+ * which shall stay as small as what is in use; the metadata pages that are
+ * kept for writes into unwritten runs; and those that are kept for
+ * checkpoints.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
@@ -191,6 +192,119 @@ static void run_small(gconstpointer data)
 
     run_on(sim, (TestBody *)data);
     sim_free(sim);
+}
+
+/* ------------------------------------------------------------------ */
+/* A device that becomes shorter while it is open                      */
+
+#define NB_SHORT    300         /* guest clusters that are written */
+
+/* What each of them may have: as it was when it was last durable, or since */
+typedef struct Values {
+    uint64_t old, new;
+} Values;
+
+static void coroutine_fn check_values(ThinvmSim *sim, ThinvmStore *st,
+                                      const Values *values)
+{
+    for (uint64_t i = 0; i < NB_SHORT; i++) {
+        uint64_t tag = image_read_tag(sim, st, i * 40);
+
+        if (tag != values[i].old && tag != values[i].new) {
+            g_error("guest cluster %" PRIu64 " has %" PRIx64, i * 40, tag);
+        }
+    }
+}
+
+/* Whatever lies behind the end fails; the rest works on */
+static void coroutine_fn use_shortened(ThinvmSim *sim, ThinvmStore *st,
+                                       Values *values, bool restored)
+{
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+    unsigned failed = 0;
+
+    for (uint64_t i = 0; i < NB_SHORT; i++) {
+        uint64_t guest = i * 40;
+        int ret = image_read(sim, st, guest, buf);
+
+        if (ret == 0) {
+            g_assert_cmpuint(image_tag(buf, guest * IMAGE_SECTORS), ==,
+                             values[i].old);
+        } else {
+            g_assert_cmpint(ret, ==, -EIO);
+            failed++;
+        }
+        if (i % 3 == 0) {
+            ret = write_one(sim, st, guest, i + 5000);
+            values[i].new = i + 5000;
+        } else if (i % 7 == 0) {
+            ret = thinvm_store_unmap(st, 0, guest, 1, THINVM_SOURCE_ZERO, NULL,
+                                     NULL);
+            values[i].new = TAG_ZERO;
+        } else {
+            continue;
+        }
+        if (ret == 0 && restored) {
+            values[i].old = values[i].new;
+        }
+        if (i % 60 == 0) {
+            thinvm_store_checkpoint(st);
+            flush(st);
+            thinvm_store_reclaim(st, true);
+        }
+    }
+    g_assert_cmpuint(failed, >, 0);
+}
+
+/* Its end is in the header, the ring, metadata, data; @restored: while open */
+static void coroutine_fn shorten_to(ThinvmSim *sim, uint64_t length,
+                                    bool restored)
+{
+    g_autofree Values *values = g_new(Values, NB_SHORT);
+    uint64_t before;
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    for (uint64_t i = 0; i < NB_SHORT; i++) {
+        g_assert_cmpint(write_one(sim, st, i * 40, i + 1), ==, 0);
+        values[i] = (Values) { i + 1, i + 1 };
+    }
+    g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
+    before = info_of(st).device_clusters << IMAGE_CLUSTER_BITS;
+    g_assert_cmpuint(length, <, before);
+
+    sim_truncate(sim, length);
+    use_shortened(sim, st, values, restored);
+    if (restored) {
+        sim_truncate(sim, MAX(before, sim_length(sim)));
+        g_assert_cmpint(flush(st), ==, 0);
+        g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
+        check_values(sim, st, values);
+    }
+    store_die(st);
+    if (sim_length(sim) < before) {
+        must_fail_to_open(sim, length < THINVM_SUPERBLOCK1_OFFSET ? "" :
+                               "truncated");
+        sim_truncate(sim, before);
+    }
+    st = image_open(sim);
+    check_values(sim, st, values);
+    image_recount(sim, st);
+    image_check(st);
+    store_close(st, true);
+}
+
+static void coroutine_fn test_shortened(ThinvmSim *sim)
+{
+    static const uint64_t lengths[] = {
+        4 * KiB, 256 * KiB, 1 * MiB, JOURNAL_END - 512 * KiB, JOURNAL_END,
+        JOURNAL_END + 64 * KiB, 3 * MiB, 4 * MiB, 5 * MiB,
+    };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(lengths) * 2; i++) {
+        shorten_to(sim, lengths[i / 2], i % 2);
+    }
 }
 
 /* ------------------------------------------------------------------ */
@@ -809,6 +923,7 @@ int main(int argc, char **argv)
 
     add("/thinvm/limits/ring/owners-die", test_owners_die);
     add("/thinvm/limits/ring/owners-fail", test_owners_fail);
+    add("/thinvm/limits/device/shortened", test_shortened);
     g_test_add_data_func("/thinvm/limits/metadata/single-clusters",
                          test_single_clusters, run_small);
     g_test_add_data_func("/thinvm/limits/high-water/random", test_high_water,
