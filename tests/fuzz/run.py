@@ -12,6 +12,8 @@
 #   run.py --fuzz SECONDS [--seed N]     libFuzzer; says executions and
 #       coverage; new inputs are kept in BUILD/fuzz/found
 #   run.py --coverage             the figures, file by file
+#   run.py --guards               each check of what an image says is taken out
+#       in turn: which test notices (thinvm_guards.py)
 #   run.py --seeds                write the first inputs to corpus/ anew
 #   run.py --replay FILE...       run these inputs (a crash that was found),
 #       and tell what happens
@@ -33,6 +35,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import thinvm_guards
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
@@ -316,6 +320,18 @@ def print_coverage(files):
     return 100 * covered / lines
 
 
+def run_guards(build):
+    """Exit status: 1 if tests come by a guard and none fails without it."""
+    try:
+        survived, idle, number = thinvm_guards.run(
+            build, lambda text: print(text, flush=True))
+    except thinvm_guards.GuardError as e:
+        sys.exit(f'{e}')
+    print(f'# {number} guards; without {len(survived)} all tests pass, and '
+          f'no test comes by {len(idle)}')
+    return 1 if survived else 0
+
+
 # --- The suite --------------------------------------------------------------
 
 class Suite:
@@ -398,6 +414,7 @@ def main():
     p.add_argument('--seed', type=int, default=1)
     p.add_argument('--fuzz', type=int, metavar='SECONDS')
     p.add_argument('--coverage', action='store_true')
+    p.add_argument('--guards', action='store_true')
     p.add_argument('--seeds', action='store_true')
     p.add_argument('--replay', nargs='+', metavar='FILE')
     args = p.parse_args()
@@ -407,6 +424,8 @@ def main():
         CORPUS.mkdir(exist_ok=True)
         return subprocess.call([build_main(args.build), '--seeds', CORPUS],
                                env=environment())
+    if args.guards:
+        return run_guards(args.build)
     if args.replay:
         return subprocess.call([build_main(args.build), *args.replay],
                                env=dict(environment(),

@@ -674,7 +674,7 @@ static void coroutine_fn release_entry(void *opaque)
     thinvm_store_reclaim(r->st, false);
 }
 
-static gpointer release_thread(gpointer opaque)
+static void *release_thread(void *opaque)
 {
     qemu_coroutine_enter(qemu_coroutine_create(release_entry, opaque));
     return NULL;
@@ -704,7 +704,7 @@ static void coroutine_fn test_release_in_one_step(ThinvmSim *sim)
 {
     ThinvmStore *owner, *follower;
     Releaser r = {};
-    GThread *thread;
+    QemuThread thread;
     unsigned token;
 
     image_create(sim, VIRTUAL_SIZE);
@@ -721,14 +721,15 @@ static void coroutine_fn test_release_in_one_step(ThinvmSim *sim)
 
     r.st = follower;
     thinvm_state_lock(follower->state);
-    thread = g_thread_new("release", release_thread, &r);
+    qemu_thread_create(&thread, "release", release_thread, &r,
+                       QEMU_THREAD_JOINABLE);
     while (!sleeps(qatomic_read(&r.thread))) {
         g_thread_yield();
     }
     g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 1);
     qatomic_set(&follower->mode, THINVM_STORE_WRITING);
     thinvm_state_unlock(follower->state);
-    g_thread_join(thread);
+    qemu_thread_join(&thread);
     g_assert_cmpuint(qatomic_read(&follower->quarantined_ranges), ==, 1);
 
     qatomic_set(&follower->mode, THINVM_STORE_READING);

@@ -146,6 +146,12 @@ static void test_op_payloads(void)
     expect_error(err, "roots are not empty");
 
     put(buf, 40 + 16, 8, 0);
+    put(buf, 40 + 32, 8, PTR(1, 300));
+    err = NULL;
+    g_assert_cmpint(decode(buf, sizeof(buf), &err), ==, -EBADMSG);
+    expect_error(err, "roots are not empty");
+
+    put(buf, 40 + 32, 8, 0);
     put(buf, 40 + 76, 4, 1);
     err = NULL;
     g_assert_cmpint(decode(buf, sizeof(buf), &err), ==, -EBADMSG);

@@ -313,6 +313,15 @@ static void test_snapshot_leaf(void)
 
     err = NULL;
     snap.root.address = 4799;
+    snap.vmstate_root = snap.root;
+    snap.vmstate_root.address = 4800;
+    thinvm_snapshot_encode(&slots[7], &snap);
+    g_assert_false(thinvm_page_validate(&bounds, THINVM_PAGE_SNAPSHOT_LEAF, 0,
+                                        THIS_PAGE, slots, &err));
+    expect_error(err, "slot 7: VM state root of snapshot: page outside");
+
+    err = NULL;
+    snap.vmstate_root.address = 4799;
     snap.virtual_size = 512 * TiB + 512;
     thinvm_snapshot_encode(&slots[7], &snap);
     g_assert_false(thinvm_page_validate(&bounds, THINVM_PAGE_SNAPSHOT_LEAF, 0,

@@ -270,6 +270,13 @@ static void test_superblock_reserved(void)
     g_assert_cmphex(back.promised_pages, ==, 0x123456789);
     g_assert_true(buffer_is_zero(back.reserved, 240));
 
+    sb.promised_pages = (1ULL << 35) + 1;
+    thinvm_superblock_encode(&le, &sb);
+    g_assert_cmpint(thinvm_superblock_decode(&back, &le, &err), ==, -EBADMSG);
+    expect_error(err, "number of promised pages");
+    err = NULL;
+    sb.promised_pages = 1;
+
     sb.reserved[0] = 1;
     sb.reserved[239] = 2;
     thinvm_superblock_encode(&le, &sb);
@@ -378,6 +385,7 @@ static const FieldCase superblock_cases[] = {
     { 224, 8, PTR(4, 0), "space map root: type not allowed" },
     { 240, 8, 0, "3 snapshots but no page" },
     { 240, 8, PTR(4, 0), "3 snapshots but no page" },
+    { 240, 8, PTR(1, 300) | 1ULL << 44, "snapshot root: shared below" },
     { 256, 8, PTR(4, 0), "backing file pointer: type not allowed" },
     { 256, 8, PTR(1, 300), NULL },
     { 272, 1, 1, "reserved bytes" },
@@ -565,6 +573,15 @@ static void test_backing_fields(void)
     thinvm_backing_encode(&le, &backing);
     g_assert_false(thinvm_backing_decode(&back, &le, &err));
     expect_error(err, "without a backing file name");
+
+    /* A name without an end, and a length that says so */
+    err = NULL;
+    backing = good_backing();
+    thinvm_backing_encode(&le, &backing);
+    memset(le.name, 'n', sizeof(le.name));
+    put(&le, 0, 4, sizeof(le.name));
+    g_assert_false(thinvm_backing_decode(&back, &le, &err));
+    expect_error(err, "name: length field");
 }
 
 int main(int argc, char **argv)

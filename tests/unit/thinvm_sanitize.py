@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +28,9 @@ UTIL = re.compile(r'^libqemuutil\.a\.p/util_(aio|async|coroutine|qemu-co|'
                   r'oslib-posix)[\w-]*\.c\.o$')
 BACKENDS = ('coroutine-ucontext', 'coroutine-sigaltstack')
 TSAN_FLAGS = ['-O1', '-fsanitize=thread', '-DCONFIG_TSAN=1', '-Wno-tsan']
+
+
+sys.path.append(str(CHECKOUT / 'tests/fuzz'))
 
 
 def fuzz_module():
