@@ -78,6 +78,9 @@ def customise(root):
     wants = root / 'etc/systemd/system/multi-user.target.wants'
     wants.mkdir(exist_ok=True)
     (wants / 'storm.service').symlink_to('/etc/systemd/system/storm.service')
+    # A getty that begins would hang up on what the service says
+    (root / 'etc/systemd/system/serial-getty@ttyS0.service').symlink_to(
+        '/dev/null')
     script = root / 'usr/local/sbin/storm'
     script.write_text(SCRIPT)
     script.chmod(0o755)
