@@ -324,6 +324,64 @@ static void coroutine_fn test_autoclear(ThinvmSim *sim)
     g_assert_cmpuint(older.autoclear, ==, 0);
 }
 
+static void read_base(ThinvmSim *sim, int slot, ThinvmSuperblock *sb)
+{
+    uint8_t page[SIM_BLOCK];
+
+    sim_peek(sim, thinvm_superblock_offset(slot), SIM_BLOCK, page);
+    g_assert_cmpint(thinvm_superblock_decode(sb, (ThinvmSuperblockLe *)page,
+                                             &error_abort), ==, 0);
+}
+
+static bool coroutine_fn base_agrees(ThinvmSim *sim, int slot,
+                                     const ThinvmSuperblock *sb)
+{
+    uint8_t page[SIM_BLOCK] = {};
+    ThinvmSuperblock newest, older;
+    bool has_older;
+
+    thinvm_superblock_encode((ThinvmSuperblockLe *)page, sb);
+    sim_poke(sim, thinvm_superblock_offset(slot), SIM_BLOCK, page);
+    g_assert_cmpint(thinvm_store_probe(sim_device(sim), &newest, &older,
+                                       &has_older, &error_abort), ==, 0);
+    return has_older;
+}
+
+/* A superblock that cannot be of the same image's past is no older base */
+static void coroutine_fn test_other_base(ThinvmSim *sim)
+{
+    ThinvmSuperblock sb[THINVM_NB_SUPERBLOCKS], other;
+    ThinvmStore *st;
+    int slot;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    write_one(sim, st, 1, 11);
+    thinvm_store_checkpoint(st);
+    store_close(st, true);
+    for (slot = 0; slot < THINVM_NB_SUPERBLOCKS; slot++) {
+        read_base(sim, slot, &sb[slot]);
+    }
+    slot = sb[0].generation > sb[1].generation;
+    g_assert_true(base_agrees(sim, slot, &sb[slot]));
+
+    other = sb[slot];
+    other.uuid.data[3] ^= 1;
+    g_assert_false(base_agrees(sim, slot, &other));
+    other = sb[slot];
+    other.cluster_bits++;
+    g_assert_false(base_agrees(sim, slot, &other));
+    other = sb[slot];
+    other.journal_size += THINVM_PAGE_SIZE;
+    g_assert_false(base_agrees(sim, slot, &other));
+    other = sb[slot];
+    other.sequence = sb[!slot].sequence + 1;
+    g_assert_false(base_agrees(sim, slot, &other));
+    other = sb[slot];
+    other.epoch = sb[!slot].epoch + 1;
+    g_assert_false(base_agrees(sim, slot, &other));
+}
+
 static void coroutine_fn test_no_superblock(ThinvmSim *sim)
 {
     ThinvmStore *st;
@@ -911,6 +969,7 @@ int main(int argc, char **argv)
     add("/thinvm/store/open/fallback", test_fallback);
     add("/thinvm/store/open/autoclear", test_autoclear);
     add("/thinvm/store/open/no-superblock", test_no_superblock);
+    add("/thinvm/store/open/other-base", test_other_base);
     add("/thinvm/store/checkpoint", test_checkpoint);
     add("/thinvm/store/journal/torn-record", test_torn_record);
     add("/thinvm/store/journal/damage", test_damage);
