@@ -201,6 +201,14 @@ static void precopy_filter_close(BlockDriverState *bs)
     precopy_track_free(f->track);
 }
 
+/* The guest goes on elsewhere, with the target as its disk */
+static int GRAPH_RDLOCK precopy_filter_inactivate(BlockDriverState *bs)
+{
+    PrecopyFilter *f = bs->opaque;
+
+    return f->job ? precopy_hand_over(f->job, bs) : 0;
+}
+
 static BlockDriver precopy_filter = {
     .format_name                = "precopy_top",
     .instance_size              = sizeof(PrecopyFilter),
@@ -211,6 +219,7 @@ static BlockDriver precopy_filter = {
     .bdrv_co_pdiscard           = precopy_filter_pdiscard,
     .bdrv_co_flush              = precopy_filter_flush,
     .bdrv_co_getlength          = precopy_filter_getlength,
+    .bdrv_inactivate            = precopy_filter_inactivate,
     .bdrv_refresh_filename      = precopy_filter_refresh_filename,
     .bdrv_child_perm            = precopy_filter_child_perm,
 

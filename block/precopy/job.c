@@ -136,7 +136,7 @@ static bool precopy_should_end(PrecopyJob *s)
 }
 
 /* Send all that is dirty; nothing becomes dirty meanwhile */
-static bool coroutine_fn precopy_send_rest(PrecopyJob *s)
+bool coroutine_fn precopy_send_rest(PrecopyJob *s)
 {
     PrecopySweep rest = {
         .free_too = true,

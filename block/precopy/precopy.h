@@ -125,6 +125,10 @@ int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes);
 /* job.c */
 extern const BlockJobDriver precopy_job_driver;
 void precopy_statistics(PrecopyJob *s, PrecopyStatistics *info);
+bool coroutine_fn precopy_send_rest(PrecopyJob *s);
+
+/* handover.c */
+int GRAPH_RDLOCK precopy_hand_over(PrecopyJob *s, BlockDriverState *filter);
 
 /* start.c */
 void precopy_forget_hints(PrecopyJob *s);

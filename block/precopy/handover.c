@@ -1,0 +1,73 @@
+/*
+ * blockdev-precopy: the guest migrates while the job is running
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * At the end of a migration the guest is stopped and its nodes are
+ * inactivated; it goes on at the other host, as a rule with the target of
+ * the job as its disk.  That disk must then hold all that the source holds.  A
+ * job that is ready sends its rest here, which it has kept within the
+ * downtime limit.  If it is not ready, or the rest cannot be sent, the
+ * migration fails, and the guest goes on at the source.  So nothing is lost
+ * even if nobody pauses the migration to wait for the job.
+ */
+
+#include "qemu/osdep.h"
+#include "block/aio-wait.h"
+#include "qemu/error-report.h"
+#include "system/block-backend.h"
+#include "precopy.h"
+#include "trace.h"
+
+typedef struct PrecopyHandOver {
+    PrecopyJob *job;
+    bool sent, done;
+} PrecopyHandOver;
+
+static void coroutine_fn precopy_hand_over_entry(void *opaque)
+{
+    PrecopyHandOver *h = opaque;
+
+    h->sent = precopy_send_rest(h->job);
+    qatomic_set(&h->done, true);
+    aio_wait_kick();
+}
+
+/* Nobody writes any more; the job stands still while this is done */
+static bool precopy_send_rest_now(PrecopyJob *s, BlockDriverState *filter)
+{
+    PrecopyHandOver h = {
+        .job = s,
+    };
+
+    bdrv_drained_begin(filter);
+    aio_co_enter(s->common.job.aio_context,
+                 qemu_coroutine_create(precopy_hand_over_entry, &h));
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !qatomic_read(&h.done));
+    bdrv_drained_end(filter);
+    return h.sent;
+}
+
+/* In the main loop, when the filter is being inactivated */
+int precopy_hand_over(PrecopyJob *s, BlockDriverState *filter)
+{
+    GLOBAL_STATE_CODE();
+
+    if (!job_is_ready(&s->common.job)) {
+        error_report("Job '%s' is not ready: the target does not hold what "
+                     "the disk holds. Wait for the job, or cancel it, before "
+                     "the guest migrates", s->common.job.id);
+        return -EBUSY;
+    }
+    trace_precopy_hand_over(s, precopy_track_left(s->track));
+    if (!precopy_track_left(s->track) && !qatomic_read(&s->in_flight)) {
+        return 0;
+    }
+    if ((blk_bs(s->target)->open_flags & BDRV_O_INACTIVE) ||
+        !precopy_send_rest_now(s, filter)) {
+        error_report("Job '%s' could not send the rest of the disk",
+                     s->common.job.id);
+        return -EIO;
+    }
+    return 0;
+}
