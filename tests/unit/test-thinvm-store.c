@@ -380,6 +380,11 @@ static void coroutine_fn test_other_base(ThinvmSim *sim)
     other = sb[slot];
     other.epoch = sb[!slot].epoch + 1;
     g_assert_false(base_agrees(sim, slot, &other));
+
+    flip(sim, thinvm_superblock_offset(slot) + 40);
+    st = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    g_assert_true(st->bases.suspect && st->bases.damage);
+    thinvm_store_free(st);
 }
 
 static void coroutine_fn test_no_superblock(ThinvmSim *sim)
