@@ -69,8 +69,8 @@ def engine_sources():
     """Engine and durability layers, as the unit tests list them."""
     table = (CHECKOUT / 'tests/unit/thinvm/meson.build').read_text(
         encoding='utf-8')
-    return [CHECKOUT / 'block/thinvm' / name
-            for name in re.findall(r"thinvm_dir / '(\S+\.c)'", table)]
+    names = dict.fromkeys(re.findall(r"thinvm_dir / '(\S+\.c)'", table))
+    return [CHECKOUT / 'block/thinvm' / name for name in names]
 
 
 def test_sources(name):
