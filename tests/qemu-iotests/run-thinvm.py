@@ -36,7 +36,7 @@ import thinvm_tests
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
-LIMIT = 300             # seconds that one test may take
+LIMIT = 600             # seconds that one test may take
 
 
 def own_tests():
