@@ -76,7 +76,7 @@ class Journey(Scene):
         if how == 'device':
             # What else is written may be the guest's, which would be told
             place = Unclaimable(self.lun, 'thinvm_claim_write', True)
-        if how == 'cut':
+        if how in ('cut', 'cancel'):    # neither is for post-copy
             kind = {}
         bandwidth, latest = random.choice(PACES)
         self.begin(kind, place, bandwidth=bandwidth)
