@@ -15,8 +15,9 @@ import subprocess
 import threading
 import time
 
-from .context import TOP, Failure, Process, check, wait_for
-from .guest import MODULES, _cpio_entry, _kernel, _module
+from .context import TOP, Failure, Process, check
+from .guest import (MODULES, connect_port, cpio_entry, find_kernel,
+                    kernel_module)
 from .qmp import QMP
 
 INIT = os.path.join(TOP, 'tests', 'functional', 'guest', 'files.c')
@@ -40,21 +41,21 @@ def initramfs(ctx):
                if name.endswith('.c')]
     _run(['gcc', '-std=gnu11', '-O2', '-Wall', '-Wextra', '-Wno-sign-compare',
           '-static', '-s', '-o', agent] + sources)
-    vmlinuz, modules = _kernel()
-    members = [_cpio_entry(name, stat.S_IFDIR | 0o755)
+    vmlinuz, modules = find_kernel()
+    members = [cpio_entry(name, stat.S_IFDIR | 0o755)
                for name in ('dev', 'proc', 'sys', 'modules', 'mnt')]
-    members.append(_cpio_entry('dev/console', stat.S_IFCHR | 0o600,
+    members.append(cpio_entry('dev/console', stat.S_IFCHR | 0o600,
                                rdev=(5, 1)))
     for name, path in (('init', init), ('agent', agent)):
         with open(path, 'rb') as file:
-            members.append(_cpio_entry(name, stat.S_IFREG | 0o755,
+            members.append(cpio_entry(name, stat.S_IFREG | 0o755,
                                        file.read()))
     for number, name in enumerate(MODULES + ('dm-mod',)):
-        data = _module(modules, name)
+        data = kernel_module(modules, name)
         if data:
-            members.append(_cpio_entry('modules/%02d-%s' % (number, name),
+            members.append(cpio_entry('modules/%02d-%s' % (number, name),
                                        stat.S_IFREG | 0o644, data))
-    members.append(_cpio_entry('TRAILER!!!', 0))
+    members.append(cpio_entry('TRAILER!!!', 0))
     path = ctx.path('files-initrd')
     with open(path, 'wb') as file:
         file.write(b''.join(members))
@@ -99,17 +100,7 @@ class Line:
         self._ctx, self._name = ctx, os.path.basename(path)
         self._news = threading.Condition()
         self._process = process
-        self._sock = socket.socket(socket.AF_UNIX)
-
-        def connect():
-            process.check_alive()
-            try:
-                self._sock.connect(path)
-                return True
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-
-        wait_for(connect, 60, 'port ' + path)
+        self._sock = connect_port(path, process)
         threading.Thread(target=self._read, daemon=True).start()
         ctx.cleanup(self.close)
 

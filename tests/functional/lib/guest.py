@@ -31,7 +31,7 @@ WRITER = os.path.join(TOP, 'tests', 'functional', 'guest', 'writer.c')
 KERNEL_SCRIPT = os.path.join(TOP, 'scripts', 'lib', 'guest-kernel')
 
 
-def _cpio_entry(name, mode, data=b'', rdev=(0, 0)):
+def cpio_entry(name, mode, data=b'', rdev=(0, 0)):
     """One member of a "newc" archive."""
     name = name.encode() + b'\0'
     fields = (random.randrange(1, 1 << 31), mode, 0, 0, 1, 0, len(data),
@@ -41,7 +41,7 @@ def _cpio_entry(name, mode, data=b'', rdev=(0, 0)):
     return head + data + b'\0' * (-len(data) % 4)
 
 
-def _kernel():
+def find_kernel():
     """(vmlinuz, directory of modules) that scripts/setup has got."""
     done = subprocess.run([KERNEL_SCRIPT], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, check=False)
@@ -52,7 +52,7 @@ def _kernel():
     return lines[0], lines[1]
 
 
-def _module(tree, name):
+def kernel_module(tree, name):
     """The bytes of a module, or None if the kernel has it built in."""
     for path in glob.glob(os.path.join(tree, '**', name + '.ko*'),
                           recursive=True):
@@ -73,16 +73,16 @@ def _build(vmlinuz, modules, where):
     subprocess.run(['gcc', '-O2', '-Wall', '-static', '-pthread', '-s',
                     '-o', writer, WRITER], check=True)
     with open(writer, 'rb') as file:
-        members = [_cpio_entry('init', 0o100755, file.read())]
-    members += [_cpio_entry(name, 0o40755)
+        members = [cpio_entry('init', 0o100755, file.read())]
+    members += [cpio_entry(name, 0o40755)
                 for name in ('dev', 'proc', 'sys', 'modules')]
-    members.append(_cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
+    members.append(cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
     for number, name in enumerate(MODULES):
-        data = _module(modules, name)
+        data = kernel_module(modules, name)
         if data:
-            members.append(_cpio_entry('modules/%02d-%s' % (number, name),
+            members.append(cpio_entry('modules/%02d-%s' % (number, name),
                                        0o100644, data))
-    members.append(_cpio_entry('TRAILER!!!', 0))
+    members.append(cpio_entry('TRAILER!!!', 0))
     with open(os.path.join(where, 'initrd'), 'wb') as file:
         file.write(b''.join(members))
     shutil.copyfile(vmlinuz, os.path.join(where, 'vmlinuz'))
@@ -92,7 +92,7 @@ def boot_files(ctx):
     """(kernel, initramfs), made again if writer.c or the kernel changed."""
     where = os.path.join(ctx.build, 'functional', 'guest')
     os.makedirs(where, exist_ok=True)
-    vmlinuz, modules = _kernel()
+    vmlinuz, modules = find_kernel()
     made_from = '%s %d' % (vmlinuz, os.stat(WRITER).st_mtime_ns)
     stamp = os.path.join(where, 'stamp')
     with open(os.path.join(where, 'lock'), 'w') as lock:
@@ -104,22 +104,28 @@ def boot_files(ctx):
     return os.path.join(where, 'vmlinuz'), os.path.join(where, 'initrd')
 
 
+def connect_port(path, process):
+    """A socket to the host's end of a virtio-serial port of @process."""
+    sock = socket.socket(socket.AF_UNIX)
+
+    def connect():
+        process.check_alive()
+        try:
+            sock.connect(path)
+            return True
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+
+    wait_for(connect, 60, 'guest port %s of %s' % (path, process.name))
+    return sock
+
+
 class Port:
     """The host's end of the virtio-serial port of one QEMU process."""
 
     def __init__(self, ctx, path, process, guest):
         self._guest = guest
-        self._sock = socket.socket(socket.AF_UNIX)
-
-        def connect():
-            process.check_alive()
-            try:
-                self._sock.connect(path)
-                return True
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-
-        wait_for(connect, 60, 'guest port of %s' % process.name)
+        self._sock = connect_port(path, process)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
         ctx.cleanup(self.close)

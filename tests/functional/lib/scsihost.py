@@ -16,7 +16,7 @@ import socket
 import subprocess
 
 from .context import TOP, Failure, Process, check, wait_for
-from .guest import _cpio_entry, _kernel, _module
+from .guest import cpio_entry, find_kernel, kernel_module
 from .qmp import QMP
 
 MODULES = ('virtio_pci', 'virtio_blk', 'virtio_console', 'virtio_scsi',
@@ -59,7 +59,7 @@ def _libraries(programs):
 
 
 def _archive(path, programs):
-    _, tree = _kernel()
+    _, tree = find_kernel()
     members = {'init': (0o100755, open(INIT, 'rb').read())}
     dirs = {'bin', 'dev', 'proc', 'sys', 'tmp', 'etc', 'run', 'modules',
             'var', 'lib', 'lib64', 'usr'}
@@ -75,7 +75,7 @@ def _archive(path, programs):
     for library in _libraries(programs.values()):
         add(os.path.realpath(library), library)
     for number, name in enumerate(_in_order(tree, MODULES)):
-        data = _module(tree, name)
+        data = kernel_module(tree, name)
         if data:
             members['modules/%02d-%s' % (number, name)] = (0o100644, data)
     members['etc/passwd'] = (0o100644, b'root:x:0:0::/:/bin/sh\n'
@@ -84,12 +84,12 @@ def _archive(path, programs):
     members['etc/machine-id'] = (0o100644, b'0123456789abcdef' * 2 + b'\n')
     with open(path, 'wb') as file:
         for name in sorted(dirs):
-            file.write(_cpio_entry(name, 0o41777 if name == 'tmp'
+            file.write(cpio_entry(name, 0o41777 if name == 'tmp'
                                    else 0o40755))
-        file.write(_cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
+        file.write(cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
         for name, (mode, data) in members.items():
-            file.write(_cpio_entry(name, mode, data))
-        file.write(_cpio_entry('TRAILER!!!', 0))
+            file.write(cpio_entry(name, mode, data))
+        file.write(cpio_entry('TRAILER!!!', 0))
 
 
 class ScsiHost:
@@ -98,7 +98,7 @@ class ScsiHost:
     def __init__(self, ctx, lun=None, size=None, memory=512):
         """With the @lun of a target; or with a disk of @size bytes."""
         self.ctx = ctx
-        vmlinuz, _ = _kernel()
+        vmlinuz, _ = find_kernel()
         programs = {name: ctx.bin(name) for name in (
             'qemu-storage-daemon', 'qemu-img', 'qemu-io', 'qemu-pr-helper')}
         programs['busybox'] = ctx.need('busybox', 'busybox-static')
