@@ -6,6 +6,8 @@
 import json
 import os
 import subprocess
+import tempfile
+import threading
 
 import helpers
 from helpers import TempTest
@@ -28,15 +30,33 @@ def output(*command):
 
 
 def qmp(command, *requests):
-    """Start a program with QMP on its standard streams; its answers."""
-    lines = [json.dumps({'execute': r, **rest}) for r, rest in
-             (('qmp_capabilities', {}), *requests, ('quit', {}))]
-    p = subprocess.run(command, input='\n'.join(lines) + '\n', text=True,
-                       capture_output=True, timeout=60, check=False)
-    answers = [json.loads(line) for line in p.stdout.splitlines()]
-    if p.returncode:
-        raise AssertionError(p.stderr)
-    return [a for a in answers if 'return' in a or 'error' in a][1:-1]
+    """
+    Start a program with QMP on its standard streams; its answers.  The next
+    command waits for the answer: a program that quits does not finish one
+    that is longer than the pipe.
+    """
+    answers = []
+    with tempfile.TemporaryFile('w+') as errors, subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True) as p:
+        timer = threading.Timer(60, p.kill)
+        timer.start()
+        for name, rest in (('qmp_capabilities', {}), *requests, ('quit', {})):
+            p.stdin.write(json.dumps({'execute': name, **rest}) + '\n')
+            p.stdin.flush()
+            for line in p.stdout:
+                answer = json.loads(line)
+                if 'return' in answer or 'error' in answer:
+                    answers.append(answer)
+                    break
+        p.stdin.close()
+        p.stdout.read()
+        status = p.wait()
+        timer.cancel()
+        if status:
+            errors.seek(0)
+            raise AssertionError(errors.read())
+    return answers[1:-1]
 
 
 class Programs(TempTest):
