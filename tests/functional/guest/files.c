@@ -14,6 +14,13 @@
  *                               MAJOR:MINOR", and it is /dev/NAME
  *   write PATH OFFSET LENGTH    buffered, answers when write() has returned
  *   fsync PATH | delete PATH | sync | umount PATH
+ *   used PATH                   answers "ok BYTES", what the file system uses
+ *   vm NAME NUMBER              a setting below /proc/sys/vm
+ *   load PATH MIB KIB PER_SECOND random|sequential sync|buffered
+ *                               a program that overwrites a file (load.c)
+ *   report                      answers "ok BLOCKS US" of all loads since the
+ *                               last time: written, and the slowest fsync()
+ *   unload                      ends them
  *   poweroff                    ends the machine
  *
  * An answer is "ok" with what is said above, or "X" and an error.
@@ -34,8 +41,10 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "load.h"
 
 #define MAX_WORDS 16
 
@@ -188,6 +197,44 @@ static int mount_at(const char *device, const char *path)
     return mount(device, path, "ext4", 0, NULL);
 }
 
+static int set_vm(const char *name, const char *number)
+{
+    char path[300];
+    FILE *f;
+
+    snprintf(path, sizeof(path), "/proc/sys/vm/%s", name);
+    f = fopen(path, "we");
+    if (!f) {
+        return -1;
+    }
+    fprintf(f, "%s\n", number);
+    return fclose(f);
+}
+
+/* What answers with numbers; false if the command is none of them */
+static bool obey_question(char **word, unsigned nb, FILE *answers, int *ret)
+{
+    uint64_t writes, us;
+    struct statfs st;
+
+    if (nb == 1 && !strcmp(word[0], "report")) {
+        *ret = load_report(&writes, &us);
+        if (*ret == 0) {
+            fprintf(answers, "ok %llu %llu\n", (unsigned long long)writes,
+                    (unsigned long long)us);
+        }
+    } else if (nb == 2 && !strcmp(word[0], "used")) {
+        *ret = statfs(word[1], &st);
+        if (*ret == 0) {
+            fprintf(answers, "ok %llu\n", (unsigned long long)
+                    (st.f_blocks - st.f_bfree) * st.f_bsize);
+        }
+    } else {
+        return false;
+    }
+    return *ret == 0;
+}
+
 static void obey(char *line, FILE *answers)
 {
     char *word[MAX_WORDS] = { NULL };
@@ -199,6 +246,10 @@ static void obey(char *line, FILE *answers)
     while (nb < MAX_WORDS && (word[nb] = strsep(&line, " "))) {
         nb++;
     }
+    if (obey_question(word, nb, answers, &ret)) {
+        fflush(answers);
+        return;
+    }
     if (nb == 3 && !strcmp(word[0], "mount")) {
         ret = mount_at(word[1], word[2]);
     } else if (nb > 2 && !strcmp(word[0], "linear")) {
@@ -209,6 +260,12 @@ static void obey(char *line, FILE *answers)
         ret = sync_file(word[1]);
     } else if (nb == 2 && !strcmp(word[0], "delete")) {
         ret = unlink(word[1]);
+    } else if (nb == 3 && !strcmp(word[0], "vm")) {
+        ret = set_vm(word[1], word[2]);
+    } else if (nb == 7 && !strcmp(word[0], "load")) {
+        ret = load_start(word);
+    } else if (nb == 1 && !strcmp(word[0], "unload")) {
+        ret = load_end();
     } else if (nb == 2 && !strcmp(word[0], "umount")) {
         ret = umount(word[1]);
     } else if (nb == 1 && !strcmp(word[0], "sync")) {
@@ -246,12 +303,7 @@ int main(void)
         usleep(100000);
     }
     /* dirty pages are to stay dirty until a test has seen them */
-    FILE *f = fopen("/proc/sys/vm/dirty_expire_centisecs", "we");
-
-    if (f) {
-        fprintf(f, "60000\n");
-        fclose(f);
-    }
+    set_vm("dirty_expire_centisecs", "60000");
     if (access("/agent", X_OK) == 0 && fork() == 0) {
         execl("/agent", "/agent", NULL);
         _exit(127);

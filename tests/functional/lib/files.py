@@ -2,7 +2,7 @@
 """A guest with file systems (../guest/files.c) and the agent of contrib/.
 
 The host's side of the hints protocol (docs/interop/thinvm-hints.rst) is played
-by the test itself, through HintsPort.
+by the test itself, through a Line, or by QEMU's object.
 """
 
 import json
@@ -20,7 +20,8 @@ from .guest import (MODULES, connect_port, cpio_entry, find_kernel,
                     kernel_module)
 from .qmp import QMP
 
-INIT = os.path.join(TOP, 'tests', 'functional', 'guest', 'files.c')
+GUEST = os.path.join(TOP, 'tests', 'functional', 'guest')
+INIT = [os.path.join(GUEST, name) for name in ('files.c', 'load.c')]
 AGENT = os.path.join(TOP, 'contrib', 'thinvm-agent')
 MIB = 1 << 20
 START = MIB                 # of the first partition
@@ -36,7 +37,8 @@ def _run(argv, **more):
 def initramfs(ctx):
     """(kernel, initramfs) with this guest's /init and the agent."""
     init, agent = ctx.path('files-init'), ctx.path('agent')
-    _run(['gcc', '-O2', '-Wall', '-static', '-s', '-o', init, INIT])
+    _run(['gcc', '-O2', '-Wall', '-static', '-pthread', '-s', '-o', init] +
+         INIT)
     sources = [os.path.join(AGENT, name) for name in sorted(os.listdir(AGENT))
                if name.endswith('.c')]
     _run(['gcc', '-std=gnu11', '-O2', '-Wall', '-Wextra', '-Wno-sign-compare',
@@ -149,10 +151,11 @@ class Line:
 
 
 class FilesGuest:
-    """The machine; .hints is the host's end of the agent's port."""
+    """The machine; .hints is the host's end of the agent's port, unless
+    that belongs to an object thinvm-hints of the machine."""
 
-    def __init__(self, ctx, disks, extra=()):
-        """@disks: (raw image, serial number)..."""
+    def __init__(self, ctx, disks, extra=(), hints_object=None):
+        """@disks: (raw image, serial number)...; @hints_object: its id"""
         kernel, initrd = initramfs(ctx)
         name = ctx.unique('qemu-files')
         paths = {p: ctx.path('%s.%s' % (name, p))
@@ -180,9 +183,14 @@ class FilesGuest:
                 '-device', json.dumps({
                     'driver': 'virtio-blk-pci', 'drive': 'disk%d' % number,
                     'serial': serial})]
+        if hints_object:
+            argv += ['-chardev', 'socket,id=agent,path=' + paths['hints'],
+                     '-object', 'thinvm-hints,id=%s,chardev=agent' %
+                     hints_object]
         self.process = Process(ctx, name, argv + list(extra))
         self.qmp = QMP(ctx, paths['qmp'], self.process)
-        self.hints = Line(ctx, paths['hints'], self.process)
+        self.hints = None if hints_object else Line(ctx, paths['hints'],
+                                                    self.process)
         self.port = Line(ctx, paths['test'], self.process)
         self.port.expect('ready', 120)
 
