@@ -42,7 +42,8 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 CORPUS = HERE / 'corpus'
 SHORT, LONG = 30, 3600          # seconds of fuzzing in scripts/test
-INPUT_LIMIT = 25                # seconds that one input may take
+INPUT_LIMIT = 25                # seconds of CPU that one input may take
+WALL_LIMIT = 20 * INPUT_LIMIT   # and by the clock, if it waits without end
 MEMORY_LIMIT = 1024             # MiB that one input may take
 MAX_SIZE = 65536                # bytes of an input
 WANTED = 90.0                   # per cent of lines
@@ -213,7 +214,8 @@ def environment():
                 ASAN_OPTIONS='detect_stack_use_after_return=0:abort_on_error=0'
                 ':malloc_context_size=8:quarantine_size_mb=32'
                 f':hard_rss_limit_mb={2 * MEMORY_LIMIT}',
-                UBSAN_OPTIONS='print_stacktrace=1')
+                UBSAN_OPTIONS='print_stacktrace=1',
+                THINVM_FUZZ_CPU_SECONDS=str(INPUT_LIMIT))
 
 
 def inputs():
@@ -230,7 +232,7 @@ def run_corpus(build, log, files):
             status = subprocess.run(
                 [program, *files], stdin=subprocess.DEVNULL, stdout=f,
                 stderr=subprocess.STDOUT, env=environment(), check=False,
-                timeout=60 + INPUT_LIMIT * len(files)).returncode
+                timeout=60 + WALL_LIMIT * len(files)).returncode
         except subprocess.TimeoutExpired:
             status = 'none: it hangs'
     return '' if status == 0 else f'exit status {status}, see {log}'
@@ -244,7 +246,8 @@ def run_fuzzer(build, clang, seconds, seed, log):
     for d in (found, crashes):
         d.mkdir(exist_ok=True)
     command = [program, f'-max_total_time={seconds}', f'-seed={seed}',
-               f'-max_len={MAX_SIZE}', f'-timeout={INPUT_LIMIT}',
+               f'-max_len={MAX_SIZE}', f'-timeout={WALL_LIMIT}',
+               f'-report_slow_units={WALL_LIMIT}',
                f'-rss_limit_mb={MEMORY_LIMIT}', '-print_final_stats=1',
                '-len_control=0', f'-artifact_prefix={crashes}/', found,
                CORPUS]

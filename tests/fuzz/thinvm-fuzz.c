@@ -8,6 +8,8 @@
  * thinvm-fuzz-mutate.c.  tests/fuzz/run.py builds and runs this.
  */
 #include "qemu/osdep.h"
+#include <sys/time.h>
+#include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/error-report.h"
@@ -40,10 +42,38 @@ void __wrap_warn_report(const char *fmt, ...)
 {
 }
 
+/* Seconds of CPU that one input may take; 0: any number */
+static unsigned cpu_limit;
+
+/* libFuzzer keeps the input of what aborts */
+static void out_of_time(int number)
+{
+    static const char text[] = "thinvm-fuzz: one input takes too much CPU\n";
+
+    if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0) {
+        _exit(1);
+    }
+    abort();
+}
+
+/* By CPU time: what is slow on a busy machine is no hang */
+static void limit_cpu(unsigned seconds)
+{
+    struct itimerval limit = { .it_value.tv_sec = seconds };
+
+    setitimer(ITIMER_PROF, &limit, NULL);
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
+    const char *limit = getenv("THINVM_FUZZ_CPU_SECONDS");
     sigset_t alarm;
 
+    if (limit && qemu_strtoui(limit, NULL, 10, &cpu_limit) < 0) {
+        error_report("THINVM_FUZZ_CPU_SECONDS: not a number: %s", limit);
+        exit(1);
+    }
+    signal(SIGPROF, out_of_time);
     qemu_init_main_loop(&error_abort);
     /* The main loop takes it for itself; here it ends what hangs */
     sigemptyset(&alarm);
@@ -56,7 +86,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     FuzzImage *image = fuzz_image_decode(data, size);
 
+    limit_cpu(cpu_limit);
     fuzz_run(image);
+    limit_cpu(0);
     fuzz_image_free(image);
     return 0;
 }
