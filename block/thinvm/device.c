@@ -123,6 +123,31 @@ static bool thinvm_is_driver(BlockDriverState *bs, const char *name)
 }
 
 /*
+ * Has somebody cut off the end of the file or device under an image in use?
+ * Asks the protocol itself, and has the block layer remember nothing: requests
+ * are running.  Others than file-posix fail I/O beyond the end; that one
+ * reads zeroes and makes a file longer, so nobody else would notice.
+ */
+bool coroutine_fn thinvm_device_was_cut(BDRVThinvmState *s, int64_t *length,
+                                        uint64_t *needed)
+{
+    BlockDriverState *file = s->bs->file->bs;
+
+    while (file->drv && file->drv->is_filter && bdrv_primary_bs(file)) {
+        file = bdrv_primary_bs(file);
+    }
+    if (!thinvm_is_driver(file, "file") &&
+        !thinvm_is_driver(file, "host_device")) {
+        return false;
+    }
+    *needed = thinvm_device_end(s);
+    *length = file->drv->bdrv_co_getlength(file);
+    /* The image itself may be about to give the end up */
+    return *length >= 0 && *length < *needed &&
+           *needed == thinvm_device_end(s);
+}
+
+/*
  * A regular file grows in steps that are small enough to be allocated by its
  * file system in one piece, see thinvm_allocate_tail(); unless the clusters
  * are for preallocation, which has its own idea of what is to be written.

@@ -15,7 +15,8 @@
  *   owner/WT    owner, mode writethrough.  The cache is the truth; operations
  *               of acknowledged requests are on the device.
  *   lost        was the owner, and somebody else is now (or may be).  Every
- *               change fails.  Only closing the node ends this.
+ *               change fails.  Only closing the node ends this.  Reads fail too
+ *               if what was lost is the end of the device ("cut").
  *
  *   open           --> reader               thinvm_mode_open_reader
  *   reader         --> owner/WB, owner/WT   thinvm_mode_take: opening for
@@ -25,7 +26,8 @@
  *                                           thinvm_mode_set_migrating
  *   owner          --> reader               thinvm_mode_give_up: inactivation,
  *                                           reopening read-only, closing
- *   owner          --> lost                 thinvm_mode_write_failed
+ *   owner          --> lost                 thinvm_mode_write_failed,
+ *                                           thinvm_mode_device_cut
  *   reader         --> lost                 thinvm_mode_activate, where it may
  *                                           not fail
  *
@@ -424,6 +426,18 @@ void thinvm_mode_lose(BDRVThinvmState *s, const char *reason)
     qapi_event_send_thinvm_ownership_lost(bdrv_get_node_name(s->bs), reason);
 }
 
+void thinvm_mode_device_cut(BDRVThinvmState *s, int64_t length,
+                            uint64_t needed)
+{
+    g_autofree char *reason = g_strdup_printf(
+        "the device was truncated to %" PRId64 " bytes, but the image on it "
+        "uses up to %" PRIu64, length, needed);
+
+    qatomic_set(&s->cut, true);
+    qatomic_set(&s->follow, true);      /* so that reads come by here */
+    thinvm_mode_lose(s, reason);
+}
+
 bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
 {
     BDRVThinvmState *s = bs->opaque;
@@ -557,6 +571,9 @@ int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
     look->followed = qatomic_read(&s->follow);
     if (likely(!look->followed)) {
         return 0;
+    }
+    if (qatomic_read(&s->cut)) {
+        return -EIO;
     }
     look->store = qatomic_read(&s->store);
     ret = thinvm_store_catch_up(look->store, NULL, NULL);
@@ -817,4 +834,12 @@ uint64_t thinvm_virtual_size(BDRVThinvmState *s)
     }
     thinvm_store_info(qatomic_read(&s->store), &info);
     return info.virtual_size;
+}
+
+uint64_t thinvm_device_end(BDRVThinvmState *s)
+{
+    ThinvmInfoState info;
+
+    thinvm_store_info(qatomic_read(&s->store), &info);
+    return info.device_clusters << s->cluster_bits;
 }

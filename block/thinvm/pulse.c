@@ -6,8 +6,9 @@
  * One timer for each node that owns its image, or follows another owner, and
  * a coroutine that it starts:
  *
- *   owner      writes a heartbeat, and looks whether its claim still stands;
- *              if not, the node is lost (invariant 6);
+ *   owner      writes a heartbeat, and looks whether its claim still stands,
+ *              and its device is still as long as it was; if not, the node is
+ *              lost (invariant 6);
  *   follower   applies what the owner has journalled, goes over to the
  *              owner's newest base, and preloads the mapping, so that taking
  *              the image over finds everything in memory.  Looks again soon
@@ -61,7 +62,7 @@ struct ThinvmPulse {
 
 static bool thinvm_pulse_follows(BDRVThinvmState *s)
 {
-    return qatomic_read(&s->follow) && !s->view &&
+    return qatomic_read(&s->follow) && !qatomic_read(&s->cut) && !s->view &&
            (s->bs->open_flags & BDRV_O_RDWR) &&
            !(s->bs->open_flags & BDRV_O_NO_IO);
 }
@@ -84,9 +85,14 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_own(ThinvmPulse *p)
 {
     BDRVThinvmState *s = p->s;
     g_autoptr(Error) local_err = NULL;
-    uint64_t counter;
+    uint64_t counter, needed;
+    int64_t length;
     int ret;
 
+    if (thinvm_device_was_cut(s, &length, &needed)) {
+        thinvm_mode_device_cut(s, length, needed);
+        return;
+    }
     ret = thinvm_heartbeat_check_claim(s, &local_err);
     if (ret == -EPERM && qatomic_read(&s->owner)) {
         thinvm_mode_lose(s, error_get_pretty(local_err));

@@ -10,7 +10,7 @@
  * named by the one before: sequence one higher, checksum of its predecessor,
  * epoch not lower, own checksum right.  The first that is not so ends the
  * journal.  Was it torn by a power cut, or damaged later?  A later record that
- * says "flushed up to here" proves the latter (check_witness()); then
+ * says "flushed up to here" proves the latter (ring.c); then
  * opening fails rather than silently dropping what was promised to be there.
  *
  * While an owner writes, what we read may change under us in three ways:
@@ -30,6 +30,11 @@
  * st->history knows the checksums of the records applied lately, and the base
  * states that of its last one.
  *
+ * The owner may make the device longer.  A node reads zeroes beyond the length
+ * that it remembers, so we ask for the length before anything that lies there
+ * can be looked up (see look_at_length()); and nothing is read while the
+ * device is too short for the image, as it may be seen from here.
+ *
  * Before we write ourselves the state must stem from the newest base
  * (thinvm_follow_finish()): only then do we know which pages the two newest
  * bases name, and must not be overwritten.
@@ -42,20 +47,9 @@
 #include "qemu/rcu.h"
 #include "qemu/cutils.h"
 #include "qapi/qapi-types-block-core.h"
-#include "store-int.h"
+#include "ring.h"
 #include "trace.h"
 
-/* Read ahead when replaying and scanning; bytes */
-#define THINVM_RING_WINDOW          (512 * KiB)
-/*
- * The scan for damage reads this much in full: more than a round of commit
- * writes, so that it holds a record that was composed after a later flush
- */
-#define THINVM_SCAN_DENSE           (2 * MiB)
-/* and samples the rest, lest a longer hole hides all of that; bytes */
-#define THINVM_SCAN_SAMPLE          (64 * KiB)
-#define THINVM_SCAN_STRIDE          (1 * MiB)
-#define THINVM_SCAN_MAX_SAMPLES     64
 /*
  * Where we have followed, each record was seen when it was fresh: the next
  * one at least
@@ -67,201 +61,17 @@
 #define THINVM_MAX_RESTARTS         16
 
 /* ------------------------------------------------------------------ */
-/* The ring                                                            */
-
-/* Where reading has arrived; see ThinvmJournal for running positions */
-typedef struct Position {
-    uint64_t tail, base, head;
-    uint64_t last;              /* where the record before head starts; is
-                                   head if that is in the base already */
-    uint64_t sequence, epoch;   /* of the record before head */
-    uint32_t crc;
-} Position;
-
-/* Reads the ring through a window; what it holds is as old as the read */
-typedef struct Ring {
-    ThinvmStore *st;
-    uint64_t offset, size;      /* bytes */
-    uint64_t start;             /* running position of buf */
-    uint32_t length;            /* bytes that buf holds */
-    uint32_t window;            /* bytes to read at once */
-    uint8_t *buf;
-} Ring;
-
-static void ring_init(Ring *ring, ThinvmStore *st, const ThinvmSuperblock *sb,
-                      uint32_t window)
-{
-    *ring = (Ring) {
-        .st = st,
-        .offset = sb->journal_offset,
-        .size = sb->journal_size,
-        .window = window,
-    };
-}
-
-static void ring_destroy(Ring *ring)
-{
-    g_free(ring->buf);
-}
-
-/* @bytes (at most THINVM_RECORD_MAX_SIZE) from a running position on */
-static int coroutine_fn ring_get(Ring *ring, uint64_t position, uint32_t bytes,
-                                 const uint8_t **data)
-{
-    uint32_t window = MAX(ring->window, bytes);
-    uint64_t start = position % ring->size;
-    uint64_t first;
-    int ret;
-
-    if (ring->length && position >= ring->start &&
-        position + bytes <= ring->start + ring->length) {
-        *data = ring->buf + (position - ring->start);
-        return 0;
-    }
-    window = MIN(window, ring->size);
-    ring->buf = g_realloc(ring->buf, window);
-    ring->length = 0;
-    first = MIN(window, ring->size - start);
-    ret = thinvm_store_pread(ring->st, ring->offset + start, first, ring->buf,
-                             BLKDBG_THINVM_JOURNAL_READ);
-    if (ret == 0 && first < window) {
-        ret = thinvm_store_pread(ring->st, ring->offset, window - first,
-                                 ring->buf + first, BLKDBG_THINVM_JOURNAL_READ);
-    }
-    if (ret == 0) {
-        ring->start = position;
-        ring->length = window;
-        *data = ring->buf;
-    }
-    return ret;
-}
-
-typedef enum Next {
-    NEXT_RECORD,                /* it continues the journal */
-    NEXT_NONE,                  /* nothing, or of an earlier lap */
-    NEXT_TORN,                  /* its header is right, the rest not (yet) */
-    NEXT_FOREIGN,               /* a record, but of another history */
-} Next;
-
-/* Judge what is at @pos->head; negative errno if it cannot be read */
-static int coroutine_fn ring_next(Ring *ring, const Position *pos,
-                                  ThinvmRecord *rec, const uint8_t **data)
-{
-    uint32_t size;
-    int ret, known;
-
-    ret = ring_get(ring, pos->head, THINVM_PAGE_SIZE, data);
-    if (ret < 0) {
-        return ret;
-    }
-    /* -ENOTSUP: fields that a later version may have given a meaning */
-    known = thinvm_record_decode_header(rec, *data);
-    if ((known < 0 && known != -ENOTSUP) ||
-        rec->sequence != pos->sequence + 1 || rec->epoch < pos->epoch) {
-        return NEXT_NONE;
-    }
-    size = ROUND_UP(rec->length, THINVM_PAGE_SIZE);
-    if (rec->length > THINVM_RECORD_MAX_SIZE || size > ring->size) {
-        return NEXT_NONE;
-    }
-    ret = ring_get(ring, pos->head, size, data);
-    if (ret < 0) {
-        return ret;
-    }
-    if (thinvm_record_decode_header(rec, *data) != known ||
-        rec->length > size ||
-        !thinvm_record_checksum_ok(&ring->st->uuid, *data, rec)) {
-        return NEXT_TORN;
-    }
-    if (known < 0) {
-        return known;       /* whole, ours, and not to be passed over */
-    }
-    return rec->previous_crc == pos->crc ? NEXT_RECORD : NEXT_FOREIGN;
-}
-
-static void position_advance(Position *pos, const ThinvmRecord *rec)
-{
-    pos->last = pos->head;
-    pos->head += ROUND_UP(rec->length, THINVM_PAGE_SIZE);
-    pos->sequence = rec->sequence;
-    pos->epoch = rec->epoch;
-    pos->crc = rec->crc;
-}
+/* Replay                                                              */
 
 /*
- * Is there a record at @p that says that the one which is missing at the head
- * was durable?  0, -EBADMSG with @errp naming both, or another errno.
+ * Has the block layer learn how long the device is now.  Whether that is enough
+ * is judged when we have caught up: what grew may have been given up since.
  */
-static int coroutine_fn check_witness(Ring *ring, const Position *pos,
-                                      uint64_t p, Error **errp)
+static void coroutine_fn look_at_length(ThinvmStore *st)
 {
-    uint64_t bad = pos->sequence + 1;
-    ThinvmRecord rec;
-    const uint8_t *data;
-    uint32_t size;
-    int ret = ring_get(ring, p, THINVM_PAGE_SIZE, &data);
-
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not read the journal at byte %"
-                         PRIu64, p % ring->size);
-        return ret;
-    }
-    if (thinvm_record_decode_header(&rec, data) < 0 || rec.sequence < bad ||
-        rec.epoch < pos->epoch || rec.flushed_sequence < bad ||
-        rec.length > THINVM_RECORD_MAX_SIZE) {
-        return 0;
-    }
-    size = MIN(ROUND_UP(rec.length, THINVM_PAGE_SIZE), ring->size);
-    ret = ring_get(ring, p, size, &data);
-    if (ret < 0 || rec.length > size ||
-        !thinvm_record_checksum_ok(&ring->st->uuid, data, &rec)) {
-        return 0;
-    }
-    error_setg(errp, "Journal record %" PRIu64 " at byte %" PRIu64 " of the "
-               "journal is damaged: record %" PRIu64 " at byte %" PRIu64
-               " says that it was durable", bad, pos->head % ring->size,
-               rec.sequence, p % ring->size);
-    return -EBADMSG;
+    st->dev->co_length(st->dev);
+    st->length_unchecked = true;
 }
-
-static int coroutine_fn check_range(Ring *ring, const Position *pos,
-                                    uint64_t start, uint64_t end, Error **errp)
-{
-    int ret = 0;
-
-    for (; start < end && ret == 0; start += THINVM_PAGE_SIZE) {
-        ret = check_witness(ring, pos, start, errp);
-    }
-    return ret;
-}
-
-/* Does the journal end at the head, or is the next record damaged? */
-static int coroutine_fn check_for_damage(Ring *ring, const Position *pos,
-                                         uint64_t dense, bool samples,
-                                         Error **errp)
-{
-    uint64_t end = pos->head + ring->size;
-    uint64_t p = MIN(end, pos->head + dense);
-    uint64_t stride;
-    int ret = check_range(ring, pos, pos->head, p, errp);
-
-    if (!samples) {
-        return ret;
-    }
-    stride = MAX(THINVM_SCAN_STRIDE,
-                 ROUND_UP((end - p) / THINVM_SCAN_MAX_SAMPLES,
-                          THINVM_PAGE_SIZE));
-    ring->window = THINVM_SCAN_SAMPLE;
-    for (; p < end && ret == 0; p += stride) {
-        ret = check_range(ring, pos, p, MIN(end, p + THINVM_SCAN_SAMPLE),
-                          errp);
-    }
-    ring->window = THINVM_RING_WINDOW;
-    return ret;
-}
-
-/* ------------------------------------------------------------------ */
-/* Replay                                                              */
 
 static int coroutine_fn replay_op(ThinvmStore *st, ThinvmState *s,
                                   const ThinvmOp *op, Error **errp)
@@ -270,6 +80,9 @@ static int coroutine_fn replay_op(ThinvmStore *st, ThinvmState *s,
     ThinvmInfoState info;
     int ret;
 
+    if (op->type == THINVM_OP_GROW) {
+        look_at_length(st);
+    }
     thinvm_needs_init(&needs);
     for (;;) {
         thinvm_state_lock(s);
@@ -344,7 +157,7 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
     return 0;
 }
 
-static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
+static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
                                     bool *afresh, Error **errp);
 
 static int coroutine_fn load_base(ThinvmStore *st, ThinvmState *s,
@@ -388,7 +201,7 @@ static bool history_has(const ThinvmStore *st, const ThinvmSuperblock *sb)
            st->history->record[i].crc == sb->record_crc;
 }
 
-static void position_init(Position *pos, const ThinvmBases *bases)
+static void position_init(ThinvmPosition *pos, const ThinvmBases *bases)
 {
     uint64_t size = bases->newest.journal_size;
 
@@ -405,42 +218,44 @@ static void position_init(Position *pos, const ThinvmBases *bases)
 
 /* From the base to the end of the journal; an end that is one */
 static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
-                                   const ThinvmBases *bases, Position *pos,
+                                   const ThinvmBases *bases,
+                                   ThinvmPosition *pos,
                                    ThinvmHistory *history, Error **errp)
 {
-    Ring ring;
+    ThinvmRing ring;
     ThinvmRecord rec;
     const uint8_t *data;
     bool followed = st->state, again = false;
     int ret;
 
     position_init(pos, bases);
-    ring_init(&ring, st, &bases->newest,
-              followed ? THINVM_RECORD_MAX_SIZE : THINVM_RING_WINDOW);
+    thinvm_ring_init(&ring, st, &bases->newest,
+                     followed ? THINVM_RECORD_MAX_SIZE : THINVM_RING_WINDOW);
     for (;;) {
         Error *local_err = NULL;
 
-        ret = ring_next(&ring, pos, &rec, &data);
+        ret = thinvm_ring_next(&ring, pos, &rec, &data);
         if (ret < 0) {
             error_setg_errno(errp, -ret, "Could not read the journal at byte "
                              "%" PRIu64, pos->head % ring.size);
             break;
         }
-        if (ret == NEXT_RECORD &&
+        if (ret == THINVM_NEXT_RECORD &&
             pos->head + ROUND_UP(rec.length, THINVM_PAGE_SIZE) - pos->base <
             ring.size) {
             ret = replay_record(st, s, &rec, data, errp);
             if (ret < 0) {
                 break;
             }
-            position_advance(pos, &rec);
+            thinvm_ring_advance(pos, &rec);
             history_add(history, &rec);
             again = false;
             continue;
         }
-        ret = check_for_damage(&ring, pos, followed ? THINVM_SCAN_FOLLOW :
-                                                      THINVM_SCAN_DENSE,
-                               !followed, &local_err);
+        ret = thinvm_ring_check_end(&ring, pos,
+                                    followed ? THINVM_SCAN_FOLLOW
+                                             : THINVM_SCAN_DENSE,
+                                    !followed, &local_err);
         if (ret != -EBADMSG || again) {
             error_propagate(errp, local_err);
             break;
@@ -450,12 +265,12 @@ static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
         ring.length = 0;
         again = true;
     }
-    ring_destroy(&ring);
+    thinvm_ring_destroy(&ring);
     return ret;
 }
 
 /* Put @s and @pos in force; the former state waits for its readers */
-static void publish(ThinvmStore *st, ThinvmState *s, const Position *pos)
+static void publish(ThinvmStore *st, ThinvmState *s, const ThinvmPosition *pos)
 {
     ThinvmJournal *j = &st->journal;
     ThinvmState *old = NULL;
@@ -507,12 +322,12 @@ static void coroutine_fn follow_towards(ThinvmStore *st,
                                         const ThinvmSuperblock *sb)
 {
     bool afresh = false;
-    Ring ring;
+    ThinvmRing ring;
 
     if (!st->stale && !history_has(st, sb)) {
-        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
         follow_ring(st, &ring, &afresh, NULL);
-        ring_destroy(&ring);
+        thinvm_ring_destroy(&ring);
     }
 }
 
@@ -526,7 +341,7 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
     uint64_t sequence;
     ThinvmState *s;
-    Position pos;
+    ThinvmPosition pos;
     int ret;
 
     ret = thinvm_bases_read(st->dev, bases, errp);
@@ -553,6 +368,7 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
         error_setg(errp, "The device holds another image now");
         return -EIO;
     }
+    look_at_length(st);
     st->uuid = bases->newest.uuid;
     st->cluster_bits = bases->newest.cluster_bits;
     s = thinvm_state_new(&bases->newest,
@@ -684,12 +500,12 @@ static void coroutine_fn follow_leave(ThinvmStore *st)
     qemu_co_queue_restart_all(&st->follow_queue);
 }
 
-static void position_get(ThinvmStore *st, Position *pos)
+static void position_get(ThinvmStore *st, ThinvmPosition *pos)
 {
     ThinvmJournal *j = &st->journal;
 
     QEMU_LOCK_GUARD(&st->lock);
-    *pos = (Position) {
+    *pos = (ThinvmPosition) {
         .tail = j->tail,
         .base = j->base,
         .head = j->head,
@@ -701,8 +517,9 @@ static void position_get(ThinvmStore *st, Position *pos)
 }
 
 /* Apply the records that continue ours; what ended them to *end */
-static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
-                                       Position *pos, int *end, Error **errp)
+static int coroutine_fn follow_records(ThinvmStore *st, ThinvmRing *ring,
+                                       ThinvmPosition *pos, int *end,
+                                       Error **errp)
 {
     ThinvmState *s = st->state;
     const uint8_t *data;
@@ -710,8 +527,8 @@ static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
     int ret;
 
     for (;;) {
-        *end = ring_next(ring, pos, &rec, &data);
-        if (*end != NEXT_RECORD) {
+        *end = thinvm_ring_next(ring, pos, &rec, &data);
+        if (*end != THINVM_NEXT_RECORD) {
             return MIN(*end, 0);
         }
         ret = replay_record(st, s, &rec, data, errp);
@@ -719,7 +536,7 @@ static int coroutine_fn follow_records(ThinvmStore *st, Ring *ring,
             st->stale = true;   /* part of it may be applied */
             return ret;
         }
-        position_advance(pos, &rec);
+        thinvm_ring_advance(pos, &rec);
         history_add(st->history, &rec);
         qatomic_set(&st->nb_followed, st->nb_followed + 1);
         thinvm_state_lock(s);
@@ -775,11 +592,12 @@ static bool head_unchanged(ThinvmStore *st, const uint8_t *data)
            !memcmp(st->head_block, data, THINVM_PAGE_SIZE);
 }
 
-static void remember_head(ThinvmStore *st, Ring *ring, const Position *pos)
+static void remember_head(ThinvmStore *st, ThinvmRing *ring,
+                          const ThinvmPosition *pos)
 {
     const uint8_t *data;
 
-    if (ring_get(ring, pos->head, THINVM_PAGE_SIZE, &data) == 0) {
+    if (thinvm_ring_get(ring, pos->head, THINVM_PAGE_SIZE, &data) == 0) {
         if (!st->head_block) {
             st->head_block = g_malloc(THINVM_PAGE_SIZE);
         }
@@ -788,15 +606,15 @@ static void remember_head(ThinvmStore *st, Ring *ring, const Position *pos)
     }
 }
 
-static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
+static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
                                     bool *afresh, Error **errp)
 {
     const uint8_t *data;
-    Position pos;
-    int end = NEXT_NONE, ret;
+    ThinvmPosition pos;
+    int end = THINVM_NEXT_NONE, ret;
 
     position_get(st, &pos);
-    ret = ring_get(ring, pos.head, THINVM_PAGE_SIZE, &data);
+    ret = thinvm_ring_get(ring, pos.head, THINVM_PAGE_SIZE, &data);
     if (ret == 0 && head_unchanged(st, data)) {
         return 0;
     }
@@ -813,9 +631,9 @@ static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
         }
         return ret;
     }
-    if (end == NEXT_FOREIGN) {
+    if (end == THINVM_NEXT_FOREIGN) {
         *afresh = true;
-    } else if (end == NEXT_NONE) {
+    } else if (end == THINVM_NEXT_NONE) {
         *afresh = base_moved(st, pos.sequence + 1);
         if (!*afresh) {
             remember_head(st, ring, &pos);
@@ -827,27 +645,40 @@ static int coroutine_fn follow_ring(ThinvmStore *st, Ring *ring,
     return 0;
 }
 
+/* Is the device as long as all that was followed needs? */
+static int coroutine_fn follow_length(ThinvmStore *st, Error **errp)
+{
+    int ret = 0;
+
+    if (st->length_unchecked) {
+        ret = thinvm_store_check_length(st, errp);
+        st->length_unchecked = ret < 0;
+    }
+    return ret;
+}
+
 /* Between follow_enter() and follow_leave() */
 static int coroutine_fn follow_once(ThinvmStore *st, Error **errp)
 {
     Error *local_err = NULL;
     bool afresh = st->stale;
-    Ring ring;
+    ThinvmRing ring;
     int ret = 0;
 
     if (!afresh) {
-        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
         ret = follow_ring(st, &ring, &afresh, &local_err);
-        ring_destroy(&ring);
+        thinvm_ring_destroy(&ring);
     }
     if (afresh) {
         error_free(local_err);
         trace_thinvm_follow_afresh(st, st->bases.newest.generation,
                                    st->journal.composed_sequence);
-        return thinvm_replay_open(st, errp);
+        ret = thinvm_replay_open(st, errp);
+    } else {
+        error_propagate(errp, local_err);
     }
-    error_propagate(errp, local_err);
-    return ret;
+    return ret < 0 ? ret : follow_length(st, errp);
 }
 
 int coroutine_fn thinvm_store_follow_base(ThinvmStore *st, Error **errp)
@@ -939,28 +770,29 @@ bool coroutine_fn thinvm_follow_restart(ThinvmStore *st, ThinvmState *old)
  */
 static bool coroutine_fn last_record_stands(ThinvmStore *st)
 {
-    Position pos;
-    Ring ring;
+    ThinvmPosition pos;
+    ThinvmRing ring;
     const uint8_t *data;
     ThinvmRecord rec;
     bool stands = true;
 
     position_get(st, &pos);
     if (pos.last != pos.head) {
-        ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
-        stands = ring_get(&ring, pos.last, THINVM_PAGE_SIZE, &data) == 0 &&
+        thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        stands = thinvm_ring_get(&ring, pos.last, THINVM_PAGE_SIZE,
+                                 &data) == 0 &&
                  thinvm_record_decode_header(&rec, data) == 0 &&
                  rec.sequence == pos.sequence && rec.epoch == pos.epoch &&
                  rec.crc == pos.crc;
-        ring_destroy(&ring);
+        thinvm_ring_destroy(&ring);
     }
     return stands;
 }
 
 int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
 {
-    Position pos;
-    Ring ring;
+    ThinvmPosition pos;
+    ThinvmRing ring;
     bool moved;
     int ret;
 
@@ -980,10 +812,10 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
         ret = follow_once(st, errp);
         position_get(st, &pos);
         if (ret == 0 && pos.sequence != st->scanned_sequence) {
-            ring_init(&ring, st, &st->bases.newest, THINVM_SCAN_FOLLOW);
-            ret = check_for_damage(&ring, &pos, THINVM_SCAN_FOLLOW, false,
-                                   errp);
-            ring_destroy(&ring);
+            thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_SCAN_FOLLOW);
+            ret = thinvm_ring_check_end(&ring, &pos, THINVM_SCAN_FOLLOW, false,
+                                        errp);
+            thinvm_ring_destroy(&ring);
         }
     }
     if (ret == 0) {

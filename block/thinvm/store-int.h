@@ -4,7 +4,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Only the files of this layer (store*.c, execute.c, journal.c, bases.c,
- * replay.c, preload.c, checkpoint.c, reclaim.c, check*.c) include this.  See
+ * replay.c, ring.c, preload.c, checkpoint.c, reclaim.c, check*.c) include this.  See
  * store.h for what the layer promises to others.
  *
  * Locks, in the order in which they are taken:
@@ -211,6 +211,7 @@ struct ThinvmStore {
     CoQueue follow_queue;
     uint64_t scanned_sequence;  /* end of journal that a scan confirmed */
     bool stale;                 /* memory may not agree with the device */
+    bool length_unchecked;      /* the device may be too short for it */
     uint8_t *head_block;        /* 4 KiB at the head when last looked at */
     bool head_block_valid;
     ThinvmHistory *history;     /* of the records that state consists of */
@@ -315,6 +316,9 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp);
  */
 int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
                                          Error **errp);
+/* Is all that may be mapped within the device? */
+int coroutine_fn thinvm_store_check_length(ThinvmStore *st, Error **errp);
+
 /*
  * The last look before writing: apply what is new, or start afresh if this is
  * not the newest base's history.  On success the store is STARTING.

@@ -164,7 +164,7 @@ static int coroutine_fn check_length(ThinvmDevice *dev, uint64_t clusters,
     return 0;
 }
 
-static int coroutine_fn check_own_length(ThinvmStore *st, Error **errp)
+int coroutine_fn thinvm_store_check_length(ThinvmStore *st, Error **errp)
 {
     ThinvmInfoState info;
 
@@ -193,7 +193,7 @@ ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
         store_destroy(st);
         return NULL;
     }
-    if (check_own_length(st, errp) < 0) {
+    if (thinvm_store_check_length(st, errp) < 0) {
         thinvm_store_free(st);
         return NULL;
     }
@@ -314,7 +314,7 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     if (ret < 0) {
         return ret;
     }
-    ret = check_own_length(st, errp);
+    ret = thinvm_store_check_length(st, errp);
     if (ret == 0) {
         ret = check_counters(st, epoch, errp);
     }

@@ -152,6 +152,7 @@ struct BDRVThinvmState {
     bool owner;                     /* we hold the claim claim.epoch */
     bool lost;                      /* ownership lost: every write fails */
     char *lost_reason;              /* atomic; set once, after lost */
+    bool cut;                       /* the end of the device is gone */
     bool follow;                    /* catch up before a look-up for reading */
     bool take_failed;               /* reported already; until one succeeds */
     bool put_down;                  /* by the user's order; mode_lock */
@@ -237,6 +238,9 @@ void thinvm_device_init_blk(ThinvmBlkDevice *d, BlockBackend *blk);
  * there no page cache of this host in between?
  */
 bool GRAPH_RDLOCK thinvm_device_coherent(BlockDriverState *bs);
+/* Is the device shorter by now than what the image uses?  By how much? */
+bool coroutine_fn GRAPH_RDLOCK
+thinvm_device_was_cut(BDRVThinvmState *s, int64_t *length, uint64_t *needed);
 /* If there is one on a shared device: take nothing out of it that is old */
 int coroutine_fn GRAPH_RDLOCK
 thinvm_device_forget_cache(BlockDriverState *bs, Error **errp);
@@ -343,6 +347,9 @@ thinvm_mode_give_up(BlockDriverState *bs, ThinvmClaimState state,
                     const char *reason, Error **errp);
 /* Ownership is lost, or could not be had where refusing is impossible */
 void thinvm_mode_lose(BDRVThinvmState *s, const char *reason);
+/* The same for an image whose device has lost its end; no read may believe it */
+void thinvm_mode_device_cut(BDRVThinvmState *s, int64_t length,
+                            uint64_t needed);
 int coroutine_fn GRAPH_RDLOCK
 thinvm_mode_activate(BlockDriverState *bs, Error **errp);
 /* Decide at open whether a node that may not write follows an owner */
@@ -352,6 +359,8 @@ thinvm_mode_open_reader(BlockDriverState *bs, Error **errp);
 void thinvm_mode_free_retired(BDRVThinvmState *s);
 /* The size of the disk that the node shows, in bytes */
 uint64_t thinvm_virtual_size(BDRVThinvmState *s);
+/* Up to where the image uses its device, in bytes */
+uint64_t thinvm_device_end(BDRVThinvmState *s);
 
 /*
  * Asked when an activation fails: must it succeed all the same, because the

@@ -26,7 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 PURE = ('format', 'format-journal', 'format-validate', 'bases')
-SOURCES = (*PURE, 'replay', 'page', 'extents')  # and these do more than look
+# and these do more than look
+SOURCES = (*PURE, 'replay', 'ring', 'page', 'extents')
 UNITS = ('test-thinvm-format', 'test-thinvm-format-journal',
          'test-thinvm-format-pages', 'test-thinvm-store',
          'test-thinvm-snapshots', 'test-thinvm-follow')

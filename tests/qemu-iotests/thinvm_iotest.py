@@ -63,6 +63,18 @@ def opts(path, **options):
     return ','.join(parts)
 
 
+@contextlib.contextmanager
+def stderr_to(file):
+    """What is started meanwhile complains there."""
+    saved = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 class TestCase(iotests.QMPTestCase):
     """A test with its own directory self.dir."""
 

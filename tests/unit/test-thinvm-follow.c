@@ -739,6 +739,97 @@ static void coroutine_fn test_release_in_one_step(ThinvmSim *sim)
     store_close(owner, true);
 }
 
+/*
+ * The device as another node sees it: it remembers how long the device was when
+ * it last asked, reads zeroes beyond that, and may be told a wrong length.
+ */
+typedef struct OtherNode {
+    ThinvmDevice device;
+    ThinvmDevice *real;
+    uint64_t known, told, beyond;
+} OtherNode;
+
+static int coroutine_fn other_pread(ThinvmDevice *dev, uint64_t offset,
+                                    uint64_t bytes, void *buf)
+{
+    OtherNode *n = container_of(dev, OtherNode, device);
+    uint64_t within = offset < n->known ? MIN(bytes, n->known - offset) : 0;
+    int ret = n->real->co_pread(n->real, offset, bytes, buf);
+
+    memset((uint8_t *)buf + within, 0, bytes - within);
+    n->beyond += offset + bytes > DEVICE_SIZE;
+    return ret;
+}
+
+static int64_t coroutine_fn other_length(ThinvmDevice *dev)
+{
+    OtherNode *n = container_of(dev, OtherNode, device);
+
+    n->known = MIN(n->told, n->real->co_length(n->real));
+    return n->known;
+}
+
+/* One cluster in each of many leaves; the base moves on time and again */
+static void coroutine_fn write_many(ThinvmSim *sim, ThinvmStore *st,
+                                    uint64_t leaves)
+{
+    for (uint64_t i = 0; i < leaves; i++) {
+        write_one(sim, st, i * THINVM_ENTRIES_PER_LEAF, i + 1);
+        if (i % 100 == 99) {
+            thinvm_store_checkpoint(st);
+            thinvm_store_extend_metadata(st);
+        }
+    }
+    thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
+}
+
+/* The owner makes the device longer; its metadata lies there, too */
+static void coroutine_fn test_longer(ThinvmSim *sim)
+{
+    const uint64_t leaves = 2000;
+    OtherNode n = {
+        .real = sim_device(sim),
+        .told = UINT64_MAX,
+        .device = { .co_pread = other_pread, .co_length = other_length },
+    };
+    g_autoptr(Error) err = NULL;
+    ThinvmStore *owner, *follower;
+
+    image_create(sim, 32 * GiB);
+    owner = image_open(sim);
+    write_one(sim, owner, 0, 1);
+    flush(owner);
+    other_length(&n.device);
+    follower = thinvm_store_open(&n.device, 0, &error_abort);
+    follow(follower, false);
+    write_many(sim, owner, leaves);
+    g_assert_cmpuint(sim_length(sim), >, 2 * DEVICE_SIZE);
+    follow(follower, true);
+    for (uint64_t i = 0; i < leaves; i++) {
+        g_assert_cmpuint(image_read_tag(sim, follower,
+                                        i * THINVM_ENTRIES_PER_LEAF), ==,
+                         i + 1);
+    }
+    g_assert_cmpuint(n.beyond, >, 0);
+
+    /* Our host has not been told that there is more now: says so, each time */
+    n.told = sim_length(sim);
+    for (uint64_t i = 0; sim_length(sim) == n.told; i++) {
+        write_one(sim, owner, i + 1, i + 1);
+    }
+    flush(owner);
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(thinvm_store_catch_up(follower, NULL, &err), <, 0);
+        g_assert(strstr(error_get_pretty(err), "must be rescanned"));
+        error_free(g_steal_pointer(&err));
+    }
+    n.told = UINT64_MAX;
+    thinvm_store_catch_up(follower, NULL, &error_abort);
+    g_assert_cmpuint(image_read_tag(sim, follower, 1), ==, 1);
+    store_close(owner, true);
+    thinvm_store_free(follower);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -748,6 +839,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/owner", test_follow);
     add("/thinvm/follow/cut-off", test_follow_cut_off);
     add("/thinvm/follow/hidden", test_follow_hidden);
+    add("/thinvm/follow/longer", test_longer);
     add("/thinvm/follow/quarantine", test_follow_quarantine);
     add("/thinvm/follow/release-in-one-step", test_release_in_one_step);
     add("/thinvm/follow/preload", test_preload);
