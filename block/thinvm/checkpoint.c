@@ -53,13 +53,7 @@
 
 bool thinvm_checkpoint_due(ThinvmStore *st, unsigned quarters)
 {
-    ThinvmState *s = thinvm_store_state(st);
-    ThinvmInfoState info;
-
-    thinvm_state_lock(s);
-    thinvm_state_info(s, &info);
-    thinvm_state_unlock(s);
-    return info.dirty_pages * 4 >= info.dirty_bound * quarters ||
+    return thinvm_state_dirty_reaches(thinvm_store_state(st), quarters) ||
            thinvm_journal_used(st) * 4 >= st->journal.size * quarters;
 }
 

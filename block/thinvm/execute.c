@@ -86,14 +86,16 @@ static Obstacle find_obstacle(Execution *x)
     if (x->internal) {
         return OBSTACLE_NONE;
     }
-    thinvm_state_info(x->s, &info);
-    if (info.dirty_pages >= info.dirty_bound ||
+    if (thinvm_state_dirty_reaches(x->s, 4) ||
         !thinvm_journal_has_room(st, x->op)) {
         return OBSTACLE_FULL;
     }
-    if (!x->extended && thinvm_space_metadata_wanted(x->s, &urgent) &&
-        (info.free_clusters > qatomic_read(&st->extend_free) ||
-         info.device_clusters != qatomic_read(&st->extend_device))) {
+    if (x->extended || !thinvm_space_metadata_wanted(x->s, &urgent)) {
+        return OBSTACLE_NONE;
+    }
+    thinvm_state_info(x->s, &info);
+    if (info.free_clusters > qatomic_read(&st->extend_free) ||
+        info.device_clusters != qatomic_read(&st->extend_device)) {
         x->extended = true;
         if (urgent || !st->kick) {
             return OBSTACLE_METADATA;
@@ -287,11 +289,16 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
     return ret;
 }
 
+/* Takes no lock: the worker looks again */
 static void kick_if_due(ThinvmStore *st)
 {
-    if (qatomic_read(&st->journal.pending_length) >=
-        st->journal.record_limit / 2 ||
-        thinvm_quarantine_is_full(st) || thinvm_store_wants_checkpoint(st)) {
+    ThinvmJournal *j = &st->journal;
+
+    if (qatomic_read(&j->pending_length) >= j->record_limit / 2 ||
+        thinvm_quarantine_is_full(st) ||
+        (thinvm_store_may_write(st) == 0 &&
+         (thinvm_state_dirty_reaches(thinvm_store_state(st), 2) ||
+          qatomic_read(&j->lately_used) >= j->size / 2))) {
         thinvm_store_kick(st);
     }
 }

@@ -254,14 +254,16 @@ bool thinvm_journal_has_room(ThinvmStore *st, const ThinvmOp *op)
 {
     ThinvmJournal *j = &st->journal;
     size_t length = thinvm_op_length(op);
-    uint64_t more = 0;
+    uint64_t more = 0, used;
 
     if (!j->pending_length || j->pending_length + length > j->record_limit) {
         more = padded(THINVM_RECORD_HEADER + length);
     }
-    QEMU_LOCK_GUARD(&st->lock);
-    return used_by(j, j->pending_length + (more ? 0 : length)) + more <=
-           j->size / 4 * 3;
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        used = more + used_by(j, j->pending_length + (more ? 0 : length));
+    }
+    qatomic_set(&j->lately_used, used);
+    return used <= j->size / 4 * 3;
 }
 
 bool thinvm_journal_is_behind(ThinvmStore *st)

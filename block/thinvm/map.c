@@ -16,17 +16,20 @@
 #include "qemu/osdep.h"
 #include "map.h"
 
-/* Join following slots of the same page that stand for the same */
+/* Join following slots of the same page that stand for the same, for so many
+   clusters at least if there are so many */
 static uint64_t join_slots(const ThinvmPointerLe *slots, unsigned index,
-                           ThinvmPointerType type, int level)
+                           ThinvmPointerType type, int level, uint64_t enough)
 {
+    uint64_t span = thinvm_map_span(level);
     unsigned n = 1;
 
     while (slots && index + n < THINVM_POINTERS_PER_PAGE &&
+           n * span < enough &&
            thinvm_slot_type(&slots[index + n]) == type) {
         n++;
     }
-    return n * thinvm_map_span(level);
+    return n * span;
 }
 
 static void entry_mapping(uint64_t entry, ThinvmMapping *m)
@@ -85,8 +88,9 @@ static void walk_enter(Walk *w, ThinvmPage *page, uint64_t guest)
  * One walk.  0; -EAGAIN: a page is not in memory (wanted if @needs), or the
  * walk lost its way among changes.
  */
-static int lookup_once(ThinvmState *s, Walk *w, uint64_t guest,
-                       uint64_t count, ThinvmMapping *m, ThinvmNeeds *needs)
+static inline QEMU_ALWAYS_INLINE int
+lookup_once(ThinvmState *s, Walk *w, uint64_t guest, uint64_t count,
+            ThinvmMapping *m, ThinvmNeeds *needs)
 {
     m->guest = guest;
     m->shared = false;
@@ -107,8 +111,8 @@ static int lookup_once(ThinvmState *s, Walk *w, uint64_t guest,
                       THINVM_MAPPING_NONE;
             m->source = type == THINVM_PTR_ZERO ? THINVM_SOURCE_ZERO :
                         THINVM_SOURCE_BACKING;
-            m->count = MIN(count, join_slots(w->slots, w->index, type,
-                                             level) - offset);
+            m->count = MIN(count, join_slots(w->slots, w->index, type, level,
+                                             offset + count) - offset);
             return 0;
         }
         if (type == THINVM_PTR_RUN || type == THINVM_PTR_UNWRITTEN_RUN) {
@@ -162,7 +166,7 @@ void thinvm_map_short_cut_clear(ThinvmState *s)
     }
 }
 
-static void short_cut_enter(ThinvmState *s, uint64_t guest, Walk *w)
+static inline void short_cut_enter(ThinvmState *s, uint64_t guest, Walk *w)
 {
     ThinvmPage *page = qatomic_rcu_read(short_cut(s, guest));
 

@@ -70,7 +70,7 @@ unsigned thinvm_store_request_begin(ThinvmStore *st)
 
         /* A full barrier: the count is seen before what we look up */
         qatomic_inc(request_count(st, epoch));
-        smp_mb();
+        smp_mb__after_rmw();
         if (qatomic_read(&st->request_epoch) == epoch) {
             return epoch & (THINVM_REQUEST_EPOCHS - 1);
         }

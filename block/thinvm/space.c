@@ -298,7 +298,7 @@ static uint32_t dirty_bound(ThinvmState *s, uint64_t device_clusters)
 
 void thinvm_space_update_bounds(ThinvmState *s)
 {
-    s->dirty_bound = dirty_bound(s, s->device_clusters);
+    qatomic_set(&s->dirty_bound, dirty_bound(s, s->device_clusters));
 }
 
 /*

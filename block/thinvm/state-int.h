@@ -126,6 +126,7 @@ struct ThinvmState {
 
     /* Pages in memory */
     struct qht pages;
+    ThinvmPage **known;         /* some of them by number; page.c */
     ThinvmPageList all_pages;   /* that are in it, the newest first */
     ThinvmPageList clean;       /* clock, hand at the tail */
     ThinvmPageList dirty[THINVM_NB_RANKS];

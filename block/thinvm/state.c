@@ -214,6 +214,12 @@ void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info)
     };
 }
 
+bool thinvm_state_dirty_reaches(const ThinvmState *s, unsigned quarters)
+{
+    return qatomic_read(&s->nb_dirty) * 4 >=
+           (uint64_t)qatomic_read(&s->dirty_bound) * quarters;
+}
+
 void thinvm_state_set_applying(ThinvmState *s, uint64_t sequence)
 {
     s->applying = sequence;

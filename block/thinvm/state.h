@@ -122,6 +122,9 @@ typedef struct ThinvmInfoState {
     uint64_t current_snapshot_id;
 } ThinvmInfoState;
 void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info);
+/* Are so many quarters of the bound on dirty pages in use?  Needs no lock:
+   without it, the answer may be old by an operation */
+bool thinvm_state_dirty_reaches(const ThinvmState *s, unsigned quarters);
 void thinvm_state_set_cache_size(ThinvmState *s, uint64_t bytes);
 /* Points into the state; empty name: no backing file */
 const ThinvmBacking *thinvm_state_backing(ThinvmState *s);

@@ -79,6 +79,7 @@ typedef struct ThinvmJournal {
     ThinvmOp last_op;           /* the last one in it, for coalescing */
     uint32_t last_op_offset;    /* 0: none to coalesce with */
     uint64_t next_sequence;     /* that the pending record will have */
+    uint64_t lately_used;       /* bytes of the ring, at the last operation */
 
     /* st->lock */
     ThinvmJournalQueue sealed;  /* not written yet, oldest first */
