@@ -6,6 +6,9 @@
 #   run.py [--build DIR] [--all] [--only NAME]      as a suite of scripts/test:
 #       corpus      every input of corpus/, under ASan and UBSan
 #       fuzz        libFuzzer from that corpus: 30 s, with --all an hour
+#       hints       the same two for what guests say to the object
+#                   thinvm-hints (thinvm-fuzz-hints.c, corpus-hints/): 10 s,
+#                   with --all ten minutes
 #       coverage    lines of format, journal and replay code that the corpus
 #                   and the unit tests reach (with --all)
 #       tools       the iotest thinvm-fuzz for an hour (with --all)
@@ -42,6 +45,9 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 CORPUS = HERE / 'corpus'
 SHORT, LONG = 30, 3600          # seconds of fuzzing in scripts/test
+HINTS = HERE / 'corpus-hints'
+HINTS_SHORT, HINTS_LONG = 10, 600
+HINTS_SIZE = 8192
 INPUT_LIMIT = 25                # seconds of CPU that one input may take
 WALL_LIMIT = 20 * INPUT_LIMIT   # and by the clock, if it waits without end
 MEMORY_LIMIT = 1024             # MiB that one input may take
@@ -53,6 +59,11 @@ COVERED = ('format.c', 'format-checksum.c', 'format-journal.c',
 WRAPPED = ('qemu_co_sleep_ns_wakeable', 'warn_report')
 FUZZER = ('thinvm-fuzz', 'thinvm-fuzz-image', 'thinvm-fuzz-run',
           'thinvm-fuzz-fix', 'thinvm-fuzz-mutate')
+# The object's character device and clock are the fuzzer's
+HINTS_WRAPPED = ('precopy_clock_ms', 'qemu_chr_find', 'qemu_chr_fe_init',
+                 'qemu_chr_fe_deinit', 'qemu_chr_fe_set_handlers',
+                 'qemu_chr_fe_write', 'qemu_chr_fe_accept_input')
+HINTS_SOURCES = ('heat', 'hint-map', 'hint-parse', 'hints', 'track')
 UNIT_TESTS = ('test-thinvm-format', 'test-thinvm-format-journal',
               'test-thinvm-format-pages', 'test-thinvm-store',
               'test-thinvm-follow', 'test-thinvm-crash')
@@ -210,6 +221,25 @@ def build_fuzzer(build, clang):
         'thinvm-fuzz', fuzz_sources(build), WRAPPED, ['-fsanitize=fuzzer'])
 
 
+def hints_sources(*more):
+    return [*(HERE / f'{n}.c' for n in ('thinvm-fuzz-hints', *more)),
+            *(CHECKOUT / f'block/precopy/{n}.c' for n in HINTS_SOURCES)]
+
+
+def build_hints_main(build):
+    cc = shutil.which('gcc') or shutil.which('cc')
+    return Program(build, 'hints-main', cc, sanitized(cc, SANITIZE)).link(
+        'thinvm-fuzz-hints', hints_sources('thinvm-fuzz-files'),
+        HINTS_WRAPPED)
+
+
+def build_hints_fuzzer(build, clang):
+    return Program(build, 'hints-libfuzzer', clang,
+                   sanitized(clang, f'fuzzer-no-link,{SANITIZE}')).link(
+        'thinvm-fuzz-hints', hints_sources(), HINTS_WRAPPED,
+        ['-fsanitize=fuzzer'])
+
+
 def environment():
     return dict(os.environ,
                 ASAN_OPTIONS='detect_stack_use_after_return=0:abort_on_error=0'
@@ -225,9 +255,8 @@ def inputs():
 
 # --- The parts --------------------------------------------------------------
 
-def run_corpus(build, log, files):
+def run_corpus(program, log, files):
     """Every input, one process; returns what went wrong, or ''."""
-    program = build_main(build)
     with open(log, 'w', encoding='utf-8') as f:
         try:
             status = subprocess.run(
@@ -239,19 +268,19 @@ def run_corpus(build, log, files):
     return '' if status == 0 else f'exit status {status}, see {log}'
 
 
-def run_fuzzer(build, clang, seconds, seed, log):
+def run_fuzzer(build, program, seconds, seed, log, corpus=CORPUS,
+               size=MAX_SIZE):
     """libFuzzer; returns (what went wrong or '', figures)."""
-    program = build_fuzzer(build, clang)
-    found = build / 'fuzz' / 'found'
+    found = build / 'fuzz' / corpus.name.replace('corpus', 'found')
     crashes = build / 'fuzz' / 'crashes'
     for d in (found, crashes):
         d.mkdir(exist_ok=True)
     command = [program, f'-max_total_time={seconds}', f'-seed={seed}',
-               f'-max_len={MAX_SIZE}', f'-timeout={WALL_LIMIT}',
+               f'-max_len={size}', f'-timeout={WALL_LIMIT}',
                f'-report_slow_units={WALL_LIMIT}',
                f'-rss_limit_mb={MEMORY_LIMIT}', '-print_final_stats=1',
                '-len_control=0', f'-artifact_prefix={crashes}/', found,
-               CORPUS]
+               corpus]
     with open(log, 'w', encoding='utf-8') as f:
         with subprocess.Popen([str(w) for w in command], stdout=f,
                               stdin=subprocess.DEVNULL, cwd=build / 'fuzz',
@@ -353,14 +382,29 @@ class Suite:
 
     def corpus(self):
         log = self.logs / 'corpus.log'
-        self.report('corpus', run_corpus(self.args.build, log, inputs()),
+        self.report('corpus', run_corpus(build_main(self.args.build), log,
+                                          inputs()),
                     f'{len(inputs())} inputs')
 
     def fuzz(self):
         seconds = LONG if self.args.all else SHORT
         self.report('fuzz', *run_fuzzer(
-            self.args.build, self.clang[0], seconds, self.args.seed,
-            self.logs / 'fuzz.log'))
+            self.args.build, build_fuzzer(self.args.build, self.clang[0]),
+            seconds, self.args.seed, self.logs / 'fuzz.log'))
+
+    def hints(self):
+        files = sorted(HINTS.glob('*.bin'))
+        wrong = run_corpus(build_hints_main(self.args.build),
+                           self.logs / 'hints-corpus.log', files)
+        figures = f'{len(files)} inputs'
+        if not wrong and self.clang and self.clang[1]:
+            wrong, more = run_fuzzer(
+                self.args.build,
+                build_hints_fuzzer(self.args.build, self.clang[0]),
+                HINTS_LONG if self.args.all else HINTS_SHORT, self.args.seed,
+                self.logs / 'hints.log', HINTS, HINTS_SIZE)
+            figures = f'{figures}, {more}'
+        self.report('hints', wrong, figures)
 
     def coverage(self):
         per_cent = print_coverage(run_coverage(self.args.build, *self.clang))
@@ -387,8 +431,8 @@ class Suite:
         self.report('tools', f'see {log}' if status else '', figures)
 
     def run(self):
-        tests = {'corpus': True, 'fuzz': True, 'coverage': self.args.all,
-                 'tools': self.args.all}
+        tests = {'corpus': True, 'fuzz': True, 'hints': True,
+                 'coverage': self.args.all, 'tools': self.args.all}
         if self.args.only:
             if self.args.only not in tests:
                 return 2
@@ -437,8 +481,9 @@ def main():
     if (args.fuzz or args.coverage) and not (suite.clang and suite.clang[1]):
         sys.exit('clang and llvm are needed: apt install clang llvm')
     if args.fuzz:
-        wrong, figures = run_fuzzer(args.build, suite.clang[0], args.fuzz,
-                                    args.seed, suite.logs / 'fuzz.log')
+        wrong, figures = run_fuzzer(
+            args.build, build_fuzzer(args.build, suite.clang[0]), args.fuzz,
+            args.seed, suite.logs / 'fuzz.log')
         print(wrong or figures)
         return 1 if wrong else 0
     if args.coverage:
