@@ -29,17 +29,22 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 
 #define AGENT           "thinvm-agent/1.0"
 #define VERSION         1
 #define DEFAULT_PORT    "/dev/virtio-ports/org.thinvm.hints.0"
 #define FREE_SECONDS    30          /* from one look at free space to the next */
 #define COST_SECONDS    10
+#define AGAIN_SECONDS   5           /* all is told again after so long */
+/* Of the time that a look takes of a CPU, so many times passes between two */
+#define REST            32
+#define MAX_REST_MS     20000
 #define MAX_MEMORY      (256UL * 1024 * 1024)
 #define NOBODY          65534
 
 static bool reporting, connected;
-static uint64_t interval_ms, next_look, next_free, next_cost;
+static uint64_t interval_ms, next_look, next_free, next_cost, next_again;
 static uint64_t written_before;
 static pid_t trimmer;
 static int trim_pipe = -1;
@@ -88,14 +93,14 @@ static void look_at_free_space(void)
     find_free_space();
     for (unsigned i = 0; i < nb_disks; i++) {
         if (disks[i].told) {
-            tell_difference(i, "free", "used", false, &disks[i].free,
+            tell_difference(i, "free", "used", false, false, &disks[i].free,
                             &disks[i].now_free);
         }
         set_clear(&disks[i].now_free);
     }
 }
 
-static void look_at_dirty_pages(void)
+static void look_at_dirty_pages(bool again)
 {
     uint64_t known = 0, all;
 
@@ -107,8 +112,8 @@ static void look_at_dirty_pages(void)
     find_dirty_pages();
     for (unsigned i = 0; i < nb_disks; i++) {
         if (disks[i].told) {
-            tell_difference(i, "dirty", "clean", true, &disks[i].dirty,
-                            &disks[i].now_dirty);
+            tell_difference(i, "dirty", "clean", true, again,
+                            &disks[i].dirty, &disks[i].now_dirty);
         }
         set_clear(&disks[i].now_dirty);
         known += disks[i].known;
@@ -124,13 +129,25 @@ static void look_at_dirty_pages(void)
     }
 }
 
-static void look(void)
+static uint64_t cpu_ms(void)
 {
-    uint64_t now = now_ms();
+    struct timespec t;
+
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return t.tv_sec * 1000ULL + t.tv_nsec / 1000000;
+}
+
+/* Returns how long to rest, so that the guest does not mind */
+static uint64_t look(void)
+{
+    uint64_t now = now_ms(), cpu = cpu_ms(), rest;
 
     read_mounts();
     tell_disks();
-    look_at_dirty_pages();
+    look_at_dirty_pages(now >= next_again);
+    if (now >= next_again) {
+        next_again = now + AGAIN_SECONDS * 1000;
+    }
     if (now >= next_free) {
         next_free = now + FREE_SECONDS * 1000;
         look_at_free_space();
@@ -140,6 +157,9 @@ static void look(void)
         tell_cost();
     }
     close_mounts();
+    rest = (cpu_ms() - cpu) * REST;
+    rest = rest < MAX_REST_MS ? rest : MAX_REST_MS;
+    return rest > interval_ms ? rest : interval_ms;
 }
 
 /* ------------------------------------------------------------------ */
@@ -390,8 +410,9 @@ static void turn(void)
         trim_done();
     }
     if (reporting && now_ms() >= next_look) {
-        look();
-        next_look = now_ms() + interval_ms;
+        uint64_t rest = look();
+
+        next_look = now_ms() + rest;
     }
     flush_out();
 }

@@ -83,7 +83,8 @@ void set_range_rate(uint64_t ranges_in_a_second);
 /* Tell what has changed from @told to @now, as far as the bounds allow, and
  * note it in @told; @now is emptied.  @timed: with the time it is due. */
 void tell_difference(unsigned disk, const char *verb, const char *undo,
-                     bool timed, struct set *told, struct set *now);
+                     bool timed, bool again, struct set *told,
+                     struct set *now);
 
 /* ------------------------------------------------------------------ */
 /* disks.c                                                             */

@@ -18,6 +18,7 @@
 #define MAX_HANDLE      128             /* bytes that name a file */
 #define MAX_READS       32              /* of 64 KiB of events, in one look */
 #define MAX_LOOKS       20000           /* cachestat() calls of one look */
+#define COARSE          (512 * 1024ULL) /* scattered pages: no closer look */
 
 #ifndef SYS_cachestat
 #define SYS_cachestat   451             /* the same for all architectures */
@@ -35,7 +36,8 @@ struct cache_counts {
 struct file {
     struct file *next;
     fsid_t fsid;
-    uint64_t dirty_since;
+    uint64_t dirty_since;               /* so far, as we know */
+    uint64_t dirty;                     /* bytes at the last look */
     struct file_handle *handle;
 };
 
@@ -212,22 +214,33 @@ static void where(int fd, dev_t device, uint64_t start, uint64_t length,
     cannot_tell(length > mapped ? length - mapped : 0, DELAYED);
 }
 
-/* Halve what has dirty pages until it is dirty for the most part, or small */
+/*
+ * Look into ever smaller parts of what has dirty pages, until one is dirty for
+ * the most part, or small.  The kernel visits each page of the cache for each
+ * count: a few large steps are cheaper than many halves.
+ */
 static void look_into(int fd, dev_t device, uint64_t start, uint64_t length,
                       uint64_t due)
 {
-    uint64_t dirty, half = (length / 2 + GRAIN - 1) / GRAIN * GRAIN;
+    uint64_t part = length > 8 * COARSE ? 8 * COARSE :
+                    length > COARSE ? COARSE : GRAIN;
+    uint64_t dirty;
 
     if (!count_pages(fd, start, length, &dirty) || !dirty) {
         return;
     }
-    if (length <= GRAIN || dirty >= length / 4 * 3) {
+    if (length <= GRAIN || dirty >= length / 4 * 3 ||
+        (length <= COARSE && dirty * 8 >= length)) {
         where(fd, device, start, length, due);
-    } else if (looks > MAX_LOOKS) {
+        return;
+    }
+    if (looks > MAX_LOOKS) {
         cannot_tell(dirty, LIMIT);
-    } else {
-        look_into(fd, device, start, half, due);
-        look_into(fd, device, start + half, length - half, due);
+        return;
+    }
+    for (uint64_t at = 0; at < length; at += part) {
+        look_into(fd, device, start + at,
+                  length - at < part ? length - at : part, due);
     }
 }
 
@@ -270,6 +283,11 @@ static bool look_at_file(struct file *f)
     if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) &&
         count_pages(fd, 0, 0, &dirty) && dirty) {
         size = (st.st_size + 4095) / 4096 * 4096;
+        /* Most of it was written: the kernel counts from then on */
+        if (dirty < f->dirty / 2) {
+            f->dirty_since = now_ms();
+        }
+        f->dirty = dirty;
         look_into(fd, m->device, 0, size ? size : 4096,
                   due_at(f->dirty_since));
     }

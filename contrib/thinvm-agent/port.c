@@ -144,15 +144,19 @@ static size_t tell(const char *verb, unsigned disk, bool timed,
     return done;
 }
 
-/* The difference of what is told and what is now */
+/*
+ * The difference of what is told and what is now; @again, also what is still
+ * so: the host has forgotten it if it was written meanwhile
+ */
 void tell_difference(unsigned disk, const char *verb, const char *undo,
-                            bool timed, struct set *told, struct set *now)
+                     bool timed, bool again, struct set *told, struct set *now)
 {
+    const struct set nothing = { 0 };
     struct set more, less;
     size_t n;
 
     set_normalize(now);
-    more = set_minus(now, told);
+    more = set_minus(now, again ? &nothing : told);
     less = set_minus(told, now);
     n = tell(undo, disk, false, less.r, less.nb);
     set_remove(told, less.r, n);
