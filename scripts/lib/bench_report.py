@@ -6,7 +6,8 @@
 from xml.sax.saxutils import escape
 
 NAME_WIDTH = 38
-COLOURS = ('#777777', '#c05020', '#d0a030', '#3060a0', '#308050')
+COLOURS = ('#777777', '#c05020', '#d0a030', '#3060a0', '#308050', '#7040a0',
+           '#208090')
 
 
 def others(args):

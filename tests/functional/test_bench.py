@@ -49,3 +49,21 @@ def other_kinds(ctx):
     run, = figures['checkpoint']
     check(run['checkpoints'] > 0 and run['writes_during'] > 0,
           'no checkpoint was met: %s', run)
+
+
+@test(seconds=600, slow=True)
+def precopy(ctx):
+    """scripts/bench-precopy: a guest, a link, all modes, and the same data."""
+    ctx.need('tc', 'iproute2')
+    out = ctx.path('bench.json')
+    ctx.run(os.path.join(TOP, 'scripts', 'bench-precopy'), '--build', ctx.build,
+            '--quick', '--verify', '--directory', ctx.dir, '--json', out,
+            '--svg', ctx.dir, '--mode', 'precopy', '--mode', 'mirror-blocking',
+            seconds=580)
+    with open(out, encoding='utf-8') as f:
+        light = json.load(f)['workloads']['light']
+    for mode, (run,) in light.items():
+        check(run['ready'] and run['MiB'] > run['used'] * 0.7,
+              '%s sent %d MiB of %d', mode, run['MiB'], run['used'])
+    check(light['precopy'][0]['trimmed'] > 0, 'the agent was not there')
+    check(os.path.exists(ctx.path('precopy-light.svg')), 'no drawing')

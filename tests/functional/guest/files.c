@@ -14,7 +14,7 @@
  *                               MAJOR:MINOR", and it is /dev/NAME
  *   write PATH OFFSET LENGTH    buffered, answers when write() has returned
  *   fsync PATH | delete PATH | sync | umount PATH
- *   used PATH                   answers "ok BYTES", what the file system uses
+ *   trim PATH                   FITRIM of all that is free
  *   vm NAME NUMBER              a setting below /proc/sys/vm
  *   load PATH MIB KIB PER_SECOND random|sequential sync|buffered
  *                               a program that overwrites a file (load.c)
@@ -30,6 +30,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/dm-ioctl.h>
+#include <linux/fs.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -41,7 +42,6 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
-#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "load.h"
@@ -197,6 +197,16 @@ static int mount_at(const char *device, const char *path)
     return mount(device, path, "ext4", 0, NULL);
 }
 
+static int trim(const char *path)
+{
+    struct fstrim_range all = { 0, UINT64_MAX, 0 };
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int ret = fd < 0 ? -1 : ioctl(fd, FITRIM, &all);
+
+    close(fd);
+    return ret;
+}
+
 static int set_vm(const char *name, const char *number)
 {
     char path[300];
@@ -215,19 +225,12 @@ static int set_vm(const char *name, const char *number)
 static bool obey_question(char **word, unsigned nb, FILE *answers, int *ret)
 {
     uint64_t writes, us;
-    struct statfs st;
 
     if (nb == 1 && !strcmp(word[0], "report")) {
         *ret = load_report(&writes, &us);
         if (*ret == 0) {
             fprintf(answers, "ok %llu %llu\n", (unsigned long long)writes,
                     (unsigned long long)us);
-        }
-    } else if (nb == 2 && !strcmp(word[0], "used")) {
-        *ret = statfs(word[1], &st);
-        if (*ret == 0) {
-            fprintf(answers, "ok %llu\n", (unsigned long long)
-                    (st.f_blocks - st.f_bfree) * st.f_bsize);
         }
     } else {
         return false;
@@ -260,6 +263,8 @@ static void obey(char *line, FILE *answers)
         ret = sync_file(word[1]);
     } else if (nb == 2 && !strcmp(word[0], "delete")) {
         ret = unlink(word[1]);
+    } else if (nb == 2 && !strcmp(word[0], "trim")) {
+        ret = trim(word[1]);
     } else if (nb == 3 && !strcmp(word[0], "vm")) {
         ret = set_vm(word[1], word[2]);
     } else if (nb == 7 && !strcmp(word[0], "load")) {

@@ -34,7 +34,7 @@ def _run(argv, **more):
     return done.stdout
 
 
-def initramfs(ctx):
+def initramfs(ctx, with_agent=True):
     """(kernel, initramfs) with this guest's /init and the agent."""
     init, agent = ctx.path('files-init'), ctx.path('agent')
     _run(['gcc', '-O2', '-Wall', '-static', '-pthread', '-s', '-o', init] +
@@ -48,7 +48,8 @@ def initramfs(ctx):
                for name in ('dev', 'proc', 'sys', 'modules', 'mnt')]
     members.append(cpio_entry('dev/console', stat.S_IFCHR | 0o600,
                                rdev=(5, 1)))
-    for name, path in (('init', init), ('agent', agent)):
+    programs = [('init', init)] + [('agent', agent)] * with_agent
+    for name, path in programs:
         with open(path, 'rb') as file:
             members.append(cpio_entry(name, stat.S_IFREG | 0o755,
                                        file.read()))
@@ -58,7 +59,7 @@ def initramfs(ctx):
             members.append(cpio_entry('modules/%02d-%s' % (number, name),
                                        stat.S_IFREG | 0o644, data))
     members.append(cpio_entry('TRAILER!!!', 0))
-    path = ctx.path('files-initrd')
+    path = ctx.path(ctx.unique('files-initrd'))
     with open(path, 'wb') as file:
         file.write(b''.join(members))
     return vmlinuz, path
@@ -154,15 +155,18 @@ class FilesGuest:
     """The machine; .hints is the host's end of the agent's port, unless
     that belongs to an object thinvm-hints of the machine."""
 
-    def __init__(self, ctx, disks, extra=(), hints_object=None):
-        """@disks: (raw image, serial number)...; @hints_object: its id"""
-        kernel, initrd = initramfs(ctx)
+    def __init__(self, ctx, disks, extra=(), hints_object=None, memory=256,
+                 boot=None):
+        """@disks: (raw image, serial number)...; @hints_object: its id;
+        @boot: what initramfs() has made"""
+        kernel, initrd = boot or initramfs(ctx)
         name = ctx.unique('qemu-files')
         paths = {p: ctx.path('%s.%s' % (name, p))
                  for p in ('qmp', 'test', 'hints')}
         argv = [ctx.bin('qemu-system-x86_64'), '-name', name,
                 '-no-user-config', '-nodefaults', '-display', 'none',
-                '-machine', 'pc,accel=tcg', '-cpu', 'qemu64', '-m', '256',
+                '-machine', 'pc,accel=tcg', '-cpu', 'qemu64',
+                '-m', str(memory),
                 '-kernel', kernel, '-initrd', initrd,
                 '-append', 'console=ttyS0 quiet nowatchdog mitigations=off '
                 'cryptomgr.notests oops=panic panic=-1 rdinit=/init',
