@@ -36,6 +36,7 @@ PROGRAMS = {
     'qemu-nbd': 'qemu-nbd',
     'qemu-pr-helper': 'qemu-pr-helper',
     'qemu-storage-daemon': 'storage-daemon/qemu-storage-daemon',
+    'thinvm-template': 'block/template/thinvm-template',
 }
 
 # Where Debian's packages put firmware; QEMU looks in these in order.
