@@ -29,6 +29,10 @@
  * tail stays.  So whatever became of the slot's contents, what it may name is
  * as it was.
  *
+ * In the background it stops between two steps when its caller is told to (a
+ * drain holds up the guest): that is as if the next step had failed.  Not
+ * between the superblock and its flush, which is the last one anyway.
+ *
  * A slot that was found damaged (st->bases.suspect) is erased before pages of
  * the new base are written: were it readable again some day, the base in it
  * would name pages that are overwritten by then.
@@ -59,7 +63,14 @@ bool thinvm_checkpoint_due(ThinvmStore *st, unsigned quarters)
 
 bool thinvm_store_wants_checkpoint(ThinvmStore *st)
 {
-    return thinvm_store_may_write(st) == 0 && thinvm_checkpoint_due(st, 2);
+    return thinvm_store_may_write(st) == 0 &&
+           (qatomic_read(&st->interrupted) || thinvm_checkpoint_due(st, 2));
+}
+
+/* What a step returns instead of being done; then the next attempt does it */
+static int may_go_on(ThinvmStore *st)
+{
+    return !st->go_on || st->go_on(st->go_on_opaque) ? 0 : -ECANCELED;
 }
 
 /*
@@ -110,6 +121,7 @@ void thinvm_checkpoint_forget(ThinvmStore *st)
         g_array_set_size(st->frozen_pages, 0);
     }
     st->frozen_complete = false;
+    qatomic_set(&st->interrupted, false);
 }
 
 /*
@@ -249,13 +261,18 @@ static int coroutine_fn write_pages(ThinvmStore *st)
 
     for (start = 0; start < nb && ret == 0; start = end) {
         end = MIN(nb, start + THINVM_CHECKPOINT_STEP);
-        complete_step(st, end);
-        ret = write_step(st, pool, start, end);
+        ret = may_go_on(st);
+        if (ret == 0) {
+            complete_step(st, end);
+            ret = write_step(st, pool, start, end);
+        }
     }
     aio_task_pool_wait_all(pool);
-    ret = aio_task_pool_status(pool);
+    if (ret == 0) {
+        ret = aio_task_pool_status(pool);
+    }
     aio_task_pool_free(pool);
-    return ret;
+    return ret < 0 ? ret : may_go_on(st);
 }
 
 /* ------------------------------------------------------------------ */
@@ -334,6 +351,9 @@ static int coroutine_fn write_base(ThinvmStore *st)
         st->frozen_complete = true;
     }
     ret = thinvm_journal_flush(st, BLKDBG_THINVM_PAGE_FLUSH);
+    if (ret == 0) {
+        ret = may_go_on(st);
+    }
     if (ret < 0) {
         return ret;
     }
@@ -364,13 +384,16 @@ static int coroutine_fn write_base(ThinvmStore *st)
 
 static int coroutine_fn checkpoint_locked(ThinvmStore *st)
 {
-    int ret;
+    int ret = may_go_on(st);
 
-    if (!st->frozen) {
+    if (ret == 0 && !st->frozen) {
         ret = freeze(st);
-        if (ret <= 0) {
-            return ret;
+        if (ret == 0) {
+            return 0;
         }
+    }
+    if (ret < 0) {
+        return ret;
     }
     ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
     if (ret == 0) {
@@ -400,7 +423,9 @@ static int may_checkpoint(ThinvmStore *st)
            thinvm_store_may_write(st);
 }
 
-int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
+int coroutine_fn thinvm_store_checkpoint_while(ThinvmStore *st,
+                                               bool (*go_on)(void *opaque),
+                                               void *opaque)
 {
     int ret = may_checkpoint(st);
 
@@ -408,15 +433,23 @@ int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
         return ret;
     }
     qemu_co_mutex_lock(&st->checkpoint_lock);
+    st->go_on = go_on;
+    st->go_on_opaque = opaque;
     set_checkpointing(st, true);
     /* It may have ended while we waited, and another owner begun */
     ret = may_checkpoint(st);
     if (ret == 0) {
         ret = checkpoint_locked(st);
     }
+    qatomic_set(&st->interrupted, ret == -ECANCELED);
     set_checkpointing(st, false);
     qemu_co_mutex_unlock(&st->checkpoint_lock);
     return ret;
+}
+
+int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
+{
+    return thinvm_store_checkpoint_while(st, NULL, NULL);
 }
 
 /* A new image: its first base, which no journal leads to */

@@ -361,8 +361,7 @@ static uint64_t thinvm_measure_metadata(uint64_t clusters,
                                         uint64_t cluster_size)
 {
     uint64_t leaves = DIV_ROUND_UP(clusters, THINVM_ENTRIES_PER_LEAF);
-    uint64_t bound = MIN(MAX(2 * leaves, THINVM_MIN_DIRTY_BOUND),
-                         THINVM_MAX_DIRTY_BOUND);
+    uint64_t bound = thinvm_space_dirty_bound(clusters);
     uint64_t pages = 0, level;
 
     for (level = leaves; level > 1;

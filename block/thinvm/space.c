@@ -281,19 +281,34 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
 /* Metadata space                                                      */
 
 /*
- * The bound on dirty pages follows what the image can need at all (leaves of
- * the whole disk, and as many count pages) and what its device can spare: a
- * page for each MiB, with which the reserve takes little more than a
- * hundredth of it.  And a quarter of the cache: dirty pages cannot leave it.
+ * What a disk can have dirty at all are its leaves, about a quarter as many
+ * count pages, and what lies above them; the same again while a checkpoint is
+ * written.  A checkpoint begins at half of the bound, and writers are slowed
+ * at three quarters.  If all of a small disk's pages came to that, one
+ * checkpoint would follow the other while a guest writes.
+ */
+uint32_t thinvm_space_dirty_bound(uint64_t virtual_clusters)
+{
+    uint64_t leaves = virtual_clusters / THINVM_ENTRIES_PER_LEAF;
+
+    return MIN(MAX(6 * leaves, THINVM_MIN_DIRTY_BOUND),
+               THINVM_MAX_DIRTY_BOUND);
+}
+
+/*
+ * The bound on dirty pages follows what the image can need and what its device
+ * can spare: a page for each MiB, with which the reserve takes little more
+ * than a hundredth of it.  And a quarter of the cache: dirty pages cannot
+ * leave it.
  */
 static uint32_t dirty_bound(ThinvmState *s, uint64_t device_clusters)
 {
-    uint64_t leaves = (s->virtual_size >> s->cluster_bits) /
-                      THINVM_ENTRIES_PER_LEAF;
     uint64_t spare = (device_clusters << s->cluster_bits) / MiB;
-    uint64_t bound = MIN(MIN(2 * leaves, spare), s->cache_limit / 4);
+    uint64_t bound = thinvm_space_dirty_bound(s->virtual_size >>
+                                              s->cluster_bits);
 
-    return MIN(MAX(bound, THINVM_MIN_DIRTY_BOUND), THINVM_MAX_DIRTY_BOUND);
+    return MAX(MIN(MIN(bound, spare), s->cache_limit / 4),
+               THINVM_MIN_DIRTY_BOUND);
 }
 
 void thinvm_space_update_bounds(ThinvmState *s)

@@ -99,6 +99,8 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
 /* Dirty pages at which a checkpoint must have been written; clamp */
 #define THINVM_MIN_DIRTY_BOUND  64
 #define THINVM_MAX_DIRTY_BOUND  4096
+/* What it is, at most, for a disk of so many clusters */
+uint32_t thinvm_space_dirty_bound(uint64_t virtual_clusters);
 
 /* Scalars; stable while the lock is held */
 typedef struct ThinvmInfoState {

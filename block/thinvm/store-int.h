@@ -178,6 +178,9 @@ struct ThinvmStore {
     ThinvmFrozen *frozen;       /* not on the device yet */
     GArray *frozen_pages;       /* ThinvmFrozenPage, completed */
     bool frozen_complete;
+    bool (*go_on)(void *opaque);    /* may be NULL; asked between steps */
+    void *go_on_opaque;
+    bool interrupted;           /* by that; qatomic */
     uint64_t frozen_sequence;   /* st->lock from here */
     bool frozen_marked;         /* position and crc are known */
     uint64_t frozen_position;   /* running */

@@ -390,6 +390,10 @@ int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
             error_setg_errno(errp, -ret, "Could not write a checkpoint");
             return ret;
         }
+    } else if (qatomic_read(&st->interrupted)) {
+        /* A drain comes before a release, so this is what it did not wait for;
+           if it fails, memory is stale */
+        thinvm_store_checkpoint(st);
     }
     thinvm_store_reclaim(st, st->discard);
     /* A checkpoint that failed earlier and is not repeated: memory then holds

@@ -228,6 +228,13 @@ int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket);
 
 /* Write a checkpoint now (commits first).  Progress is in the trace */
 int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st);
+/*
+ * The same for as long as @go_on says so, which is asked between its steps.
+ * -ECANCELED: it has stopped; the next one, anybody's, is its continuation.
+ */
+int coroutine_fn thinvm_store_checkpoint_while(ThinvmStore *st,
+                                               bool (*go_on)(void *opaque),
+                                               void *opaque);
 /* Is one due?  For the background worker; any context */
 bool thinvm_store_wants_checkpoint(ThinvmStore *st);
 /*

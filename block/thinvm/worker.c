@@ -88,6 +88,12 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_commit(ThinvmWorker *w)
     }
 }
 
+/* Asked between the steps of a checkpoint */
+static bool thinvm_worker_goes_on(void *opaque)
+{
+    return thinvm_worker_may_run(opaque);
+}
+
 /*
  * A kick says that much has gathered: operations, freed clusters or dirty
  * pages.  A durable commit is the way out of all three.
@@ -102,7 +108,11 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_store(ThinvmWorker *w,
         ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
     }
     if (ret >= 0 && thinvm_store_wants_checkpoint(st)) {
-        ret = thinvm_store_checkpoint(st);
+        ret = thinvm_store_checkpoint_while(st, thinvm_worker_goes_on, w);
+        if (ret == -ECANCELED) {
+            qatomic_set(&w->kicked, true);  /* when the drain is over */
+            return;
+        }
     }
     if (ret >= 0) {
         thinvm_store_extend_ahead(st);

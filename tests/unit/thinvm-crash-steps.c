@@ -415,6 +415,26 @@ static void coroutine_fn do_set_mode(Worker *w)
     done(w, thinvm_store_commit(l->st, THINVM_COMMIT_RECORD, true));
 }
 
+static bool count_down(void *opaque)
+{
+    unsigned *steps = opaque;
+
+    return *steps && (*steps)--;
+}
+
+/* As the background does; a drain may stop it */
+static void coroutine_fn do_checkpoint(Worker *w)
+{
+    unsigned steps = w->number % 8;
+    int ret;
+
+    say(w, "checkpoint, to be stopped at step %u", steps);
+    ret = thinvm_store_checkpoint_while(w->life->st, count_down, &steps);
+    if (ret != -ECANCELED) {
+        done(w, ret);
+    }
+}
+
 static void coroutine_fn do_maintenance(Worker *w)
 {
     Life *l = w->life;
@@ -422,8 +442,7 @@ static void coroutine_fn do_maintenance(Worker *w)
 
     switch (below(w, 5)) {
     case 0:
-        say(w, "checkpoint");
-        done(w, thinvm_store_checkpoint(l->st));
+        do_checkpoint(w);
         break;
     case 1:
         say(w, "commit");
