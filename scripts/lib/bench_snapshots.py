@@ -10,7 +10,9 @@
 #
 # What counts is the median over the runs; formats take turns, since times
 # differ with what else the machine does.  The client's longest write while
-# nothing happens says what a stall is to be compared with.
+# nothing happens says what a stall is to be compared with.  A format that
+# takes minutes at some size may be run there less often (--fewer); how often
+# each was run is printed.
 
 import argparse
 import json
@@ -62,7 +64,9 @@ def stalls(result, writer, spans):
     """What operations took, and the longest write through each."""
     for name, (begin, end) in spans.items():
         result[name] = end - begin
-        result[f'{name} stall'] = max(writer.between(begin, end), default=0)
+        stall = max(writer.between(begin, end), default=0)
+        result[f'{name} stall'] = stall
+        result[f'{name} above idle'] = stall - result['before longest']
 
 
 def rate(result, name, writer, machine, seconds):
@@ -129,9 +133,9 @@ def measure(args, spec, size, directory):
 
 
 ROWS = (
-    ('create', 's'), ('create stall', 'ms'), ('delete', 's'),
-    ('delete stall', 'ms'), ('revert', 's'),
-    ('before longest', 'ms'), ('before writes/s', ''), ('before median', 'ms'),
+    ('create', 's'), ('create stall', 'ms'), ('create above idle', 'ms'),
+    ('delete', 's'), ('delete stall', 'ms'), ('delete above idle', 'ms'),
+    ('revert', 's'), ('before longest', 'ms'), ('before writes/s', ''), ('before median', 'ms'),
     ('after writes/s', ''), ('after median', 'ms'), ('after longest', 'ms'),
     ('before bytes', ''), ('after bytes', ''),
 )
@@ -146,16 +150,26 @@ def show(value, unit):
 def report(results, formats, what):
     """results[size][format]: the runs."""
     for size, by_format in results.items():
-        print(f'\n{size}, fully {what}, median of '
-              f'{len(by_format[formats[0]])} (least to most)')
+        runs = ', '.join(f'{fmt} {len(by_format[fmt])}' for fmt in formats)
+        print(f'\n{size}, fully {what}, median (least to most); runs: {runs}')
         for row, unit in ROWS:
             cells = []
             for fmt in formats:
+                if not by_format[fmt]:
+                    continue
                 values = [r[row] for r in by_format[fmt]]
                 cells.append(f'{fmt} {show(statistics.median(values), unit)} '
                              f'({show(min(values), unit)} to '
                              f'{show(max(values), unit)})')
-            print(f'  {row:16} ' + '; '.join(cells))
+            print(f'  {row:17} ' + '; '.join(cells))
+
+
+def fewer(parser, args, text):
+    fmt, size, runs = (['', ''] + text.split(':'))[-3:]
+    if fmt not in args.formats or size not in args.sizes or not runs.isdigit():
+        parser.error(f'--fewer {text!r}: a format, a size that is measured, '
+                     'and a number of runs, say qcow2:1T:1')
+    return (fmt, size), int(runs)
 
 
 def parse_args():
@@ -172,6 +186,10 @@ def parse_args():
                    help='write the disks, do not only map them: then what a '
                    'write does not cover has to be copied after a snapshot')
     p.add_argument('--runs', type=int, default=5)
+    p.add_argument('--fewer', action='append', default=[],
+                   metavar='FORMAT:SIZE:RUNS',
+                   help='of this format at this size only so many runs, say '
+                   'qcow2:1T:1; may be given several times')
     p.add_argument('--seconds', type=float, default=2.0,
                    help='that the client writes between the operations')
     p.add_argument('--seed', type=int, default=1)
@@ -185,8 +203,14 @@ def parse_args():
             p.error(f'size {size!r}: a number with M, G or T')
     if args.runs < 1 or args.seconds <= 0:
         p.error('--runs and --seconds must be positive')
+    args.limits = dict(fewer(p, args, text) for text in args.fewer)
     args.build = args.build.resolve()
     return args
+
+
+def save(args, results):
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1), encoding='utf-8')
 
 
 def main():
@@ -195,6 +219,9 @@ def main():
     for number in range(args.runs):
         for size in args.sizes:
             for fmt in args.formats if number % 2 else args.formats[::-1]:
+                if number >= args.limits.get((fmt, size), args.runs):
+                    continue
+                begin = time.monotonic()
                 directory = Path(tempfile.mkdtemp(prefix='snapshots-',
                                                   dir=args.dir))
                 try:
@@ -202,9 +229,10 @@ def main():
                         measure(args, fmt, size, directory))
                 finally:
                     shutil.rmtree(directory, ignore_errors=True)
+                print(f'run {number + 1} of {args.runs}: {fmt}, {size}: '
+                      f'{time.monotonic() - begin:.0f} s', file=sys.stderr)
+                save(args, results)
     report(results, args.formats, 'written' if args.fill else 'mapped')
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1), encoding='utf-8')
     return 0
 
 
