@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lib.guest import MODULES, _cpio_entry, _kernel, _module
+from lib.guest import MODULES, cpio_entry, find_kernel, kernel_module
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = 'systemd-sysv,dbus,udev,python3-minimal,openssh-server'
@@ -116,19 +116,19 @@ def digest(root):
 
 def boot_files(directory):
     """(kernel, initramfs) of the guests."""
-    vmlinuz, modules = _kernel()
+    vmlinuz, modules = find_kernel()
     program = directory / 'init'
     run('gcc', '-O2', '-Wall', '-static', '-s', '-o', program,
         HERE / 'boot-init.c')
-    members = [_cpio_entry('init', 0o100755, program.read_bytes())]
-    members += [_cpio_entry(name, 0o40755)
+    members = [cpio_entry('init', 0o100755, program.read_bytes())]
+    members += [cpio_entry(name, 0o40755)
                 for name in ('dev', 'disk', 'modules')]
-    members.append(_cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
+    members.append(cpio_entry('dev/console', 0o20600, rdev=(5, 1)))
     for number, name in enumerate(MODULES):
-        data = _module(modules, name)
+        data = kernel_module(modules, name)
         if data:
-            members.append(_cpio_entry(f'modules/{number:02}-{name}',
+            members.append(cpio_entry(f'modules/{number:02}-{name}',
                                       0o100644, data))
-    members.append(_cpio_entry('TRAILER!!!', 0))
+    members.append(cpio_entry('TRAILER!!!', 0))
     (directory / 'initrd').write_bytes(b''.join(members))
     return vmlinuz, str(directory / 'initrd')
