@@ -13,7 +13,7 @@ import helpers
 from helpers import TempTest
 
 PROGRAMS = ('qemu-system-x86_64', 'qemu-img', 'qemu-io', 'qemu-nbd',
-            'qemu-storage-daemon')
+            'qemu-storage-daemon', 'thinvm-template')
 MACHINE = ['-machine', 'pc', '-accel', 'tcg', '-nodefaults',
            '-display', 'none']
 
