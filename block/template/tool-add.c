@@ -162,7 +162,7 @@ static bool remove_from(TemplateStore *s, const TemplateDigest *digest,
 
 static void tell_others(Tool *t, const TemplateDigest *digest)
 {
-    g_autoptr(GPtrArray) lists = remote_list_all(t->cluster, t->node);
+    GPtrArray *lists = tool_lists(t, false);
 
     for (unsigned i = 0; i < lists->len; i++) {
         RemoteList *list = g_ptr_array_index(lists, i);

@@ -179,7 +179,7 @@ static GArray *digests_of_all(Tool *t, GPtrArray *lists, Error **errp)
 
 static int list_cluster(Tool *t, QList *json)
 {
-    g_autoptr(GPtrArray) lists = remote_list_all(t->cluster, t->node);
+    GPtrArray *lists = tool_lists(t, false);
     g_autoptr(GArray) digests = digests_of_all(t, lists, &error_abort);
     int status = TOOL_OK;
 

@@ -21,7 +21,6 @@
 
 typedef struct Rebalance {
     Tool *t;
-    GPtrArray *lists;           /* what the other nodes have */
     bool all_answered;
     int status;
     unsigned fetched, dropped, kept;
@@ -93,6 +92,7 @@ static void fetch_if_missing(Rebalance *r, const TemplateDigest *digest)
 static bool has_copy(Rebalance *r, const ClusterDisk *disk,
                      const TemplateDigest *digest, uint64_t length)
 {
+    GPtrArray *lists = tool_lists(r->t, false);
     uint64_t found;
 
     if (disk->node == r->t->node) {
@@ -102,8 +102,8 @@ static bool has_copy(Rebalance *r, const ClusterDisk *disk,
         return s && template_store_find(s, digest, &e) && e.data && e.chunks &&
                e.size == length;
     }
-    for (unsigned i = 0; i < r->lists->len; i++) {
-        RemoteList *list = g_ptr_array_index(r->lists, i);
+    for (unsigned i = 0; i < lists->len; i++) {
+        RemoteList *list = g_ptr_array_index(lists, i);
 
         if (list->node == disk->node) {
             return remote_has(list, digest, &found) && found == length;
@@ -180,11 +180,13 @@ static void drop_if_elsewhere(Rebalance *r, TemplateStore *s,
 /* A mark that nothing in the cluster could undo any more */
 static void forget_mark(Rebalance *r, TemplateStore *s, const TemplateEntry *e)
 {
+    GPtrArray *lists = tool_lists(r->t, false);
+
     if (!e->removed || e->data || !r->all_answered) {
         return;
     }
-    for (unsigned i = 0; i < r->lists->len; i++) {
-        if (remote_has(g_ptr_array_index(r->lists, i), &e->digest, NULL)) {
+    for (unsigned i = 0; i < lists->len; i++) {
+        if (remote_has(g_ptr_array_index(lists, i), &e->digest, NULL)) {
             return;
         }
     }
@@ -196,14 +198,15 @@ static void forget_mark(Rebalance *r, TemplateStore *s, const TemplateEntry *e)
 static void each_digest(Rebalance *r)
 {
     g_autoptr(GArray) own = tool_digests(r->t, &error_abort);
+    GPtrArray *lists = tool_lists(r->t, false);
     GHashTableIter iter;
     gpointer key;
 
     for (unsigned i = 0; i < own->len; i++) {
         fetch_if_missing(r, &g_array_index(own, TemplateDigest, i));
     }
-    for (unsigned i = 0; i < r->lists->len; i++) {
-        RemoteList *list = g_ptr_array_index(r->lists, i);
+    for (unsigned i = 0; i < lists->len; i++) {
+        RemoteList *list = g_ptr_array_index(lists, i);
 
         g_hash_table_iter_init(&iter, list->lengths);
         while (g_hash_table_iter_next(&iter, &key, NULL)) {
@@ -230,27 +233,37 @@ static void each_entry(Rebalance *r, TemplateStore *s)
     }
 }
 
+static void ask_others(Rebalance *r)
+{
+    GPtrArray *lists = tool_lists(r->t, true);
+
+    r->all_answered = true;
+    for (unsigned i = 0; i < lists->len; i++) {
+        RemoteList *list = g_ptr_array_index(lists, i);
+
+        if (list->problem) {
+            warn_report("Node '%s': %s", list->node->name, list->problem);
+            r->all_answered = false;
+        }
+    }
+}
+
 int tool_rebalance(Tool *t)
 {
-    Rebalance r = { .t = t, .status = TOOL_OK, .all_answered = true };
+    Rebalance r = { .t = t, .status = TOOL_OK };
 
     for (unsigned i = 0; i < t->stores->len; i++) {
         template_store_sweep(g_ptr_array_index(t->stores, i));
     }
-    r.lists = remote_list_all(t->cluster, t->node);
-    for (unsigned i = 0; i < r.lists->len; i++) {
-        RemoteList *list = g_ptr_array_index(r.lists, i);
-
-        if (list->problem) {
-            warn_report("Node '%s': %s", list->node->name, list->problem);
-            r.all_answered = false;
-        }
-    }
+    ask_others(&r);
     each_digest(&r);
+    if (r.fetched) {
+        /* That may have taken hours */
+        ask_others(&r);
+    }
     for (unsigned i = 0; i < t->stores->len; i++) {
         each_entry(&r, g_ptr_array_index(t->stores, i));
     }
     printf("%u fetched, %u dropped, %u kept\n", r.fetched, r.dropped, r.kept);
-    g_ptr_array_unref(r.lists);
     return r.status;
 }

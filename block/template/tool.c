@@ -208,6 +208,17 @@ GArray *tool_digests(Tool *t, Error **errp)
     return g_steal_pointer(&digests);
 }
 
+GPtrArray *tool_lists(Tool *t, bool anew)
+{
+    if (t->lists && anew) {
+        g_clear_pointer(&t->lists, g_ptr_array_unref);
+    }
+    if (!t->lists) {
+        t->lists = remote_list_all(t->cluster, t->node);
+    }
+    return t->lists;
+}
+
 static void replica_free(gpointer opaque)
 {
     ToolReplica *r = opaque;
@@ -236,7 +247,7 @@ GPtrArray *tool_replicas(Tool *t, const TemplateDigest *digest,
                          const TemplateStore *except)
 {
     GPtrArray *replicas = g_ptr_array_new_with_free_func(replica_free);
-    g_autoptr(GPtrArray) lists = remote_list_all(t->cluster, t->node);
+    GPtrArray *lists = tool_lists(t, false);
     TemplateEntry e;
 
     for (unsigned i = 0; i < t->stores->len; i++) {
@@ -432,6 +443,9 @@ static int run(Tool *t, const Command *command, const char *config,
         if (status == TOOL_OK && command->all_disks && !all_disks) {
             status = TOOL_INCOMPLETE;
         }
+    }
+    if (t->lists) {
+        g_ptr_array_unref(t->lists);
     }
     g_ptr_array_unref(t->stores);
     placement_free(t->placement);

@@ -23,6 +23,7 @@ typedef struct Tool {
     Placement *placement;
     ClusterNode *node;          /* this one */
     GPtrArray *stores;          /* of TemplateStore: this node's disks */
+    GPtrArray *lists;           /* tool_lists() */
     int argc;                   /* after the options */
     char **argv;
 
@@ -61,6 +62,12 @@ TemplateStore *tool_local_copy(Tool *t, const TemplateDigest *digest);
  * this node has.  NULL if a name is not right.
  */
 GArray *tool_digests(Tool *t, Error **errp);
+
+/*
+ * What the other nodes say that they have, of RemoteList; asked for once, and
+ * again if @anew.
+ */
+GPtrArray *tool_lists(Tool *t, bool anew);
 
 /* Another copy of a template to read from */
 typedef struct ToolReplica {

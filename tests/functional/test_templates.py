@@ -84,9 +84,15 @@ def killed(ctx):
         check(cluster.parts('a'), 'nothing was left behind: not in the middle')
         check(cluster.files('a') == before, 'to be seen: %s',
               cluster.files('a'))
+        # As if it had died between the two names that a commit gives
+        for digits in (contents.digest[7:], 'ab' * 32):
+            with open('%s/sha256-%s.chunks' % (cluster.path('a'), digits),
+                      'w', encoding='utf-8') as file:
+                file.write('half')
         cluster.fails('a', 'locate', contents.digest)
         cluster.add('a', contents, 'raw', *options)
-        check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
+        check(not cluster.parts('a') and 'abab' not in str(cluster.files('a')),
+              'left behind: %s %s', cluster.parts('a'), cluster.files('a'))
         cluster.compare(contents, cluster.blockdev('a', contents))
         cluster.run('a', 'verify')
         cluster.run('a', 'remove', contents.digest)
@@ -386,9 +392,38 @@ def in_use(ctx):
                   bytes(contents.data[offset:offset + MiB]), 'wrong data')
         daemon.quit()
     wait_for(lambda: not os.path.exists(copy), 60, 'the copy is gone')
-    # And it does not come back by itself
-    cluster.run('a', 'rebalance', ok=(0, 2))
-    check(not os.path.exists(copy), 'it came back')
+
+
+@test()
+def removed(ctx):
+    """What was removed from a node is not fetched again from another one,
+    until it is added again, or no node has it any more."""
+    cluster = StoreCluster(ctx, {'a': 1, 'b': 1}, replicas=2)
+    contents = Contents(ctx)
+    cluster.add('a', contents)
+    cluster.serve('a')
+    cluster.run('b', 'rebalance')
+    cluster.serve('b')
+    text = cluster.run('a', 'remove', contents.digest)
+    check("node 'b' has it, too" in text, 'remove: %s', text)
+    wait_for(lambda: not os.path.exists(cluster.copy('a', contents)), 60,
+             'the copy is gone')
+    for _ in range(2):
+        cluster.run('a', 'rebalance')
+        check(cluster.states('a') == [(contents.digest, 'a0', 'removed')],
+              'it came back: %s', cluster.states('a'))
+    cluster.add('a', contents)
+    check(cluster.states('a') == [(contents.digest, 'a0', 'here')],
+          'added again: %s', cluster.states('a'))
+    for node in ('a', 'b'):
+        cluster.run(node, 'remove', contents.digest)
+    for node in ('a', 'b'):
+        wait_for(lambda: 'going' not in str(cluster.states(node)), 60,
+                 '%s lets go' % node)
+    for node in ('a', 'b'):
+        # The other one's server may still be at it
+        wait_for(lambda: cluster.run(node, 'rebalance') and
+                 not cluster.list(node), 60, '%s has forgotten it' % node)
 
 
 @test()
