@@ -110,7 +110,10 @@ def digest(root):
             continue
         with open(path, 'rb') as file:
             one = hashlib.file_digest(file, 'sha256').hexdigest()
-        total.update(one.encode() + b'  ' + name + b'\n')
+        # As sha256sum writes names with a backslash (systemd has some)
+        escape = b'\\' if b'\\' in name else b''
+        total.update(escape + one.encode() + b'  ' +
+                     name.replace(b'\\', b'\\\\') + b'\n')
     return total.hexdigest()
 
 
