@@ -262,49 +262,75 @@ static GPtrArray *nodes_by_distance(Tool *t, const TemplateDigest *digest)
     return sorted;
 }
 
-static void print_blockdev(Tool *t, QDict *options)
-{
-    g_autoptr(GString) text = NULL;
-
-    if (t->node_name) {
-        qdict_put_str(options, "node-name", t->node_name);
-    }
-    text = qobject_to_json(QOBJECT(options));
-    printf("%s\n", text->str);
-    qobject_unref(options);
-}
-
-static void print_local(Tool *t, TemplateStore *s,
-                        const TemplateDigest *digest)
+static QDict *local_options(TemplateStore *s, const TemplateDigest *digest)
 {
     g_autofree char *path = template_store_path(s, digest);
-    QDict *options, *file;
+    QDict *options = qdict_new(), *file = qdict_new();
 
-    if (t->all || t->uri) {
-        printf("%s\n", path);
-        return;
-    }
-    options = qdict_new();
-    file = qdict_new();
     qdict_put_str(file, "driver", "file");
     qdict_put_str(file, "filename", path);
     qdict_put_bool(file, "read-only", true);
     qdict_put_str(options, "driver", "raw");
     qdict_put(options, "file", file);
     qdict_put_bool(options, "read-only", true);
-    print_blockdev(t, options);
+    return options;
 }
 
-static void print_remote(Tool *t, const ClusterNode *node,
-                         const TemplateDigest *digest)
-{
-    if (t->all || t->uri) {
-        g_autofree char *uri = remote_uri(node, digest);
+/* What was found, nearest first: both for people and for QEMU */
+typedef struct Places {
+    GPtrArray *names;           /* paths, URIs */
+    QList *options;
+} Places;
 
-        printf("%s\n", uri);
-    } else {
-        print_blockdev(t, remote_options(node, digest));
+static void add_local(Places *p, TemplateStore *s,
+                      const TemplateDigest *digest)
+{
+    g_ptr_array_add(p->names, template_store_path(s, digest));
+    qlist_append(p->options, local_options(s, digest));
+}
+
+static void add_remote(Places *p, const ClusterNode *node,
+                       const TemplateDigest *digest)
+{
+    g_ptr_array_add(p->names, remote_uri(node, digest));
+    qlist_append(p->options, remote_options(node, digest));
+}
+
+/*
+ * Whatever the first child cannot read is read from the next one: QEMU's
+ * quorum driver in a mode where nobody votes.
+ */
+static QDict *failover_options(QList *children)
+{
+    QDict *options = qdict_new();
+
+    qdict_put_str(options, "driver", "quorum");
+    qdict_put_str(options, "read-pattern", "fifo");
+    qdict_put_int(options, "vote-threshold", 1);
+    qdict_put(options, "children", qobject_ref(children));
+    qdict_put_bool(options, "read-only", true);
+    return options;
+}
+
+static void print_places(Tool *t, const Places *p)
+{
+    g_autoptr(GString) text = NULL;
+    QDict *options;
+
+    if (t->all || t->uri) {
+        for (unsigned i = 0; i < (t->all ? p->names->len : 1); i++) {
+            printf("%s\n", (char *)g_ptr_array_index(p->names, i));
+        }
+        return;
     }
+    options = t->failover && p->names->len > 1 ? failover_options(p->options)
+              : qobject_to(QDict, qlist_pop(p->options));
+    if (t->node_name) {
+        qdict_put_str(options, "node-name", t->node_name);
+    }
+    text = qobject_to_json(QOBJECT(options));
+    printf("%s\n", text->str);
+    qobject_unref(options);
 }
 
 static bool is_marked(Tool *t, const TemplateDigest *digest)
@@ -320,21 +346,21 @@ static bool is_marked(Tool *t, const TemplateDigest *digest)
     return false;
 }
 
-/* How many places were found */
-static unsigned locate(Tool *t, const TemplateDigest *digest)
+static void find_places(Tool *t, const TemplateDigest *digest, Places *p)
 {
     g_autoptr(GPtrArray) nodes = nodes_by_distance(t, digest);
     TemplateStore *local = tool_local_copy(t, digest);
-    unsigned found = 0;
 
     if (local) {
-        print_local(t, local, digest);
-        found++;
+        add_local(p, local, digest);
     }
-    for (unsigned i = 0; (t->all || !found) && i < nodes->len; i++) {
+    for (unsigned i = 0; i < nodes->len; i++) {
         ClusterNode *node = g_ptr_array_index(nodes, i);
         g_autoptr(RemoteList) list = NULL;
 
+        if (p->names->len && !t->all && !t->failover) {
+            break;
+        }
         if (!node->nbd) {
             continue;
         }
@@ -342,10 +368,27 @@ static unsigned locate(Tool *t, const TemplateDigest *digest)
         if (list->problem) {
             warn_report("Node '%s': %s", node->name, list->problem);
         } else if (remote_has(list, digest, NULL)) {
-            print_remote(t, node, digest);
-            found++;
+            add_remote(p, node, digest);
         }
     }
+}
+
+/* Whether there is any */
+static bool locate(Tool *t, const TemplateDigest *digest)
+{
+    Places p = {
+        .names = g_ptr_array_new_with_free_func(g_free),
+        .options = qlist_new(),
+    };
+    bool found;
+
+    find_places(t, digest, &p);
+    found = p.names->len > 0;
+    if (found) {
+        print_places(t, &p);
+    }
+    g_ptr_array_unref(p.names);
+    qobject_unref(p.options);
     return found;
 }
 

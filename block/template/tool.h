@@ -28,7 +28,7 @@ typedef struct Tool {
     char **argv;
 
     /* Options, of which each command has some */
-    bool all, cluster_wide, image_opts, json, keep, progress, uri;
+    bool all, cluster_wide, failover, image_opts, json, keep, progress, uri;
     const char *digest, *format, *node_name, *range;
 } Tool;
 

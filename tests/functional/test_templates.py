@@ -9,7 +9,7 @@ import fcntl
 import os
 
 from lib.bootcache import Meter, in_parallel
-from lib.context import check, wait_for
+from lib.context import Failure, check, wait_for
 from lib.image import MiB
 from lib.nbd import NBDClient
 from lib.qsd import StorageDaemon
@@ -456,6 +456,62 @@ def with_cache(ctx):
               'wrong contents from %d on', offset)
     info = publisher.qmp.cmd('query-thinvm-bootcache', node_name='cache')[0]
     check(info['publisher']['readers'] == 1, 'publisher: %s', info)
+
+
+@test()
+def failover(ctx):
+    """The node that a guest reads from dies, and a second one: it reads on
+    from the next, and from the first again when that is back.  Two readers,
+    one of them through the boot cache."""
+    cluster = StoreCluster(ctx, {'a': 1, 'b': 1, 'c': 1, 'd': 0}, replicas=3)
+    contents = Contents(ctx)
+    for node in ('a', 'b', 'c'):
+        cluster.add(node, contents)
+        cluster.serve(node)
+    located = cluster.blockdev('d', contents, '--failover', '--node-name',
+                               'template')
+    order = [os.path.basename(child['server']['path']).split('.')[0]
+             for child in located['children']]
+    check(sorted(order) == ['a', 'b', 'c'], 'located: %s', located)
+    guest = StorageDaemon(ctx, 'guest')
+    guest.qmp.cmd_raw('blockdev-add', located)
+    cached = StorageDaemon(ctx, 'cached')
+    cached.qmp.cmd_raw('blockdev-add', located)
+    cached.qmp.cmd_raw('blockdev-add', {
+        'driver': 'bootcache', 'node-name': 'cache', 'file': 'template',
+        'socket': ctx.path('cache.sock'), 'role': 'publisher',
+        'template-id': contents.digest, 'read-only': True})
+    readers = [NBDClient(ctx, guest.export_nbd('template', writable=False),
+                         'template'),
+               NBDClient(ctx, cached.export_nbd('cache', writable=False),
+                         'cache')]
+
+    def read(first, end):
+        for offset in range(first * MiB, end * MiB, MiB // 4):
+            for reader in readers:
+                check(reader.read(offset, MiB // 4) ==
+                      bytes(contents.data[offset:offset + MiB // 4]),
+                      'wrong contents from %d on', offset)
+
+    read(0, 3)
+    cluster.servers[order[0]].kill()
+    read(3, 6)
+    cluster.servers[order[1]].kill()
+    read(6, 9)
+    for node in order[:2]:
+        cluster.serve(node)
+    cluster.servers[order[2]].kill()
+
+    def works():
+        """The first reads after that may still go wrong."""
+        try:
+            read(9, 10)
+            return True
+        except (Failure, OSError):
+            return False
+
+    wait_for(works, 60, 'they read from those that came back')
+    read(0, 12)
 
 
 @test()

@@ -51,8 +51,9 @@ class StoreCluster:
         self.config = ctx.path('templates.conf')
         self.servers = {}
         self.describe()
-        for node in self.disks:
-            self.run(node, 'init')
+        for node, count in self.disks.items():
+            if count:
+                self.run(node, 'init')
 
     def path(self, node, number=0):
         return self.ctx.path('%s%d' % (node, number))
