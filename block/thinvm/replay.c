@@ -366,6 +366,7 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     }
     if (st->state && !qemu_uuid_is_equal(&bases->newest.uuid, &st->uuid)) {
         error_setg(errp, "The device holds another image now");
+        st->stale = true;
         return -EIO;
     }
     look_at_length(st);
@@ -556,8 +557,9 @@ static int coroutine_fn bases_moved(ThinvmStore *st, uint64_t sequence,
 
     *moved = false;
     if (ret == 0) {
-        *moved = now.newest.generation != st->bases.newest.generation &&
-                 now.newest.sequence >= sequence;
+        *moved = (now.newest.generation != st->bases.newest.generation &&
+                  now.newest.sequence >= sequence) ||
+                 !qemu_uuid_is_equal(&now.newest.uuid, &st->uuid);
         thinvm_bases_destroy(&now);
     }
     return ret;

@@ -15,8 +15,9 @@
 #   run.py --fuzz SECONDS [--seed N]     libFuzzer; says executions and
 #       coverage; new inputs are kept in BUILD/fuzz/found
 #   run.py --coverage             the figures, file by file
-#   run.py --guards               each check of what an image says is taken out
-#       in turn: which test notices (thinvm_guards.py)
+#   run.py --guards [SOURCE...]   each check of what an image says is taken out
+#       in turn: which test notices (thinvm_guards.py); of all sources, or of
+#       these (replay, say)
 #   run.py --seeds                write the first inputs to corpus/ anew
 #   run.py --replay FILE...       run these inputs (a crash that was found),
 #       and tell what happens
@@ -353,11 +354,11 @@ def print_coverage(files):
     return 100 * covered / lines
 
 
-def run_guards(build):
+def run_guards(build, sources):
     """Exit status: 1 if tests come by a guard and none fails without it."""
     try:
         survived, idle, number = thinvm_guards.run(
-            build, lambda text: print(text, flush=True))
+            build, sources, lambda text: print(text, flush=True))
     except thinvm_guards.GuardError as e:
         sys.exit(f'{e}')
     print(f'# {number} guards; without {len(survived)} all tests pass, and '
@@ -462,7 +463,7 @@ def main():
     p.add_argument('--seed', type=int, default=1)
     p.add_argument('--fuzz', type=int, metavar='SECONDS')
     p.add_argument('--coverage', action='store_true')
-    p.add_argument('--guards', action='store_true')
+    p.add_argument('--guards', nargs='*', metavar='SOURCE')
     p.add_argument('--seeds', action='store_true')
     p.add_argument('--replay', nargs='+', metavar='FILE')
     args = p.parse_args()
@@ -472,8 +473,8 @@ def main():
         CORPUS.mkdir(exist_ok=True)
         return subprocess.call([build_main(args.build), '--seeds', CORPUS],
                                env=environment())
-    if args.guards:
-        return run_guards(args.build)
+    if args.guards is not None:
+        return run_guards(args.build, args.guards)
     if args.replay:
         return subprocess.call([build_main(args.build), *args.replay],
                                env=dict(environment(),

@@ -41,8 +41,8 @@ SAID_TWICE = {
 LIMIT = 300                     # seconds that one test may take
 # What a branch that refuses an image does
 REFUSES = re.compile(r'error_setg|return -EBADMSG|return -E(INVAL|NOENT|NOTSUP)|'
-                     r'return "|return false|return NEXT_|suspect = true')
-REFUSES_LOUDLY = re.compile(r'error_setg|return -EBADMSG|return NEXT_')
+                     r'return "|return false|return THINVM_NEXT_|suspect = true')
+REFUSES_LOUDLY = re.compile(r'error_setg|return -EBADMSG|return THINVM_NEXT_')
 # An error that was found elsewhere is no guard
 PASSES_ON = re.compile(r'\(*!?\(?(ret|slot->ret)\b|errp|why\b|moved\b|again\b')
 SWITCH = r'''
@@ -312,10 +312,17 @@ def who_misses(tests, reached, guard):
         t, THINVM_GUARD_OFF=str(guard.number))), None), len(by)
 
 
-def run(build, say):
-    """(guards that no test misses, those that none comes by, all)"""
+def run(build, sources, say):
+    """
+    (guards that no test misses, those that none comes by, all); of these
+    @sources only, if there are any
+    """
+    if set(sources) - set(SOURCES):
+        raise GuardError(f'sources are: {", ".join(SOURCES)}')
     programs = Programs(build)
     programs.make()
+    programs.guards = [g for g in programs.guards
+                       if not sources or g.source in sources]
     tests = Tests(build, programs)
     survived, idle = [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -739,6 +739,34 @@ static void coroutine_fn test_release_in_one_step(ThinvmSim *sim)
     store_close(owner, true);
 }
 
+/* Somebody makes another image in the place of the one that we follow */
+static void coroutine_fn test_replaced(ThinvmSim *sim)
+{
+    g_autoptr(Error) err = NULL;
+    ThinvmStore *owner, *follower;
+
+    image_create(sim, VIRTUAL_SIZE);
+    owner = image_open(sim);
+    write_one(sim, owner, 1, 11);
+    flush(owner);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    follow(follower, false);
+    store_close(owner, true);
+    follow(follower, false);
+
+    image_create(sim, VIRTUAL_SIZE);
+    g_assert_cmpint(thinvm_store_follow_base(follower, &err), <, 0);
+    g_assert(strstr(error_get_pretty(err), "another image"));
+    error_free(g_steal_pointer(&err));
+    /* And so does each look-up, although the ring may look as it did */
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(thinvm_store_catch_up(follower, NULL, &err), <, 0);
+        g_assert(strstr(error_get_pretty(err), "another image"));
+        error_free(g_steal_pointer(&err));
+    }
+    thinvm_store_free(follower);
+}
+
 /*
  * The device as another node sees it: it remembers how long the device was when
  * it last asked, reads zeroes beyond that, and may be told a wrong length.
@@ -839,6 +867,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/owner", test_follow);
     add("/thinvm/follow/cut-off", test_follow_cut_off);
     add("/thinvm/follow/hidden", test_follow_hidden);
+    add("/thinvm/follow/replaced", test_replaced);
     add("/thinvm/follow/longer", test_longer);
     add("/thinvm/follow/quarantine", test_follow_quarantine);
     add("/thinvm/follow/release-in-one-step", test_release_in_one_step);
