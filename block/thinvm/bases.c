@@ -125,6 +125,22 @@ out:
     return ret;
 }
 
+int coroutine_fn thinvm_bases_moved(ThinvmStore *st, uint64_t sequence,
+                                    bool *moved, Error **errp)
+{
+    ThinvmBases now = {};
+    int ret = thinvm_bases_read(st->dev, &now, errp);
+
+    *moved = false;
+    if (ret == 0) {
+        *moved = (now.newest.generation != st->bases.newest.generation &&
+                  now.newest.sequence >= sequence) ||
+                 !qemu_uuid_is_equal(&now.newest.uuid, &st->uuid);
+        thinvm_bases_destroy(&now);
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
                                     ThinvmSuperblock *older, bool *has_older,
                                     Error **errp)

@@ -17,6 +17,9 @@
  *             needs the key and the reservation again.
  *   release   with the claim.
  *
+ * A multipath device takes the type "write exclusive, registrants only" and a
+ * qemu-pr-helper, see fence-choice.c.
+ *
  * The key tells whose it is: host and boot (a hash), process, and a part of
  * the claim's nonce.  So a holder that died before it wrote its claim is
  * recognised as well.
@@ -36,19 +39,21 @@
 #include "qobject/qdict.h"
 #include "scsi/constants.h"
 #include "handover.h"
+#include "fence-choice.h"
 #include "trace.h"
 #ifdef CONFIG_LINUX
 #include <scsi/sg.h>
 #include <sys/sysmacros.h>
 #endif
 
-#define FENCE_TYPE              1       /* write exclusive */
 #define FENCE_APTPL             0x40    /* REGISTER: through power loss */
 #define FENCE_TIMEOUT_MS        30000
 /* Who reserves writes his claim next; how long we wait to see it */
 #define FENCE_RACE_WAIT_NS      (100 * SCALE_MS)
 #define FENCE_RACE_WAITS        20
 #define FENCE_SETTLE_NS         (500 * SCALE_MS)
+#define FENCE_OF_ANOTHER_KIND \
+    "the device carries a reservation of another kind"
 #define FENCE_RETRIES           8       /* unit attentions, busy */
 /* For so long a write may fail because of what has been put right since */
 #define FENCE_RENEWED_MS        5000
@@ -136,17 +141,16 @@ fence_in(BlockDriverState *file, int action, uint8_t *data, unsigned length)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-fence_out(BlockDriverState *file, int action, uint64_t key, uint64_t other)
+fence_out(BlockDriverState *file, int action, unsigned type, uint64_t key,
+          uint64_t other)
 {
-    uint8_t cdb[10] = { PERSISTENT_RESERVE_OUT, action };
+    uint8_t cdb[10] = { PERSISTENT_RESERVE_OUT, action, type };
     uint8_t data[24] = { 0 };
 
     if (action & FENCE_APTPL) {
         data[20] = 1;
         cdb[1] &= ~FENCE_APTPL;
     }
-    cdb[2] = cdb[1] == PR_OUT_REGISTER || cdb[1] == PR_OUT_REGISTER_AND_IGNORE
-             ? 0 : FENCE_TYPE;
     stl_be_p(cdb + 5, sizeof(data));
     stq_be_p(data, key);
     stq_be_p(data + 8, other);
@@ -160,7 +164,8 @@ fence_in(BlockDriverState *file, int action, uint8_t *data, unsigned length)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-fence_out(BlockDriverState *file, int action, uint64_t key, uint64_t other)
+fence_out(BlockDriverState *file, int action, unsigned type, uint64_t key,
+          uint64_t other)
 {
     return -ENOTSUP;
 }
@@ -170,7 +175,23 @@ static int coroutine_fn GRAPH_RDLOCK
 fence_register(BDRVThinvmState *s, uint64_t key)
 {
     return fence_out(s->bs->file->bs, PR_OUT_REGISTER_AND_IGNORE |
-                     (s->fence.aptpl ? FENCE_APTPL : 0), 0, key);
+                     (s->fence.aptpl ? FENCE_APTPL : 0), 0, 0, key);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+fence_reserve(BDRVThinvmState *s, uint64_t key)
+{
+    return fence_out(s->bs->file->bs, PR_OUT_RESERVE, s->fence.type, key, 0);
+}
+
+/*
+ * Who withdraws the registration under which he holds a reservation releases
+ * that.  A target that does not know this leaves what the next owner displaces.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+fence_unregister(BlockDriverState *file, uint64_t key)
+{
+    fence_out(file, PR_OUT_REGISTER, 0, key, 0);
 }
 
 /* *type 0: nobody holds a reservation */
@@ -187,79 +208,6 @@ fence_holder(BlockDriverState *file, uint64_t *key, unsigned *type)
         *type = data[21] & 15;
     }
     return ret;
-}
-
-/* ------------------------------------------------------------------ */
-/* May it be used?                                                     */
-
-#ifdef CONFIG_LINUX
-/* What sysfs has of a block device below @name; g_free() it */
-static char *fence_sysfs(const struct stat *st, const char *name)
-{
-    return g_strdup_printf("/sys/dev/block/%u:%u/%s", major(st->st_rdev),
-                           minor(st->st_rdev), name);
-}
-#endif
-
-/*
- * Is a host's block device a whole one, that nothing else lies on?  Volumes of
- * a volume manager and multipath devices are not, nor partitions, nor a device
- * that such a one is made of: a reservation would fence off its other users.
- */
-static bool fence_host_device_is_whole(const char *filename)
-{
-#ifdef CONFIG_LINUX
-    g_autofree char *dm = NULL, *part = NULL, *holders = NULL;
-    g_autoptr(GDir) users = NULL;
-    struct stat st;
-
-    if (stat(filename, &st) < 0) {
-        return false;
-    }
-    if (!S_ISBLK(st.st_mode)) {
-        return S_ISCHR(st.st_mode);
-    }
-    dm = fence_sysfs(&st, "dm");
-    part = fence_sysfs(&st, "partition");
-    holders = fence_sysfs(&st, "holders");
-    users = g_dir_open(holders, 0, NULL);
-    return access(dm, F_OK) < 0 && access(part, F_OK) < 0 &&
-           !(users && g_dir_read_name(users));
-#else
-    return false;
-#endif
-}
-
-/* NULL: it may; else why not, for people */
-static const char *coroutine_fn GRAPH_RDLOCK fence_obstacle(BDRVThinvmState *s)
-{
-    BlockDriverState *file = s->bs->file->bs;
-    const char *name = file->drv ? file->drv->format_name : "";
-    uint8_t data[8];
-    uint64_t key;
-    unsigned type;
-
-    if (s->options.reservation == THINVM_RESERVATION_OFF) {
-        return "switched off by reservation=off";
-    }
-    if (!strcmp(name, "host_device")) {
-        if (!fence_host_device_is_whole(file->filename)) {
-            return "not a whole SCSI device";
-        }
-    } else if (strcmp(name, "iscsi") && strcmp(name, "iser")) {
-        return "not a SCSI device";
-    }
-    if (fence_in(file, PR_IN_REPORT_CAPABILITIES, data, sizeof(data)) == 0 &&
-        lduw_be_p(data) >= 8) {
-        s->fence.aptpl = data[2] & 1;
-    }
-    if (fence_holder(file, &key, &type) < 0) {
-        return "the device does not support persistent reservations";
-    }
-    if (type && type != FENCE_TYPE) {
-        return "the device carries a reservation of another kind";
-    }
-    return NULL;
 }
 
 /* ------------------------------------------------------------------ */
@@ -288,6 +236,101 @@ static bool fence_key_is_dead(const ThinvmClaim *me, uint64_t key)
 }
 
 /* ------------------------------------------------------------------ */
+/* May it be used?                                                     */
+
+/* The type that suits a host device; 0 and *why: none */
+static unsigned fence_host_device_type(BlockDriverState *file,
+                                       const char **why)
+{
+    struct stat st;
+
+    *why = "not a SCSI device";
+    if (stat(file->filename, &st) < 0) {
+        return 0;
+    }
+#ifdef CONFIG_LINUX
+    if (S_ISBLK(st.st_mode)) {
+        g_autofree char *sysfs =
+            g_strdup_printf("/sys/dev/block/%u:%u", major(st.st_rdev),
+                            minor(st.st_rdev));
+
+        return thinvm_fence_choose(sysfs, qdict_haskey(file->options,
+                                                       "pr-manager"), why);
+    }
+#endif
+    return S_ISCHR(st.st_mode) ? THINVM_FENCE_WRITE_EXCLUSIVE : 0;
+}
+
+static bool fence_is_iscsi(BlockDriverState *file)
+{
+    const char *name = file->drv ? file->drv->format_name : "";
+
+    return !strcmp(name, "iscsi") || !strcmp(name, "iser");
+}
+
+/* Of those kinds that we use, and not somebody else's? */
+static bool fence_type_is_ours(unsigned type, uint64_t holder,
+                               const ThinvmClaim *newest)
+{
+    return type == THINVM_FENCE_WRITE_EXCLUSIVE ||
+           (type == THINVM_FENCE_REGISTRANTS_ONLY &&
+            holder == fence_key(newest));
+}
+
+/*
+ * NULL: it can be used; else why not, for people.  What the device says of
+ * itself is asked once, if nobody but this process speaks to it by our session
+ * (of which iSCSI's are): then even a cluster manager who reserves it later
+ * loses nothing when we register, find that out, and withdraw.
+ */
+static const char *coroutine_fn GRAPH_RDLOCK
+fence_obstacle(BDRVThinvmState *s, const ThinvmClaim *newest)
+{
+    BlockDriverState *file = s->bs->file->bs;
+    const char *why = "not a SCSI device";
+    uint8_t data[8];
+    uint64_t holder;
+    unsigned type;
+
+    if (s->options.reservation == THINVM_RESERVATION_OFF) {
+        return "switched off by reservation=off";
+    }
+    s->fence.type = fence_is_iscsi(file) ? THINVM_FENCE_WRITE_EXCLUSIVE : 0;
+    if (file->drv && !strcmp(file->drv->format_name, "host_device")) {
+        s->fence.type = fence_host_device_type(file, &why);
+    }
+    if (!s->fence.type) {
+        return why;
+    }
+    if (s->fence.asked == file) {
+        return NULL;
+    }
+    if (fence_in(file, PR_IN_REPORT_CAPABILITIES, data, sizeof(data)) == 0 &&
+        lduw_be_p(data) >= 8) {
+        s->fence.aptpl = data[2] & 1;
+    }
+    if (fence_holder(file, &holder, &type) < 0) {
+        return "the device does not support persistent reservations";
+    }
+    if (type && !fence_type_is_ours(type, holder, newest)) {
+        return FENCE_OF_ANOTHER_KIND;
+    }
+    s->fence.asked = fence_is_iscsi(file) ? file : NULL;
+    return NULL;
+}
+
+void coroutine_fn thinvm_fence_prepare(BDRVThinvmState *s,
+                                       const ThinvmClaim *newest)
+{
+    qemu_co_mutex_lock(&s->fence.lock);
+    if (s->fence.asked != s->bs->file->bs &&
+        fence_is_iscsi(s->bs->file->bs)) {
+        fence_obstacle(s, newest);
+    }
+    qemu_co_mutex_unlock(&s->fence.lock);
+}
+
+/* ------------------------------------------------------------------ */
 /* Take, check, release                                                */
 
 /*
@@ -295,12 +338,13 @@ static bool fence_key_is_dead(const ThinvmClaim *me, uint64_t key)
  * it accepted from the holder: give it time to finish them.
  */
 static int coroutine_fn GRAPH_RDLOCK
-fence_preempt(BlockDriverState *file, uint64_t key, uint64_t holder)
+fence_preempt(BlockDriverState *file, unsigned type, uint64_t key,
+              uint64_t holder)
 {
-    int ret = fence_out(file, PR_OUT_PREEMPT_AND_ABORT, key, holder);
+    int ret = fence_out(file, PR_OUT_PREEMPT_AND_ABORT, type, key, holder);
 
     if (ret == -ENOTSUP) {
-        ret = fence_out(file, PR_OUT_PREEMPT, key, holder);
+        ret = fence_out(file, PR_OUT_PREEMPT, type, key, holder);
         if (ret == 0 && key != holder) {
             qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, FENCE_SETTLE_NS);
         }
@@ -312,7 +356,8 @@ fence_preempt(BlockDriverState *file, uint64_t key, uint64_t holder)
 /*
  * Somebody holds it.  The claims, which were judged before, allow us to own
  * the image; so if the key is that of the newest claim, it is left over.  If
- * not, its holder may be about to write his claim: wait for that.
+ * not, its holder may be about to write his claim: wait for that.  -ENOTSUP:
+ * it is of a kind that is not ours.
  */
 static int coroutine_fn GRAPH_RDLOCK
 fence_contend(BDRVThinvmState *s, const ThinvmClaim *claim,
@@ -330,18 +375,22 @@ fence_contend(BDRVThinvmState *s, const ThinvmClaim *claim,
             break;
         }
         if (!type) {
-            ret = fence_out(s->bs->file->bs, PR_OUT_RESERVE, key, 0);
+            ret = fence_reserve(s, key);
             if (ret != -EBUSY) {
                 break;
             }
             continue;
+        }
+        if (type != s->fence.type &&
+            !fence_type_is_ours(type, holder, newest)) {
+            return -ENOTSUP;
         }
         if (holder == key) {
             return 0;
         }
         if (fence_key(newest) == holder || fence_key_is_dead(claim, holder) ||
             (i >= FENCE_RACE_WAITS && s->options.force_takeover)) {
-            ret = fence_preempt(s->bs->file->bs, key, holder);
+            ret = fence_preempt(s->bs->file->bs, s->fence.type, key, holder);
             break;
         }
         if (i >= FENCE_RACE_WAITS) {
@@ -363,8 +412,20 @@ fence_contend(BDRVThinvmState *s, const ThinvmClaim *claim,
     }
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not reserve the device");
+        ret = -EIO;
     }
     return ret;
+}
+
+/* s->fence.reason says why */
+static int fence_do_without(BDRVThinvmState *s, Error **errp)
+{
+    if (s->options.reservation == THINVM_RESERVATION_ON) {
+        error_setg(errp, "Option '%s' is 'on', but a reservation cannot be "
+                   "had: %s", THINVM_OPT_RESERVATION, s->fence.reason);
+        return -ENOTSUP;
+    }
+    return 0;
 }
 
 int coroutine_fn thinvm_fence_take(BDRVThinvmState *s,
@@ -373,17 +434,13 @@ int coroutine_fn thinvm_fence_take(BDRVThinvmState *s,
 {
     ERRP_GUARD();
     uint64_t key = fence_key(claim);
-    const char *obstacle = fence_obstacle(s);
     int ret;
 
-    s->fence.reason = obstacle;
-    if (obstacle) {
-        if (s->options.reservation == THINVM_RESERVATION_ON) {
-            error_setg(errp, "Option '%s' is 'on', but a reservation cannot "
-                       "be had: %s", THINVM_OPT_RESERVATION, obstacle);
-            return -ENOTSUP;
-        }
-        return 0;
+    qemu_co_mutex_lock(&s->fence.lock);
+    s->fence.reason = fence_obstacle(s, newest);
+    qemu_co_mutex_unlock(&s->fence.lock);
+    if (s->fence.reason) {
+        return fence_do_without(s, errp);
     }
     ret = fence_register(s, key);
     if (ret < 0) {
@@ -395,20 +452,30 @@ int coroutine_fn thinvm_fence_take(BDRVThinvmState *s,
         }
         return 0;
     }
-    ret = fence_out(s->bs->file->bs, PR_OUT_RESERVE, key, 0);
+    ret = fence_reserve(s, key);
     if (ret == -EBUSY) {
         ret = fence_contend(s, claim, newest, errp);
     } else if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not reserve the device");
+        ret = -EIO;
     }
     trace_thinvm_fence_take(s->bs, key, ret);
     if (ret < 0) {
-        fence_out(s->bs->file->bs, PR_OUT_REGISTER, key, 0);
+        fence_unregister(s->bs->file->bs, key);
+    }
+    if (ret == -ENOTSUP) {
+        s->fence.asked = NULL;
+        s->fence.reason = FENCE_OF_ANOTHER_KIND;
+        return fence_do_without(s, errp);
+    }
+    if (ret < 0) {
         return ret;
     }
     s->fence.key = key;
     s->fence.renewed_ms = 0;
-    s->fence.reason = "write exclusive";
+    s->fence.reason = s->fence.type == THINVM_FENCE_REGISTRANTS_ONLY
+                      ? "write exclusive, registrants only: multipath"
+                      : "write exclusive";
     qatomic_set(&s->fence.held, true);
     return 0;
 }
@@ -416,8 +483,7 @@ int coroutine_fn thinvm_fence_take(BDRVThinvmState *s,
 void coroutine_fn thinvm_fence_release(BDRVThinvmState *s)
 {
     if (qatomic_xchg(&s->fence.held, false)) {
-        fence_out(s->bs->file->bs, PR_OUT_RELEASE, s->fence.key, 0);
-        fence_out(s->bs->file->bs, PR_OUT_REGISTER, s->fence.key, 0);
+        fence_unregister(s->bs->file->bs, s->fence.key);
         trace_thinvm_fence_release(s->bs, s->fence.key);
     }
 }
@@ -438,15 +504,17 @@ static int coroutine_fn GRAPH_RDLOCK fence_check_locked(BDRVThinvmState *s)
     }
     /*
      * It is there, but is it ours?  To reserve once more what one holds
-     * changes nothing; from a new session it is a conflict.
+     * changes nothing; from a new session it is a conflict.  Of several paths
+     * each would be one: there multipathd sees to those that come back.
      */
-    if (type && fence_out(s->bs->file->bs, PR_OUT_RESERVE, key, 0) == 0) {
+    if (type && (type == THINVM_FENCE_REGISTRANTS_ONLY ||
+                 fence_reserve(s, key) == 0)) {
         return 0;
     }
     ret = fence_register(s, key);
     if (ret == 0) {
-        ret = type ? fence_preempt(s->bs->file->bs, key, key) :
-                     fence_out(s->bs->file->bs, PR_OUT_RESERVE, key, 0);
+        ret = type ? fence_preempt(s->bs->file->bs, s->fence.type, key, key) :
+                     fence_reserve(s, key);
     }
     trace_thinvm_fence_again(s->bs, key, ret);
     return ret == -EBUSY ? -EPERM : ret < 0 ? ret : 1;
@@ -479,24 +547,29 @@ int coroutine_fn thinvm_fence_clear(BlockDriverState *file,
     unsigned type;
     int ret;
 
-    if (fence_holder(file, &holder, &type) < 0 || type != FENCE_TYPE ||
-        holder != key) {
+    if (fence_holder(file, &holder, &type) < 0 || holder != key ||
+        !fence_type_is_ours(type, holder, newest)) {
         return 0;
     }
     /* With the former owner's key, so that everything of his goes at once */
-    ret = fence_out(file, PR_OUT_REGISTER_AND_IGNORE, 0, key);
+    ret = fence_out(file, PR_OUT_REGISTER_AND_IGNORE, 0, 0, key);
     if (ret == 0) {
-        ret = fence_preempt(file, key, key);
+        ret = fence_preempt(file, type, key, key);
     }
     if (ret == 0) {
-        ret = fence_out(file, PR_OUT_RELEASE, key, 0);
+        ret = fence_out(file, PR_OUT_RELEASE, type, key, 0);
     }
-    fence_out(file, PR_OUT_REGISTER, key, 0);
+    fence_unregister(file, key);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not end the reservation that the "
                          "former owner of the image left");
     }
     return ret;
+}
+
+bool thinvm_fence_orders(BDRVThinvmState *s)
+{
+    return qatomic_read(&s->fence.held) && thinvm_device_coherent(s->bs);
 }
 
 ThinvmFencing thinvm_fence_kind(BDRVThinvmState *s, const char **reason)

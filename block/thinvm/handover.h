@@ -100,6 +100,14 @@ void coroutine_fn GRAPH_RDLOCK thinvm_fence_release(BDRVThinvmState *s);
  * may have failed that will not again.  -EPERM: another has it.
  */
 int coroutine_fn GRAPH_RDLOCK thinvm_fence_check(BDRVThinvmState *s);
+/*
+ * Is each of our writes seen by all who look once it has completed, and are
+ * those of others refused?
+ */
+bool GRAPH_RDLOCK thinvm_fence_orders(BDRVThinvmState *s);
+/* A follower asks beforehand what the switch would have to wait for */
+void coroutine_fn GRAPH_RDLOCK thinvm_fence_prepare(BDRVThinvmState *s,
+                                                    const ThinvmClaim *newest);
 /* End the reservation of an owner who is no more; for creating over it */
 int coroutine_fn GRAPH_RDLOCK thinvm_fence_clear(BlockDriverState *file,
                                                  const ThinvmClaim *newest,
@@ -117,6 +125,8 @@ void thinvm_pulse_detach(BDRVThinvmState *s);       /* drained */
 void thinvm_pulse_drain_end(BDRVThinvmState *s);
 /* The node has become an owner or a follower.  Any thread */
 void thinvm_pulse_kick(BDRVThinvmState *s);
+/* The node has handed its image over, and may follow in a second */
+void thinvm_pulse_released(BDRVThinvmState *s);
 /* The newest claim was read.  Any thread */
 void thinvm_pulse_saw_claim(BDRVThinvmState *s, const ThinvmClaim *claim);
 /* The node took ownership.  @start: of that, by qemu_clock_get_ns(REALTIME);

@@ -617,9 +617,26 @@ void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
 
 void thinvm_store_expect_end(ThinvmStore *st, uint64_t sequence, uint32_t crc)
 {
+    QEMU_LOCK_GUARD(&st->lock);
     st->expects_end = true;
     st->end_sequence = sequence;
     st->end_crc = crc;
+}
+
+void thinvm_store_expect_any_end(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    st->expects_end = false;
+}
+
+bool thinvm_store_at_end(ThinvmStore *st)
+{
+    ThinvmJournal *j = &st->journal;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->expects_end && !st->stale &&
+           j->composed_sequence == st->end_sequence &&
+           j->composed_crc == st->end_crc;
 }
 
 int thinvm_journal_end_expected(ThinvmStore *st, Error **errp)
@@ -628,7 +645,7 @@ int thinvm_journal_end_expected(ThinvmStore *st, Error **errp)
     uint64_t sequence;
     uint32_t crc;
 
-    st->expects_end = false;
+    thinvm_store_expect_any_end(st);
     thinvm_store_journal_end(st, &sequence, &crc);
     if (!expects || (sequence == st->end_sequence && crc == st->end_crc)) {
         return 0;

@@ -130,7 +130,8 @@ static void thinvm_store_info(ThinvmStore *st, ThinvmInfoState *info)
  */
 static ThinvmStore *coroutine_fn GRAPH_RDLOCK
 thinvm_take_store(BDRVThinvmState *s, bool unchanged, bool fresh,
-                  ThinvmInfoState *info, Error **errp)
+                  const ThinvmRelease *end, ThinvmInfoState *info,
+                  Error **errp)
 {
     ThinvmStore *st = s->store;
     bool changed;
@@ -139,7 +140,11 @@ thinvm_take_store(BDRVThinvmState *s, bool unchanged, bool fresh,
         trace_thinvm_take_store(s->bs, "kept");
     } else if (st && !fresh) {
         trace_thinvm_take_store(s->bs, "caught up");
-        if (thinvm_store_catch_up(st, &changed, errp) < 0) {
+        if (end) {
+            thinvm_store_expect_end(st, end->sequence, end->record_crc);
+        }
+        if (!thinvm_store_at_end(st) &&
+            thinvm_store_catch_up(st, &changed, errp) < 0) {
             return NULL;
         }
     } else {
@@ -173,8 +178,9 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
     ThinvmStore *st;
     int ret = 0;
 
-    st = thinvm_take_store(s, unchanged, fresh, &info, errp);
+    st = thinvm_take_store(s, unchanged, fresh, end, &info, errp);
     if (!st) {
+        thinvm_store_expect_any_end(s->store);
         return -EIO;
     }
     if (info.epoch >= s->claim.epoch) {
@@ -199,6 +205,7 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
         }
     }
     if (ret < 0) {
+        thinvm_store_expect_any_end(st);
         if (st != s->store) {
             thinvm_store_free(st);
         }
@@ -339,6 +346,7 @@ int coroutine_fn thinvm_mode_take(BlockDriverState *bs, bool fresh,
                               (s->store == before ? read : 0));
             thinvm_mode_change(s, thinvm_owner_mode(s), "image taken over");
             thinvm_worker_owner_changed(s);
+            thinvm_worker_arm(s);       /* the record of our epoch */
             thinvm_pulse_kick(s);
         }
     }
@@ -382,7 +390,9 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
     }
     checkpoint = state == THINVM_CLAIM_CLOSED &&
                  thinvm_close_wants_checkpoint(s->store);
-    ret = thinvm_store_end_writing(s->store, checkpoint, errp);
+    ret = state == THINVM_CLAIM_RELEASED && thinvm_fence_orders(s)
+          ? thinvm_store_hand_over(s->store, errp)
+          : thinvm_store_end_writing(s->store, checkpoint, errp);
     if (ret < 0) {
         goto out;
     }
@@ -403,7 +413,7 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
     thinvm_mode_free_retired(s);
     if (state != THINVM_CLAIM_CLOSED) {
         thinvm_mode_become_follower(s, reason);
-        thinvm_pulse_kick(s);
+        thinvm_pulse_released(s);
     }
 out:
     qemu_co_mutex_unlock(&s->mode_lock);

@@ -25,7 +25,10 @@
  * Even then not while the owner's heartbeat moves: it was not fenced.
  *
  * Invariant 6: only the owner writes.  A claim is durable, and was read back,
- * before thinvm_owner_claim() returns.
+ * before thinvm_owner_claim() returns.  Where a reservation keeps everybody
+ * else from writing, and no cache lies in between (thinvm_fence_orders()),
+ * there is nothing to be found by reading, and the flush is left to the one
+ * that thinvm_store_begin_writing() issues before its first write.
  *
  * Everything about this host comes from files below /etc and /proc and from
  * kill(pid, 0), so it works for any user and inside QEMU's sandbox.
@@ -498,7 +501,8 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
 /* @end: where the journal ends, or NULL */
 static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
                                            const ThinvmClaim *claim,
-                                           const ThinvmRelease *end)
+                                           const ThinvmRelease *end,
+                                           bool flush)
 {
     g_autofree uint8_t *block = g_malloc0(THINVM_PAGE_SIZE);
     uint64_t offset = THINVM_CLAIM_OFFSET +
@@ -513,7 +517,7 @@ static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
     }
     thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_WRITE);
     ret = dev->co_pwrite(dev, offset, THINVM_PAGE_SIZE, block);
-    if (ret < 0) {
+    if (ret < 0 || !flush) {
         return ret;
     }
     thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_FLUSH);
@@ -585,7 +589,7 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     };
     ThinvmClaim found;
     int64_t start, wait = 0;
-    bool decides;
+    bool decides, ordered;
     int ret;
 
     thinvm_identity(&claim);
@@ -611,7 +615,8 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     QLIST_INSERT_HEAD(&thinvm_owner_nodes, s, owner_link);
     qemu_mutex_unlock(&thinvm_owner_lock);
 
-    ret = thinvm_claim_write(s, &claim, NULL);
+    ordered = thinvm_fence_orders(s);
+    ret = thinvm_claim_write(s, &claim, NULL, !ordered);
     if (decides) {
         wait = thinvm_owner_wait_ms(&found, (g_get_monotonic_time() - start) /
                                             1000);
@@ -619,7 +624,7 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot write the claim of ownership "
                          "for epoch %" PRIu64, epoch);
-    } else {
+    } else if (!ordered) {
         ret = thinvm_owner_verify(s, errp);
     }
     if (ret == 0 && wait) {
@@ -648,7 +653,10 @@ int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
         release.epoch = claim.epoch;
         release.nonce = claim.nonce;
     }
-    ret = thinvm_claim_write(s, &claim, end ? &release : NULL);
+    /* What was handed over is flushed by who takes it, before he writes */
+    ret = thinvm_claim_write(s, &claim, end ? &release : NULL,
+                             state != THINVM_CLAIM_RELEASED ||
+                             !thinvm_fence_orders(s));
     trace_thinvm_owner_release(s->bs, claim.epoch, state, ret);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot release the claim of ownership "

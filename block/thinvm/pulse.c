@@ -44,6 +44,7 @@ struct ThinvmPulse {
     QEMUBH *bh;
     bool running;
     bool missed;                /* atomic: due, but the node was drained */
+    bool released;              /* atomic: just now, so begin with a rest */
     unsigned interval;          /* of a follower, milliseconds */
     int64_t claim_read_us;      /* when, by the monotonic clock */
     ThinvmStore *store;         /* what @preload is about */
@@ -136,6 +137,7 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_look(ThinvmPulse *p)
     WITH_QEMU_LOCK_GUARD(&p->lock) {
         p->beat = beat;
     }
+    thinvm_fence_prepare(s, &view.newest);
     if (p->preload.state != THINVM_STORE_PRELOAD_COMPLETE &&
         thinvm_hot_read(s, &p->hot, &view.newest)) {
         QEMU_LOCK_GUARD(&p->lock);
@@ -247,15 +249,18 @@ static void thinvm_pulse_timer_cb(void *opaque)
 }
 
 /*
- * A follower begins at once; an owner's first heartbeat has time, but one that
- * was missed has not: drained sections may come one after the other.
+ * A follower begins at once, unless it has just handed the image over: then
+ * the guest stands still until another has taken it, and nothing should be in
+ * its way.  An owner's first heartbeat has time, but one that was missed has
+ * not: drained sections may come one after the other.
  */
 static void thinvm_pulse_bh(void *opaque)
 {
     ThinvmPulse *p = opaque;
+    bool rest = qatomic_xchg(&p->released, false);
 
-    p->interval = THINVM_FOLLOW_MIN_MS;
-    if (qatomic_read(&p->s->owner) && !qatomic_read(&p->missed)) {
+    p->interval = rest ? THINVM_FOLLOW_MAX_MS : THINVM_FOLLOW_MIN_MS;
+    if (rest || (qatomic_read(&p->s->owner) && !qatomic_read(&p->missed))) {
         thinvm_pulse_arm(p);
     } else {
         thinvm_pulse_run(p);
@@ -265,6 +270,14 @@ static void thinvm_pulse_bh(void *opaque)
 void thinvm_pulse_kick(BDRVThinvmState *s)
 {
     if (s->pulse && s->pulse->bh) {
+        qemu_bh_schedule(s->pulse->bh);
+    }
+}
+
+void thinvm_pulse_released(BDRVThinvmState *s)
+{
+    if (s->pulse && s->pulse->bh) {
+        qatomic_set(&s->pulse->released, true);
         qemu_bh_schedule(s->pulse->bh);
     }
 }

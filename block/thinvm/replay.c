@@ -50,6 +50,8 @@
 #include "ring.h"
 #include "trace.h"
 
+/* What is left of the journal when the owner has released the image; bytes */
+#define THINVM_RING_REST            (64 * KiB)
 /*
  * Where we have followed, each record was seen when it was fresh: the next
  * one at least
@@ -544,25 +546,8 @@ static int coroutine_fn follow_records(ThinvmStore *st, ThinvmRing *ring,
         thinvm_quarantine_add(st, s, rec.sequence);
         thinvm_state_unlock(s);
         publish(st, s, pos);
-        ring->window = THINVM_RECORD_MAX_SIZE;
+        ring->window = MAX(ring->window, THINVM_RECORD_MAX_SIZE);
     }
-}
-
-/* Is there a base of @sequence or later that is not ours? */
-static int coroutine_fn bases_moved(ThinvmStore *st, uint64_t sequence,
-                                    bool *moved, Error **errp)
-{
-    ThinvmBases now = {};
-    int ret = thinvm_bases_read(st->dev, &now, errp);
-
-    *moved = false;
-    if (ret == 0) {
-        *moved = (now.newest.generation != st->bases.newest.generation &&
-                  now.newest.sequence >= sequence) ||
-                 !qemu_uuid_is_equal(&now.newest.uuid, &st->uuid);
-        thinvm_bases_destroy(&now);
-    }
-    return ret;
 }
 
 /* Have the owner's bases left us behind (or is that the only explanation)? */
@@ -570,7 +555,7 @@ static bool coroutine_fn base_moved(ThinvmStore *st, uint64_t sequence)
 {
     bool moved;
 
-    return bases_moved(st, sequence, &moved, NULL) == 0 && moved;
+    return thinvm_bases_moved(st, sequence, &moved, NULL) == 0 && moved;
 }
 
 static bool too_many_dirty(ThinvmStore *st)
@@ -636,7 +621,8 @@ static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
     if (end == THINVM_NEXT_FOREIGN) {
         *afresh = true;
     } else if (end == THINVM_NEXT_NONE) {
-        *afresh = base_moved(st, pos.sequence + 1);
+        *afresh = !thinvm_store_at_end(st) &&
+                  base_moved(st, pos.sequence + 1);
         if (!*afresh) {
             remember_head(st, ring, &pos);
         }
@@ -668,7 +654,9 @@ static int coroutine_fn follow_once(ThinvmStore *st, Error **errp)
     int ret = 0;
 
     if (!afresh) {
-        thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+        thinvm_ring_init(&ring, st, &st->bases.newest,
+                         st->expects_end ? THINVM_RING_REST :
+                                           THINVM_PAGE_SIZE);
         ret = follow_ring(st, &ring, &afresh, &local_err);
         thinvm_ring_destroy(&ring);
     }
@@ -690,11 +678,11 @@ int coroutine_fn thinvm_store_follow_base(ThinvmStore *st, Error **errp)
 
     follow_enter(st);
     if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
-        ret = bases_moved(st, 0, &moved, errp);
+        ret = thinvm_bases_moved(st, 0, &moved, errp);
         if (ret == 0 && moved) {
             /* What we lack of its history may still be in the ring */
             follow_once(st, NULL);
-            ret = bases_moved(st, 0, &moved, errp);
+            ret = thinvm_bases_moved(st, 0, &moved, errp);
         }
         if (ret == 0 && moved) {
             trace_thinvm_follow_afresh(st, st->bases.newest.generation,
@@ -795,21 +783,21 @@ int coroutine_fn thinvm_follow_finish(ThinvmStore *st, Error **errp)
 {
     ThinvmPosition pos;
     ThinvmRing ring;
-    bool moved;
+    bool moved, at_end;
     int ret;
 
     follow_enter(st);
     /* Before a fresh start: it takes over only what is of the base's history */
-    follow_once(st, NULL);
-    ret = bases_moved(st, 0, &moved, errp);
+    at_end = follow_once(st, NULL) == 0 && thinvm_store_at_end(st);
+    ret = thinvm_bases_moved(st, 0, &moved, errp);
     if (ret < 0) {
         /* What the bases name must not be overwritten: no guessing */
         follow_leave(st);
         return ret;
     }
-    if (st->stale || moved || !last_record_stands(st)) {
+    if (st->stale || moved || (!at_end && !last_record_stands(st))) {
         ret = thinvm_replay_open(st, errp);
-    } else {
+    } else if (!at_end) {
         st->head_block_valid = false;
         ret = follow_once(st, errp);
         position_get(st, &pos);

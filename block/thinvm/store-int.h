@@ -306,6 +306,9 @@ int thinvm_journal_end_expected(ThinvmStore *st, Error **errp);
 /* ---- bases.c ---- */
 int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,
                                    Error **errp);
+/* Is there a base of @sequence or later that is not the one in force? */
+int coroutine_fn thinvm_bases_moved(ThinvmStore *st, uint64_t sequence,
+                                    bool *moved, Error **errp);
 void thinvm_bases_destroy(ThinvmBases *bases);
 /* A repair made the newest base: no journal leads there from the older one */
 bool thinvm_bases_repaired(const ThinvmBases *bases);

@@ -339,8 +339,12 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     if (ret < 0) {
         goto fail;
     }
-    /* Its data flush also settles what the former owner left in caches */
-    ret = thinvm_journal_commit(st, THINVM_COMMIT_DURABLE, true);
+    /*
+     * Its data flush also settles the claim, and what the former owner left
+     * in caches.  If a power cut takes the record itself, it takes whatever
+     * we journalled behind it, too; a flush of the guest's makes all durable.
+     */
+    ret = thinvm_journal_commit(st, THINVM_COMMIT_RECORD, true);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not write to the image's journal");
         goto fail;
@@ -371,15 +375,15 @@ fail:
     return ret;
 }
 
-int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
-                                          Error **errp)
+static int coroutine_fn end_writing(ThinvmStore *st, bool flush_data,
+                                    bool checkpoint, Error **errp)
 {
     int ret;
 
     if (qatomic_read(&st->mode) == THINVM_STORE_READING) {
         return 0;
     }
-    ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, false);
+    ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, !flush_data);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not commit to the image");
         return ret;
@@ -405,6 +409,17 @@ int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
     thinvm_space_stop_reserving(st->state);
     thinvm_state_unlock(st->state);
     return 0;
+}
+
+int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
+                                          Error **errp)
+{
+    return end_writing(st, true, checkpoint, errp);
+}
+
+int coroutine_fn thinvm_store_hand_over(ThinvmStore *st, Error **errp)
+{
+    return end_writing(st, false, false, errp);
 }
 
 void thinvm_store_poison(ThinvmStore *st)

@@ -111,10 +111,11 @@ uint64_t thinvm_store_default_cache_size(uint64_t virtual_size);
 /*
  * Begin to write, as the owner of @epoch (greater than any in the journal):
  * catches up, starts afresh if the newest base is not ours, checks the
- * device's length, then journals EPOCH, durably.  Before this every change is
- * refused (-EROFS).  When it has started afresh, clusters that are free in
- * the new state may still be read by requests from before: such reads count
- * only if catching up, or this, has not happened meanwhile.
+ * device's length, flushes what others have written, then journals EPOCH (not
+ * yet durably).  Before this every change is refused (-EROFS).  When it has
+ * started afresh, clusters that are free in the new state may still be read by
+ * requests from before: such reads count only if catching up, or this, has not
+ * happened meanwhile.
  */
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp);
@@ -124,6 +125,12 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
  */
 int coroutine_fn thinvm_store_end_writing(ThinvmStore *st, bool checkpoint,
                                           Error **errp);
+/*
+ * The same for one who takes over at once and flushes what we have written
+ * (thinvm_store_begin_writing() does): spares a flush if all records are
+ * durable.  Only where others see each write that has completed.
+ */
+int coroutine_fn thinvm_store_hand_over(ThinvmStore *st, Error **errp);
 /* The journal's last record: sequence and checksum field (0: none yet) */
 void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
                               uint32_t *crc);
@@ -132,6 +139,9 @@ void thinvm_store_journal_end(ThinvmStore *st, uint64_t *sequence,
  * finds the journal's end.
  */
 void thinvm_store_expect_end(ThinvmStore *st, uint64_t sequence, uint32_t crc);
+void thinvm_store_expect_any_end(ThinvmStore *st);
+/* Have we read up to where the journal is expected to end? */
+bool thinvm_store_at_end(ThinvmStore *st);
 /* Refuse every further change at once, without I/O (lost ownership) */
 void thinvm_store_poison(ThinvmStore *st);
 bool thinvm_store_writable(ThinvmStore *st);

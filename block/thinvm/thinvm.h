@@ -94,6 +94,8 @@ typedef struct ThinvmFence {
     CoMutex lock;                   /* one check at a time */
     bool held;                      /* qatomic */
     bool aptpl;                     /* the device can keep it over power loss */
+    unsigned type;                  /* of reservation that is right here */
+    void *asked;                    /* the node that has said what it can do */
     uint64_t key;
     int64_t renewed_ms;             /* when it had to be taken again, last */
     const char *reason;             /* why it is held, or not; for people */

@@ -315,10 +315,24 @@ static void coroutine_fn handover_entry(void *opaque)
     Trial *t = opaque;
     Life *l = &t->life;
     ThinvmStore *next = l->follower ?: open_elsewhere(l->sim);
+    uint64_t until = l->model->clock, sequence;
+    bool flushed = below(t, 2);
+    uint32_t crc;
 
-    thinvm_store_end_writing(l->st, below(t, 2), &error_abort);
-    model_flushed(l->model, l->model->clock);
+    if (flushed) {
+        thinvm_store_end_writing(l->st, below(t, 2), &error_abort);
+        model_flushed(l->model, until);
+    } else {
+        thinvm_store_hand_over(l->st, &error_abort);
+    }
+    if (below(t, 2)) {
+        thinvm_store_journal_end(l->st, &sequence, &crc);
+        thinvm_store_expect_end(next, sequence, crc);
+    }
     thinvm_store_begin_writing(next, ++l->epoch, &error_abort);
+    if (!flushed) {
+        model_flushed(l->model, until);
+    }
     l->follower = l->st;
     l->st = next;
     sim_finish(l->sim);

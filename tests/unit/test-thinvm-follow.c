@@ -500,6 +500,84 @@ static void coroutine_fn test_turns(ThinvmSim *sim)
     store_close(st[0], true);
 }
 
+static void coroutine_fn expect_end_of(ThinvmStore *next, ThinvmStore *owner)
+{
+    uint64_t sequence;
+    uint32_t crc;
+
+    thinvm_store_journal_end(owner, &sequence, &crc);
+    thinvm_store_expect_end(next, sequence, crc);
+}
+
+/*
+ * An owner has said where his journal ends.  Taking over costs one read of it,
+ * two of superblocks, a flush and a write; and who wrote behind that end is
+ * found all the same.
+ */
+static void coroutine_fn test_known_end(ThinvmSim *sim)
+{
+    ThinvmStore *st[3];
+    uint64_t reads, flushes, writes, epoch;
+    Error *local_err = NULL;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st[0] = image_open(sim);
+    write_widely(sim, st[0], 0, 1000);
+    flush(st[0]);
+    for (unsigned i = 1; i < 3; i++) {
+        st[i] = thinvm_store_open(sim_device(sim), 0, &error_abort);
+        expect_widely(sim, st[i], 0, 1000);
+        follow(st[i], false);
+    }
+    write_one(sim, st[0], 1, 11);
+    write_one(sim, st[0], 2, 12);
+    flush(st[0]);
+    flushes = sim_count(sim, SIM_FLUSH);
+    thinvm_store_hand_over(st[0], &error_abort);
+    g_assert_cmpuint(sim_count(sim, SIM_FLUSH), ==, flushes);
+
+    epoch = info_of(st[1]).epoch;
+    reads = sim_count(sim, SIM_READ);
+    writes = sim_count(sim, SIM_WRITE);
+    expect_end_of(st[1], st[0]);
+    g_assert(!thinvm_store_at_end(st[1]));
+    thinvm_store_begin_writing(st[1], epoch + 1, &error_abort);
+    g_assert_cmpuint(sim_count(sim, SIM_READ), ==, reads + 3);
+    g_assert_cmpuint(sim_count(sim, SIM_WRITE), ==, writes + 1);
+    g_assert_cmpuint(sim_count(sim, SIM_FLUSH), ==, flushes + 1);
+    g_assert_cmpuint(stats_of(st[1]).fresh_starts, ==, 0);
+    g_assert_cmpuint(image_read_tag(sim, st[1], 2), ==, 12);
+
+    /* one who is late believes the former owner, and finds records of another */
+    write_one(sim, st[1], 3, 13);
+    thinvm_store_end_writing(st[1], false, &error_abort);
+    expect_end_of(st[2], st[0]);
+    follow(st[2], true);
+    g_assert(!thinvm_store_at_end(st[2]));
+    g_assert_cmpint(thinvm_store_begin_writing(st[2], epoch + 2, &local_err),
+                    ==, -EBADMSG);
+    error_free_or_abort(&local_err);
+
+    /* the same if he had arrived at that end before */
+    thinvm_store_begin_writing(st[0], epoch + 3, &error_abort);
+    write_one(sim, st[0], 4, 14);
+    thinvm_store_end_writing(st[0], false, &error_abort);
+    follow(st[2], true);
+    expect_end_of(st[2], st[0]);
+    g_assert(thinvm_store_at_end(st[2]));
+    thinvm_store_begin_writing(st[1], epoch + 4, &error_abort);
+    thinvm_store_end_writing(st[1], false, &error_abort);
+    g_assert_cmpint(thinvm_store_begin_writing(st[2], epoch + 5, &local_err),
+                    ==, -EBADMSG);
+    error_free_or_abort(&local_err);
+    thinvm_store_begin_writing(st[2], epoch + 5, &error_abort);
+    image_recount(sim, st[2]);
+    image_check(st[2]);
+    thinvm_store_free(st[0]);
+    thinvm_store_free(st[1]);
+    store_close(st[2], true);
+}
+
 /*
  * A base of another history, in which a record that we had followed does not
  * exist: none of what that record changed is taken over.
@@ -878,6 +956,7 @@ int main(int argc, char **argv)
     add("/thinvm/follow/adopt", test_adopt);
     add("/thinvm/follow/adopt-overtaken", test_adopt_overtaken);
     add("/thinvm/follow/turns", test_turns);
+    add("/thinvm/follow/known-end", test_known_end);
     add("/thinvm/follow/adopt-cut-off", test_adopt_cut_off);
     return g_test_run();
 }
