@@ -29,8 +29,10 @@ import time
 from pathlib import Path
 
 import bench_checkpoint
+import bench_guest
 import bench_instructions
 import bench_machine
+import bench_memory
 import bench_moments
 import bench_nbd
 import bench_queues
@@ -38,9 +40,9 @@ import bench_report
 from bench_workloads import (MIB, USUAL, VARIANTS, WORKLOADS, Failure, Images,
                              bench_arguments, can_do, most_requests, run)
 
-
 # What can be measured: see the modules bench_*.py
-KINDS = ('requests', 'moments', 'checkpoint', 'queues', 'nbd')
+KINDS = ('requests', 'moments', 'checkpoint', 'queues', 'nbd', 'memory',
+         'guest')
 
 
 class Bench:
@@ -190,8 +192,8 @@ def check_args(p, args):
     args.what = args.what.split(',')
     if set(args.what) - set(KINDS):
         p.error(f'--what {",".join(args.what)}: there are {", ".join(KINDS)}')
-    if 'nbd' in args.what and not shutil.which('fio'):
-        p.error('--what nbd needs fio, which is not installed')
+    if {'nbd', 'memory'} & set(args.what) and not shutil.which('fio'):
+        p.error('--what nbd and memory need fio, which is not installed')
     args.formats = args.formats.split(',')
     unknown = set(args.formats) - set(VARIANTS)
     if unknown:
@@ -228,6 +230,8 @@ def others(args, directory):
         'checkpoint': lambda: bench_checkpoint.measure(args, directory),
         'queues': lambda: bench_queues.measure(args, images),
         'nbd': lambda: bench_nbd.measure(args, images, directory),
+        'memory': lambda: bench_memory.measure(args, directory),
+        'guest': lambda: bench_guest.measure(args),
     }
     return {what: ways[what]() for what in args.what if what in ways}
 
@@ -267,7 +271,8 @@ def main():
     try:
         results, left = work(args, directory)
         more = others(args, directory)
-    except (Failure, bench_machine.Failure, OSError) as e:
+    except (Failure, bench_machine.Failure, bench_guest.Failure,
+            OSError) as e:
         sys.exit(f'bench: {e}')
     finally:
         shutil.rmtree(directory, ignore_errors=True)

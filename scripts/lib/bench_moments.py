@@ -37,9 +37,9 @@ class Daemon:
             self.process.kill()
             raise
 
-    def open(self, path, variant):
+    def open(self, path, variant, **options):
         node = {'driver': variant.fmt, 'node_name': 'disk',
-                'discard': 'unmap',
+                'discard': 'unmap', **options,
                 'file': {'driver': 'file', 'filename': str(path),
                          'cache': {'direct': True}}}
         self.qmp('blockdev-add', **node)
