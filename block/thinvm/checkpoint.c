@@ -41,6 +41,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
+#include "qemu/memalign.h"
 #include "block/aio_task.h"
 #include "qapi/qapi-types-block-core.h"
 #include "store-int.h"
@@ -187,7 +188,7 @@ static int coroutine_fn page_write_entry(AioTask *task)
                                   w->nb_pages * THINVM_PAGE_SIZE, w->buf,
                                   BLKDBG_THINVM_PAGE_WRITE);
 
-    g_free(w->buf);
+    qemu_vfree(w->buf);
     signal_progress(w->st);
     return ret;
 }
@@ -203,7 +204,7 @@ static void coroutine_fn start_write(ThinvmStore *st, AioTaskPool *pool,
         .st = st,
         .page = pages[0].page,
         .nb_pages = nb_pages,
-        .buf = g_malloc(nb_pages * THINVM_PAGE_SIZE),
+        .buf = qemu_memalign(THINVM_PAGE_SIZE, nb_pages * THINVM_PAGE_SIZE),
     };
     for (unsigned i = 0; i < nb_pages; i++) {
         memcpy(w->buf + i * THINVM_PAGE_SIZE, pages[i].data,

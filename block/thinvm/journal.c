@@ -47,6 +47,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
+#include "qemu/memalign.h"
 #include "qemu/timer.h"
 #include "qapi/qapi-types-block-core.h"
 #include "store-int.h"
@@ -76,7 +77,7 @@ void thinvm_journal_init(ThinvmStore *st, const ThinvmSuperblock *sb)
 
 static void record_free(ThinvmJournalRecord *r)
 {
-    g_free(r->buf);
+    qemu_vfree(r->buf);
     g_free(r);
 }
 
@@ -204,12 +205,12 @@ void thinvm_journal_seal(ThinvmStore *st)
     }
     r = g_new0(ThinvmJournalRecord, 1);
     r->size = padded(j->pending_length);
-    r->buf = g_realloc(j->pending, r->size);
+    /* aligned, or the device below would copy it in another thread */
+    r->buf = qemu_memalign(THINVM_PAGE_SIZE, r->size);
+    memcpy(r->buf, j->pending, j->pending_length);
     r->header.length = j->pending_length;
     r->header.nb_operations = j->pending_operations;
     r->header.sequence = j->next_sequence;
-    j->pending = NULL;
-    j->pending_allocated = 0;
     j->pending_operations = 0;
     j->last_op_offset = 0;
 

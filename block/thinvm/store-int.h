@@ -159,9 +159,14 @@ typedef struct ThinvmHistory {
     } record[THINVM_HISTORY];
 } ThinvmHistory;
 
+/* Buffers for pages that are being read, kept for the next ones */
+#define THINVM_PAGE_BUFFERS     64
+
 struct ThinvmStore {
     ThinvmDevice *dev;
     QemuMutex lock;
+    void *page_buffers[THINVM_PAGE_BUFFERS];    /* st->lock */
+    unsigned nb_page_buffers;
     uint64_t cache_size;        /* bytes */
     QemuUUID uuid;
     unsigned cluster_bits;
