@@ -424,11 +424,11 @@ static int may_checkpoint(ThinvmStore *st)
            thinvm_store_may_write(st);
 }
 
-int coroutine_fn thinvm_store_checkpoint_while(ThinvmStore *st,
-                                               bool (*go_on)(void *opaque),
-                                               void *opaque)
+static int coroutine_fn checkpoint(ThinvmStore *st, bool anew,
+                                   bool (*go_on)(void *opaque), void *opaque)
 {
     int ret = may_checkpoint(st);
+    bool again;
 
     if (ret < 0) {
         return ret;
@@ -439,18 +439,37 @@ int coroutine_fn thinvm_store_checkpoint_while(ThinvmStore *st,
     set_checkpointing(st, true);
     /* It may have ended while we waited, and another owner begun */
     ret = may_checkpoint(st);
-    if (ret == 0) {
-        ret = checkpoint_locked(st);
-    }
+    do {
+        /* what an attempt that failed has left would not be new */
+        again = anew && st->frozen;
+        if (anew && !again && !st->nb_repair_checkpoints) {
+            st->nb_repair_checkpoints = 1;
+        }
+        if (ret == 0) {
+            ret = checkpoint_locked(st);
+        }
+    } while (ret == 0 && again);
     qatomic_set(&st->interrupted, ret == -ECANCELED);
     set_checkpointing(st, false);
     qemu_co_mutex_unlock(&st->checkpoint_lock);
     return ret;
 }
 
+int coroutine_fn thinvm_store_checkpoint_while(ThinvmStore *st,
+                                               bool (*go_on)(void *opaque),
+                                               void *opaque)
+{
+    return checkpoint(st, false, go_on, opaque);
+}
+
 int coroutine_fn thinvm_store_checkpoint(ThinvmStore *st)
 {
-    return thinvm_store_checkpoint_while(st, NULL, NULL);
+    return checkpoint(st, false, NULL, NULL);
+}
+
+int coroutine_fn thinvm_store_checkpoint_anew(ThinvmStore *st)
+{
+    return checkpoint(st, true, NULL, NULL);
 }
 
 /* A new image: its first base, which no journal leads to */

@@ -282,6 +282,11 @@ static uint16_t count_changed(ThinvmState *s, uint16_t count,
             return THINVM_COUNT_METADATA;
         }
         break;
+    case THINVM_COUNT_FROM_METADATA:
+        if (count == THINVM_COUNT_METADATA) {
+            return 0;
+        }
+        break;
     }
     s->damaged = true;
     return count;
@@ -528,6 +533,192 @@ void thinvm_count_grow(ThinvmState *s, uint64_t device_clusters)
     s->nb_count_free += device_clusters - old;
     s->device_clusters = device_clusters;
     s->bounds.device_clusters = device_clusters;
+}
+
+/* ------------------------------------------------------------------ */
+/* The device shrinks                                                  */
+
+/* Does a page of the tree say what is behind @end? */
+static bool names_behind(ThinvmPage *page, uint64_t base, uint64_t end)
+{
+    int level = page->level;
+
+    for (unsigned i = 0; level && i < THINVM_POINTERS_PER_PAGE; i++) {
+        if (base + i * level_span(level - 1) >= end &&
+            thinvm_slot_type(&thinvm_page_slots(page)[i]) !=
+            THINVM_PTR_NONE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int thinvm_count_need_shrink(ThinvmState *s, uint64_t device_clusters,
+                             ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *slot = &s->count_root;
+    uint64_t base = 0;
+    int ret = thinvm_count_expect(s, device_clusters,
+                                  s->device_clusters - device_clusters, 0, 0,
+                                  needs);
+
+    if (ret < 0) {
+        return ret;
+    }
+    for (int level = THINVM_INNER_LEVELS;
+         thinvm_slot_type(slot) == THINVM_PTR_PAGE; level--) {
+        ThinvmPage *page = thinvm_page_get(s, slot, level_kind(level), level,
+                                           needs);
+        unsigned index;
+
+        if (!page) {
+            return -EAGAIN;
+        }
+        thinvm_page_touch(s, page, false);
+        if (names_behind(page, base, device_clusters)) {
+            return -EBADMSG;
+        }
+        if (level == 0) {
+            break;
+        }
+        index = child_index(device_clusters - 1, level);
+        base += index * level_span(level - 1);
+        slot = &thinvm_page_slots(page)[index];
+    }
+    return 0;
+}
+
+/* As thinvm_count_grow(), on the path to the last cluster that stays */
+void thinvm_count_shrink(ThinvmState *s, uint64_t device_clusters)
+{
+    uint64_t old = s->device_clusters;
+    ThinvmPointerLe *slot = &s->count_root;
+    uint64_t base = 0;
+
+    for (int level = THINVM_INNER_LEVELS;
+         thinvm_slot_type(slot) == THINVM_PTR_PAGE; level--) {
+        uint64_t end = MIN(old, base + level_span(level));
+        ThinvmPage *page = thinvm_page_shadow(s, slot);
+        unsigned index;
+
+        if (level < THINVM_INNER_LEVELS && end > device_clusters) {
+            thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
+                            le32_to_cpu(slot->extra_le) -
+                            (end - device_clusters));
+        }
+        if (level == 0) {
+            break;
+        }
+        index = child_index(device_clusters - 1, level);
+        base += index * level_span(level - 1);
+        slot = &thinvm_page_slots(page)[index];
+    }
+    s->nb_count_free -= old - device_clusters;
+    s->device_clusters = device_clusters;
+    s->bounds.device_clusters = device_clusters;
+    s->search_hint = MIN(s->search_hint, device_clusters);
+}
+
+/* ------------------------------------------------------------------ */
+/* The last cluster in use                                             */
+
+/* A page all of which is free, which others may write, is passed over */
+static int high_water_below(ThinvmState *s, const ThinvmPointerLe *slot,
+                            int level, uint64_t base, uint64_t *end,
+                            ThinvmNeeds *needs)
+{
+    const uint16_t *counts;
+    ThinvmPage *page;
+    int ret = 0;
+
+    if (thinvm_slot_type(slot) != THINVM_PTR_PAGE) {
+        *end = thinvm_slot_type(slot) == THINVM_PTR_NONE ? 0 :
+               MIN(base + level_span(level), s->device_clusters);
+        return 0;
+    }
+    page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+    if (!page) {
+        return -EAGAIN;
+    }
+    counts = (const uint16_t *)page->data;
+    for (int i = THINVM_COUNTS_PER_LEAF - 1; level == 0 && i >= 0; i--) {
+        if (counts[i]) {
+            *end = base + i + 1;
+            return 0;
+        }
+    }
+    for (int i = THINVM_POINTERS_PER_PAGE - 1;
+         level > 0 && i >= 0 && ret == 0 && !*end; i--) {
+        ret = high_water_below(s, &thinvm_page_slots(page)[i], level - 1,
+                               base + i * level_span(level - 1), end, needs);
+    }
+    return ret;
+}
+
+int thinvm_state_high_water(ThinvmState *s, uint64_t *end, ThinvmNeeds *needs)
+{
+    needs->nb_want = 0;
+    *end = 0;
+    return high_water_below(s, &s->count_root, THINVM_INNER_LEVELS, 0, end,
+                            needs);
+}
+
+/* ------------------------------------------------------------------ */
+/* Other places for the tree's pages                                   */
+
+static int retired_below(ThinvmState *s, const ThinvmPointerLe *slot,
+                         int level, uint64_t base, uint64_t *cluster,
+                         ThinvmNeeds *needs)
+{
+    ThinvmPage *page;
+    int ret = 0;
+
+    if (thinvm_slot_type(slot) != THINVM_PTR_PAGE ||
+        *cluster >= base + level_span(level)) {
+        return 0;
+    }
+    page = thinvm_page_find(s, thinvm_slot_address(slot));
+    if (thinvm_page_is_retired(s, thinvm_slot_address(slot)) &&
+        !(page && thinvm_page_writable(s, page))) {
+        *cluster = MAX(*cluster, base);
+        return thinvm_page_get(s, slot, level_kind(level), level, needs) ?
+               1 : -EAGAIN;
+    }
+    if (level == 0) {
+        return 0;
+    }
+    page = thinvm_page_get(s, slot, level_kind(level), level, needs);
+    if (!page) {
+        return -EAGAIN;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE && ret == 0; i++) {
+        ret = retired_below(s, &thinvm_page_slots(page)[i], level - 1,
+                            base + i * level_span(level - 1), cluster, needs);
+    }
+    return ret;
+}
+
+int thinvm_count_find_retired(ThinvmState *s, uint64_t *cluster,
+                              ThinvmNeeds *needs)
+{
+    return retired_below(s, &s->count_root, THINVM_INNER_LEVELS, 0, cluster,
+                         needs);
+}
+
+void thinvm_count_rewrite(ThinvmState *s, uint64_t cluster)
+{
+    ThinvmPointerLe *slot = &s->count_root;
+
+    for (int level = THINVM_INNER_LEVELS;
+         thinvm_slot_type(slot) == THINVM_PTR_PAGE; level--) {
+        bool retired = thinvm_page_is_retired(s, thinvm_slot_address(slot));
+        ThinvmPage *page = thinvm_page_shadow(s, slot);
+
+        if (retired || level == 0) {
+            break;
+        }
+        slot = &thinvm_page_slots(page)[child_index(cluster, level)];
+    }
 }
 
 /* ------------------------------------------------------------------ */

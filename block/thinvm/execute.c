@@ -27,6 +27,7 @@ static bool op_allocates(const ThinvmOp *op)
 {
     return op->type == THINVM_OP_MAP || op->type == THINVM_OP_MAP_RUN ||
            op->type == THINVM_OP_META_EXTEND || op->type == THINVM_OP_GROW ||
+           op->type == THINVM_OP_RELOCATE ||
            op->type == THINVM_OP_SNAPSHOT_CREATE;
 }
 

@@ -82,10 +82,8 @@ bool thinvm_extents_have_clusters(void *opaque, uint64_t cluster,
     return e && e->first_page + e->nb_pages > cluster << bits;
 }
 
-static void meta_extent_free(gpointer opaque)
+static void meta_extent_free(ThinvmMetaExtent *e)
 {
-    ThinvmMetaExtent *e = opaque;
-
     g_free(e->count);
     g_free(e->busy);
     g_free(e);
@@ -93,7 +91,7 @@ static void meta_extent_free(gpointer opaque)
 
 void thinvm_extents_init(ThinvmState *s)
 {
-    s->extents = g_ptr_array_new_with_free_func(meta_extent_free);
+    s->extents = g_ptr_array_new();
     s->extents_sorted = g_ptr_array_new();
     s->space_inner = g_array_new(false, true, sizeof(ThinvmPointer));
     s->held_new = g_array_new(false, false, sizeof(uint64_t));
@@ -103,6 +101,9 @@ void thinvm_extents_init(ThinvmState *s)
 
 void thinvm_extents_destroy(ThinvmState *s)
 {
+    for (unsigned i = 0; i < s->extents->len; i++) {
+        meta_extent_free(g_ptr_array_index(s->extents, i));
+    }
     g_ptr_array_unref(s->extents);
     g_ptr_array_unref(s->extents_sorted);
     g_array_unref(s->space_inner);
@@ -136,7 +137,7 @@ uint64_t thinvm_place_alloc(ThinvmState *s)
         ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
         uint32_t page;
 
-        if (!e->nb_free) {
+        if (!e->nb_free || e->retired) {
             continue;
         }
         page = find_next_zero_bit(e->busy, e->nb_pages, e->hint);
@@ -165,7 +166,7 @@ static void place_release(ThinvmState *s, uint64_t number)
     clear_bit(page, e->busy);
     e->hint = MIN(e->hint, page);
     e->nb_free++;
-    s->nb_meta_free++;
+    s->nb_meta_free += !e->retired;
 }
 
 void thinvm_place_free(ThinvmState *s, uint64_t number, bool hold)
@@ -201,6 +202,146 @@ void thinvm_extents_hold_release(ThinvmState *s)
     g_array_set_size(empty, 0);
     s->held_old = s->held_frozen;
     s->held_frozen = empty;
+}
+
+/* ------------------------------------------------------------------ */
+/* Giving extents back                                                 */
+
+bool thinvm_page_is_retired(ThinvmState *s, uint64_t number)
+{
+    ThinvmMetaExtent *e = s->nb_retired ? extent_at_or_before(s, number) : NULL;
+
+    return e && e->retired && number - e->first_page < e->nb_pages;
+}
+
+static uint64_t extent_end(ThinvmState *s, const ThinvmMetaExtent *e)
+{
+    return (e->first_page + e->nb_pages) >> (s->cluster_bits -
+                                             THINVM_PAGE_BITS);
+}
+
+/* The space map's own pages move with the blocks that changed */
+static void dirty_retired_blocks(ThinvmState *s)
+{
+    for (unsigned i = 0; i < s->extents->len; i++) {
+        ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
+        unsigned j = i / THINVM_POINTERS_PER_PAGE;
+
+        e->dirty |= thinvm_page_is_retired(s, e->block.address) ||
+                    (j < s->space_inner->len &&
+                     thinvm_page_is_retired(s, g_array_index(s->space_inner,
+                                            ThinvmPointer, j).address));
+    }
+}
+
+bool thinvm_compact_retire(ThinvmState *s, uint64_t limit, uint64_t *missing)
+{
+    ThinvmMetaExtent *e = NULL;
+    uint64_t kept;
+
+    *missing = 0;
+    for (unsigned i = s->extents_sorted->len; i > 0; i--) {
+        e = g_ptr_array_index(s->extents_sorted, i - 1);
+        if (!e->retired) {
+            break;
+        }
+    }
+    if (!e || e->retired || extent_end(s, e) <= limit ||
+        s->extents->len - s->nb_retired < 2) {
+        return false;
+    }
+    /* What is in it must find room elsewhere, twice while it moves */
+    kept = thinvm_space_reserve_pages(s) + s->promised_pages + s->dirty_bound +
+           2 * (e->nb_pages - e->nb_free) + e->nb_free;
+    if (s->nb_meta_free < kept) {
+        *missing = kept - s->nb_meta_free;
+        return false;
+    }
+    e->retired = true;
+    s->nb_retired++;
+    s->nb_meta_free -= e->nb_free;
+    dirty_retired_blocks(s);
+    return true;
+}
+
+void thinvm_compact_reinstate(ThinvmState *s)
+{
+    for (unsigned i = 0; i < s->extents->len; i++) {
+        ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
+
+        if (e->retired) {
+            e->retired = false;
+            s->nb_meta_free += e->nb_free;
+        }
+    }
+    s->nb_retired = 0;
+}
+
+static void extent_remove(ThinvmState *s, unsigned i)
+{
+    ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
+
+    if (e->block.type == THINVM_PTR_PAGE) {
+        thinvm_page_unref(s, e->block.address);
+    }
+    s->nb_meta_pages -= e->nb_pages;
+    s->nb_retired--;
+    g_ptr_array_remove(s->extents_sorted, e);
+    g_ptr_array_remove_index_fast(s->extents, i);
+    /* The last one has its block in another place of the space map now, and
+       the page that it was in has one less */
+    if (i < s->extents->len) {
+        ((ThinvmMetaExtent *)g_ptr_array_index(s->extents, i))->dirty = true;
+    }
+    ((ThinvmMetaExtent *)g_ptr_array_index(s->extents,
+                                           s->extents->len - 1))->dirty = true;
+    /* Who walks without the lock may be looking at a page's count */
+    call_rcu(e, meta_extent_free, rcu);
+}
+
+int thinvm_compact_release(ThinvmState *s, ThinvmFreedRange *range,
+                           ThinvmNeeds *needs)
+{
+    unsigned bits = s->cluster_bits - THINVM_PAGE_BITS;
+    GArray *freed;
+    int ret;
+
+    needs->nb_want = 0;
+    for (unsigned i = 0; i < s->extents->len; i++) {
+        ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
+
+        if (!e->retired || e->nb_free != e->nb_pages) {
+            continue;
+        }
+        s->mark++;
+        s->new_pages = 0;
+        s->last_count_leaf = UINT64_MAX;
+        range->first = e->first_page >> bits;
+        range->nb_clusters = e->nb_pages >> bits;
+        ret = thinvm_count_need(s, range->first, range->nb_clusters, needs);
+        if (ret < 0) {
+            return ret;
+        }
+        if (s->nb_meta_free < s->new_pages + 2 * thinvm_space_last_pages(s)) {
+            return -ENOSPC;
+        }
+        seqlock_write_begin(&s->sequence);
+        thinvm_count_change(s, range->first, range->nb_clusters,
+                            THINVM_COUNT_FROM_METADATA);
+        extent_remove(s, i);
+        seqlock_write_end(&s->sequence);
+        /* Not in quarantine, but the caller's until no base names them */
+        freed = thinvm_space_take_freed(s);
+        assert(freed);
+        g_array_free(freed, true);
+        return 0;
+    }
+    return -ENOENT;
+}
+
+bool thinvm_state_older_has_more(ThinvmState *s)
+{
+    return s->older_has_more;
 }
 
 int thinvm_repair_page_count(ThinvmState *s, uint64_t number, uint16_t count)
@@ -310,13 +451,16 @@ static int space_block_take(ThinvmState *s, ThinvmPage *page,
 }
 
 /* Pages that the older base names, and this one does not, are held */
-static void space_block_hold(ThinvmState *s, ThinvmMetaExtent *e,
-                             ThinvmPage *page)
+static void space_block_hold(ThinvmState *s, ThinvmPage *page)
 {
     const ThinvmSpaceBlockLe *le = (const void *)page->data;
+    uint64_t first = le64_to_cpu(le->first_page_le);
+    ThinvmMetaExtent *e = extent_at_or_before(s, first);
 
-    if (le64_to_cpu(le->first_page_le) != e->first_page ||
-        le32_to_cpu(le->nb_pages_le) != e->nb_pages) {
+    if (!e || e->first_page != first ||
+        e->nb_pages != le32_to_cpu(le->nb_pages_le)) {
+        /* Given back since then; it was empty in both bases */
+        s->older_has_more = true;
         return;
     }
     for (unsigned i = 0; i < e->nb_pages; i++) {
@@ -335,16 +479,17 @@ static int load_older(ThinvmState *s, ThinvmNeeds *needs)
 {
     /* In one pass at the end, when nothing is wanted any more */
     g_autoptr(GPtrArray) blocks = g_ptr_array_new();
-    unsigned nb = MIN(s->older.nb_extents, s->extents->len);
+    unsigned nb = s->older.nb_extents;
     bool again = false;
 
     for (unsigned i = 0; i < nb; i++) {
-        ThinvmMetaExtent *e = g_ptr_array_index(s->extents, i);
+        ThinvmMetaExtent *e = i < s->extents->len ?
+                              g_ptr_array_index(s->extents, i) : NULL;
         ThinvmPointer ptr, inner;
         ThinvmPage *page = NULL;
         int ret = space_slot(s, &s->older.space_root, i, &inner, &ptr, needs);
 
-        if (!ret && (ptr.address != e->block.address ||
+        if (!ret && (!e || ptr.address != e->block.address ||
                      ptr.crc != e->block.crc)) {
             ret = want_page(s, &ptr, THINVM_PAGE_SPACE_BLOCK, 0, needs, &page);
         }
@@ -356,8 +501,7 @@ static int load_older(ThinvmState *s, ThinvmNeeds *needs)
     }
     for (unsigned i = 0; i < nb; i++) {
         if (g_ptr_array_index(blocks, i)) {
-            space_block_hold(s, g_ptr_array_index(s->extents, i),
-                             g_ptr_array_index(blocks, i));
+            space_block_hold(s, g_ptr_array_index(blocks, i));
         }
     }
     return 0;

@@ -73,6 +73,15 @@ static const OpShape op_shapes[THINVM_OP__MAX] = {
     [THINVM_OP_SNAPSHOT_PROTECT] = {
         "SNAPSHOT_PROTECT", USES_GUEST | USES_COUNT | USES_VALUE,
     },
+    [THINVM_OP_RELOCATE] = {
+        "RELOCATE", USES_TREE | USES_SOURCE | USES_GUEST | USES_COUNT |
+                    USES_PHYSICAL | USES_VALUE,
+    },
+    [THINVM_OP_SHARE] = {
+        "SHARE", USES_TREE | USES_GUEST | USES_COUNT | USES_PHYSICAL |
+                 USES_VALUE,
+    },
+    [THINVM_OP_SHRINK] = { "SHRINK", USES_VALUE },
 };
 QEMU_BUILD_BUG_ON(offsetof(ThinvmBackingLe, unused) !=
                   THINVM_OP_BACKING_PAYLOAD);
@@ -244,6 +253,51 @@ static const char *judge_snapshot_op(const ThinvmOp *op)
     return NULL;
 }
 
+static const char *judge_relocate(const ThinvmOp *op)
+{
+    uint64_t former = op->value & THINVM_CLUSTER_MASK;
+
+    if (op->tree >= THINVM_NB_TREES) {
+        return "tree";
+    }
+    if (op->value >> THINVM_HOLDER_SHIFT > THINVM_MAX_SNAPSHOT_SLOTS) {
+        return "slot of the snapshot";
+    }
+    if (op->source > 1) {
+        return "source";
+    }
+    if (!range_ok(op->guest, MAX(op->count, 1), THINVM_MAX_GUEST_CLUSTERS)) {
+        return "guest range";
+    }
+    if (!op->count) {
+        return op->physical || former || op->source ? "physical range" : NULL;
+    }
+    if (op->count > THINVM_ENTRIES_PER_LEAF ||
+        !within_one_leaf(op->guest, op->count)) {
+        return "guest range";
+    }
+    return physical_ok(op, op->count) && former &&
+           range_ok(former, op->count, THINVM_MAX_CLUSTERS) &&
+           (op->physical + op->count <= former ||
+            former + op->count <= op->physical) ? NULL : "physical range";
+}
+
+static const char *judge_share(const ThinvmOp *op)
+{
+    if (op->tree >= THINVM_NB_TREES) {
+        return "tree";
+    }
+    if (op->guest >= THINVM_MAX_GUEST_CLUSTERS) {
+        return "guest cluster";
+    }
+    if (op->count > THINVM_INNER_LEVELS) {
+        return "level";
+    }
+    return op->value <= THINVM_MAX_SNAPSHOT_SLOTS && op->physical &&
+           op->physical <= THINVM_MAX_SNAPSHOT_SLOTS &&
+           op->physical != op->value ? NULL : "slot of a snapshot";
+}
+
 static const char *judge_op(const ThinvmOp *op)
 {
     switch (op->type) {
@@ -258,7 +312,12 @@ static const char *judge_op(const ThinvmOp *op)
                op->value % THINVM_SECTOR_SIZE == 0 ? NULL : "virtual size";
     case THINVM_OP_VMSTATE_SIZE:
         return op->value <= THINVM_MAX_VIRTUAL_SIZE ? NULL : "VM state size";
+    case THINVM_OP_RELOCATE:
+        return judge_relocate(op);
+    case THINVM_OP_SHARE:
+        return judge_share(op);
     case THINVM_OP_GROW:
+    case THINVM_OP_SHRINK:
         return op->value && op->value <= THINVM_MAX_CLUSTERS
                ? NULL : "number of device clusters";
     case THINVM_OP_META_EXTEND:

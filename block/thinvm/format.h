@@ -547,8 +547,32 @@ typedef enum ThinvmOpType {
     THINVM_OP_VMSTATE_SIZE = 14,
     /* guest: slot, value: id; count: 1 protects from deletion, 0 ends that */
     THINVM_OP_SNAPSHOT_PROTECT = 15,
+    /* guest, count (0 to 512, within one leaf), physical, tree, value (former
+       cluster and tree's holder, see below), source: 0 if the new clusters
+       are free, 1 if they have been the target of this before.  Entries of
+       one tree name other clusters that hold the same.  count 0: none do,
+       but the pages on the way to guest become its own */
+    THINVM_OP_RELOCATE = 16,
+    /* tree, guest, count (level), value (holder that gets), physical (slot
+       plus one of the snapshot that gives): a pointer to a page that says the
+       same becomes one to the very same page */
+    THINVM_OP_SHARE = 17,
+    /* value: device clusters, fewer than before; those behind are free */
+    THINVM_OP_SHRINK = 18,
     THINVM_OP__MAX
 } ThinvmOpType;
+
+/*
+ * Who holds a mapping tree: 0 the active disk or VM state, else the slot of a
+ * snapshot plus one.  In the value of RELOCATE above the former cluster.
+ */
+#define THINVM_HOLDER_ACTIVE        0
+#define THINVM_HOLDER_SHIFT         40
+
+static inline uint64_t thinvm_relocate_value(uint64_t holder, uint64_t former)
+{
+    return holder << THINVM_HOLDER_SHIFT | former;
+}
 
 /* Trees that operations name */
 enum {

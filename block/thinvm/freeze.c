@@ -110,6 +110,9 @@ static void plan_space(ThinvmState *s, SpacePlan *plan)
     place_move(s, &plan->root,
                thinvm_slot_type(&s->space_root) == THINVM_PTR_PAGE ?
                thinvm_slot_address(&s->space_root) : 0);
+    for (unsigned j = plan->nb_inner; j < s->space_inner->len; j++) {
+        thinvm_page_unref(s, inner_address(s, j));
+    }
     do {
         moved = false;
         for (unsigned i = 0; i < plan->nb_blocks; i++) {

@@ -161,22 +161,10 @@ void thinvm_map_mark_shared(ThinvmPage *page, bool pages_too)
 /* ------------------------------------------------------------------ */
 /* Paths                                                               */
 
-/* Where a walk to a leaf ended */
-typedef struct PathEnd {
-    ThinvmPage *leaf;               /* NULL: @slot stands for the range */
-    const ThinvmPointerLe *slot;
-    int level;                      /* of what @slot points to */
-    bool shared;
-} PathEnd;
-
-/*
- * Walk down to the page of @bottom (0: the leaf), touching what will change.
- * Stops early where a pointer stands for the range.
- */
-static int need_path(ThinvmState *s, int tree, uint64_t guest, int bottom,
-                     ThinvmNeeds *needs, PathEnd *end)
+int thinvm_map_need_path(ThinvmState *s, const ThinvmPointerLe *slot,
+                         uint64_t guest, int bottom, ThinvmNeeds *needs,
+                         ThinvmPathEnd *end)
 {
-    const ThinvmPointerLe *slot = &s->root[tree];
     int ret = 0;
 
     memset(end, 0, sizeof(*end));
@@ -208,7 +196,7 @@ static int need_path(ThinvmState *s, int tree, uint64_t guest, int bottom,
     }
 }
 
-static uint64_t end_entry(const PathEnd *end, unsigned index)
+uint64_t thinvm_map_end_entry(const ThinvmPathEnd *end, unsigned index)
 {
     uint64_t word;
 
@@ -228,8 +216,8 @@ static uint64_t end_entry(const PathEnd *end, unsigned index)
 }
 
 /* The counts of what entries [from, to) name will change */
-static int need_end_counts(ThinvmState *s, const PathEnd *end, unsigned from,
-                           unsigned to, ThinvmNeeds *needs)
+int thinvm_map_need_end_counts(ThinvmState *s, const ThinvmPathEnd *end,
+                               unsigned from, unsigned to, ThinvmNeeds *needs)
 {
     ThinvmPointerType type;
 
@@ -249,7 +237,7 @@ static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
                                int level)
 {
     uint64_t word = thinvm_slot_word(slot);
-    PathEnd end = { .slot = slot, .level = level };
+    ThinvmPathEnd end = { .slot = slot, .level = level };
     ThinvmPage *page = thinvm_page_new(s, thinvm_map_kind(level), level);
 
     if (level) {
@@ -261,7 +249,7 @@ static ThinvmPage *materialize(ThinvmState *s, ThinvmPointerLe *slot,
             thinvm_space_promise(s, -1);    /* this page was meant */
         }
         for (unsigned i = 0; i < THINVM_ENTRIES_PER_LEAF; i++) {
-            page->data[i] = cpu_to_le64(end_entry(&end, i));
+            page->data[i] = cpu_to_le64(thinvm_map_end_entry(&end, i));
         }
         thinvm_taking_look(s, page);
     }
@@ -279,11 +267,9 @@ ThinvmPage *thinvm_map_writable_child(ThinvmState *s, ThinvmPointerLe *slot,
            thinvm_page_shadow(s, slot) : materialize(s, slot, level);
 }
 
-/* The page of @bottom for @guest, writable, with all above it */
-static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
-                                 int bottom)
+ThinvmPage *thinvm_map_writable_path(ThinvmState *s, ThinvmPointerLe *slot,
+                                     int tree, uint64_t guest, int bottom)
 {
-    ThinvmPointerLe *slot = &s->root[tree];
     ThinvmPage *page;
 
     for (int level = THINVM_INNER_LEVELS; ; level--) {
@@ -300,6 +286,18 @@ static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
 
 /* ------------------------------------------------------------------ */
 /* Operations on entries                                               */
+
+static int need_path(ThinvmState *s, int tree, uint64_t guest, int bottom,
+                     ThinvmNeeds *needs, ThinvmPathEnd *end)
+{
+    return thinvm_map_need_path(s, &s->root[tree], guest, bottom, needs, end);
+}
+
+static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
+                                 int bottom)
+{
+    return thinvm_map_writable_path(s, &s->root[tree], tree, guest, bottom);
+}
 
 /* Where all parts are valid the source says nothing: one way to write it, so
  * that neighbours join and leaves become runs */
@@ -319,7 +317,7 @@ static bool op_range_ok(const ThinvmOp *op)
 static int prepare_map(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs)
 {
     unsigned index = op->guest & LEAF_MASK;
-    PathEnd end;
+    ThinvmPathEnd end;
     int ret, ret2;
 
     if (!op->count || index + op->count > THINVM_ENTRIES_PER_LEAF) {
@@ -333,7 +331,7 @@ static int prepare_map(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs)
     if (ret < 0 || ret2 < 0) {
         return -EAGAIN;
     }
-    return need_end_counts(s, &end, index, index + op->count, needs);
+    return thinvm_map_need_end_counts(s, &end, index, index + op->count, needs);
 }
 
 static void apply_map(ThinvmState *s, const ThinvmOp *op)
@@ -376,7 +374,7 @@ static uint64_t entry_after(const ThinvmOp *op, uint64_t entry)
 static int prepare_valid_bits(ThinvmState *s, const ThinvmOp *op,
                               ThinvmNeeds *needs)
 {
-    PathEnd end;
+    ThinvmPathEnd end;
     uint64_t entry;
     int ret = need_path(s, op->tree, op->guest, 0, needs, &end);
 
@@ -385,7 +383,7 @@ static int prepare_valid_bits(ThinvmState *s, const ThinvmOp *op,
     }
     /* A leaf of a run comes for good, and nothing was promised to a run */
     s->grows |= !end.leaf && thinvm_slot_type(end.slot) == THINVM_PTR_RUN;
-    entry = end_entry(&end, op->guest & LEAF_MASK);
+    entry = thinvm_map_end_entry(&end, op->guest & LEAF_MASK);
     return entry_after(op, entry) == entry ? -EALREADY : 0;
 }
 
@@ -400,7 +398,7 @@ static void apply_valid_bits(ThinvmState *s, const ThinvmOp *op)
 static int prepare_map_run(ThinvmState *s, const ThinvmOp *op,
                            ThinvmNeeds *needs)
 {
-    PathEnd end;
+    ThinvmPathEnd end;
     int ret;
 
     if (op->guest & LEAF_MASK ||

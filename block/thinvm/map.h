@@ -78,6 +78,30 @@ void thinvm_gather_leaf(ThinvmGather *g, ThinvmPage *leaf, unsigned from,
 /* 0, or -EAGAIN if @fn said so for any */
 int thinvm_gather_end(ThinvmGather *g);
 
+/* Where a walk to a leaf ended */
+typedef struct ThinvmPathEnd {
+    ThinvmPage *leaf;               /* NULL: @slot stands for the range */
+    const ThinvmPointerLe *slot;
+    int level;                      /* of what @slot points to */
+    bool shared;
+} ThinvmPathEnd;
+
+/*
+ * Walk down from the root @slot to the page of @bottom (0: the leaf), touching
+ * what will change.  Stops early where a pointer stands for the range.
+ */
+int thinvm_map_need_path(ThinvmState *s, const ThinvmPointerLe *slot,
+                         uint64_t guest, int bottom, ThinvmNeeds *needs,
+                         ThinvmPathEnd *end);
+uint64_t thinvm_map_end_entry(const ThinvmPathEnd *end, unsigned index);
+/* The counts of what entries [from, to) name will change */
+int thinvm_map_need_end_counts(ThinvmState *s, const ThinvmPathEnd *end,
+                               unsigned from, unsigned to, ThinvmNeeds *needs);
+/* The page of @bottom for @guest, writable, with all above it; @slot is the
+ * root of @tree, or of a snapshot's tree of that kind, and may be changed */
+ThinvmPage *thinvm_map_writable_path(ThinvmState *s, ThinvmPointerLe *slot,
+                                     int tree, uint64_t guest, int bottom);
+
 /* The page that @slot leads to, writable; made if @slot stands for a range */
 ThinvmPage *thinvm_map_writable_child(ThinvmState *s, ThinvmPointerLe *slot,
                                       int level);

@@ -40,8 +40,6 @@
 #define THINVM_GROW_STEP            (64 * MiB)
 /* The same where that takes space below at once */
 #define THINVM_GROW_STEP_BOUNDED    (1 * MiB)
-/* Pages of the shortest metadata extent that is taken */
-#define THINVM_EXTENT_LEAST         16ULL
 /* Shorter places that are passed over in the search for it */
 #define THINVM_EXTENT_SEARCH        32
 /* How long a request waits in reserve() for others to leave */
@@ -122,6 +120,19 @@ static unsigned requests_running(ThinvmStore *st)
         nb += qatomic_read(&st->requests[i].nb);
     }
     return nb;
+}
+
+unsigned thinvm_store_requests_mark(ThinvmStore *st)
+{
+    smp_mb();
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->request_epoch;
+}
+
+bool thinvm_store_requests_left(ThinvmStore *st, unsigned mark)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    return epoch_has_left(st, mark);
 }
 
 /* ------------------------------------------------------------------ */
@@ -369,13 +380,21 @@ static ThinvmQuarantine *release_following(ThinvmStore *st, ThinvmState *s)
     return q;
 }
 
-/* One entry, of which the discard takes its time; only the owner has these */
+/*
+ * Several entries, so that what a guest discards piece by piece is joined to
+ * few discards of the device; these take their time.  Only the owner has them.
+ */
 static ThinvmQuarantine *coroutine_fn release_owned(ThinvmStore *st,
                                                     ThinvmState *s,
                                                     bool discard)
 {
-    ThinvmQuarantine *q = quarantine_pop(st);
+    ThinvmQuarantine *q = quarantine_pop(st), *more;
 
+    while (q && q->ranges->len < THINVM_RECLAIM_STEP &&
+           (more = quarantine_pop(st))) {
+        g_array_append_vals(q->ranges, more->ranges->data, more->ranges->len);
+        quarantine_free(more);
+    }
     if (q) {
         join_ranges(q->ranges);
         if (discard) {
@@ -500,6 +519,26 @@ static int coroutine_fn grow_by(ThinvmStore *st, uint64_t clusters)
     return use_clusters(st, after, NULL);
 }
 
+/*
+ * The image gave up the end of its device, which somebody is about to cut off:
+ * what were taken into use there again would be lost.
+ */
+static bool may_not_grow(ThinvmStore *st, uint64_t length)
+{
+    uint64_t shrunk = qatomic_read(&st->shrunk_length);
+
+    if (shrunk && shrunk != length) {
+        qatomic_set(&st->shrunk_length, 0);
+        shrunk = 0;
+    }
+    return shrunk;
+}
+
+void thinvm_store_forget_shrink(ThinvmStore *st)
+{
+    qatomic_set(&st->shrunk_length, 0);
+}
+
 int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
                                    Error **errp)
 {
@@ -517,7 +556,9 @@ int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
     ret = size ? st->dev->co_grow(st->dev, size) : 0;
     length = st->dev->co_length(st->dev);
     before = device_clusters(st);
-    if (ret < 0) {
+    if (ret == 0 && length > 0 && may_not_grow(st, length)) {
+        /* what the image has given up is still there */
+    } else if (ret < 0) {
         error_setg_errno(errp, -ret, "The device has %" PRIi64 " bytes and "
                          "cannot be enlarged to %" PRIu64 "; extend it first",
                          length, size);
@@ -547,6 +588,10 @@ static int coroutine_fn grow(ThinvmStore *st)
     int ret;
 
     step = MAX(1, (bound ? MIN(bound, step) : step) >> st->cluster_bits);
+    if (qatomic_read(&st->shrunk_length) &&
+        may_not_grow(st, MAX(dev->co_length(dev), 0))) {
+        return -ENOSPC;
+    }
     do {
         ret = grow_by(st, step);
         step /= 16;
@@ -640,6 +685,37 @@ static int coroutine_fn reserve(ThinvmStore *st, uint64_t goal, uint64_t max,
     }
 }
 
+int coroutine_fn thinvm_store_reserve_below(ThinvmStore *st, uint64_t limit,
+                                            uint64_t max, uint64_t *first,
+                                            uint64_t *nb_clusters)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    int ret = thinvm_store_may_write(st);
+
+    if (ret == 0) {
+        ret = reserve_once(st, 0, max, first, nb_clusters);
+    }
+    if (ret == 0 && *first >= limit) {
+        /* Perhaps what was held ready before lower ones came free */
+        thinvm_store_unreserve(st, *first, *nb_clusters);
+        thinvm_state_lock(s);
+        thinvm_space_stop_reserving(s);
+        thinvm_state_unlock(s);
+        ret = reserve_once(st, 0, max, first, nb_clusters);
+    }
+    if (ret == 0 && *first >= limit) {
+        thinvm_store_unreserve(st, *first, *nb_clusters);
+        return -ENOSPC;
+    }
+    if (ret == 0 && *first + *nb_clusters > limit) {
+        uint64_t nb = limit - *first;
+
+        thinvm_store_unreserve(st, limit, *nb_clusters - nb);
+        *nb_clusters = nb;
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_reserve(ThinvmStore *st, uint64_t goal,
                                       uint64_t max, uint64_t *first,
                                       uint64_t *nb_clusters)
@@ -690,7 +766,7 @@ static void coroutine_fn look_at_pages(ThinvmStore *st, uint64_t first,
     }
 }
 
-static int coroutine_fn extend_metadata_by(ThinvmStore *st, ThinvmOp *op)
+int coroutine_fn thinvm_store_take_metadata(ThinvmStore *st, ThinvmOp *op)
 {
     ThinvmState *s = thinvm_store_state(st);
     int ret;
@@ -762,7 +838,7 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
         if (ret == -ENOSPC) {
             note_no_extent(st);
         } else if (ret == 0) {
-            ret = extend_metadata_by(st, &op);
+            ret = thinvm_store_take_metadata(st, &op);
             if (ret < 0) {
                 thinvm_store_unreserve(st, op.physical, op.count);
             }

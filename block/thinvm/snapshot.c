@@ -96,6 +96,65 @@ static ThinvmSnapshotLe *writable_record(ThinvmState *s, uint32_t slot)
     }
 }
 
+int thinvm_snapshot_root(ThinvmState *s, uint64_t slot, int tree, bool touch,
+                         ThinvmNeeds *needs, const ThinvmPointerLe **root)
+{
+    const ThinvmSnapshotLe *record;
+    ThinvmPage *leaf;
+    ThinvmPointer ptr;
+    int ret = slot < s->nb_snapshot_slots ?
+              record_leaf(s, slot, touch, needs, &leaf) : -ENOENT;
+
+    if (ret < 0) {
+        return ret;
+    }
+    record = leaf_record(leaf, slot);
+    if (!record->id_le) {
+        return -ENOENT;
+    }
+    *root = tree == THINVM_TREE_DISK ? &record->root : &record->vmstate_root;
+    thinvm_pointer_decode(&ptr, *root);
+    return thinvm_root_validate(&s->bounds, THINVM_PAGE_MAP_INNER, &ptr,
+                                "snapshot", NULL) ? 0 : -EBADMSG;
+}
+
+ThinvmPointerLe *thinvm_snapshot_writable_root(ThinvmState *s, uint64_t slot,
+                                               int tree)
+{
+    ThinvmSnapshotLe *record = writable_record(s, slot);
+
+    return tree == THINVM_TREE_DISK ? &record->root : &record->vmstate_root;
+}
+
+int thinvm_snapshot_need_rewrite(ThinvmState *s, uint64_t slot,
+                                 ThinvmNeeds *needs)
+{
+    const ThinvmPointerLe *ptr = &s->snapshot_root;
+    bool retired = false;
+
+    for (int level = THINVM_SNAPSHOT_LEVELS; ; level--) {
+        ThinvmPage *page;
+
+        if (thinvm_slot_type(ptr) != THINVM_PTR_PAGE) {
+            return retired;
+        }
+        page = thinvm_page_get(s, ptr, record_kind(level), level, needs);
+        if (!page) {
+            return -EAGAIN;
+        }
+        retired |= thinvm_page_is_retired(s, page->number);
+        if (level == 0) {
+            return retired;
+        }
+        ptr = &thinvm_page_slots(page)[record_index(slot, level)];
+    }
+}
+
+void thinvm_snapshot_rewrite(ThinvmState *s, uint64_t slot)
+{
+    writable_record(s, slot);
+}
+
 uint32_t thinvm_snapshot_nb_slots(ThinvmState *s)
 {
     return s->nb_snapshot_slots;

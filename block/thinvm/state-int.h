@@ -62,8 +62,10 @@ struct ThinvmPage {
 
 /* A metadata extent.  A page is free when its count is 0 and not held. */
 typedef struct ThinvmMetaExtent {
+    struct rcu_head rcu;
     uint64_t first_page;
     uint32_t nb_pages;
+    bool retired;               /* gives out no more places */
     uint32_t nb_free;           /* neither counted nor held */
     uint32_t hint;              /* no free page below */
     bool dirty;                 /* counts changed since the last freeze */
@@ -138,8 +140,9 @@ struct ThinvmState {
     GHashTable *checksums;      /* page number -> ThinvmChecksum; freeze.c */
 
     /* Metadata extents, in order of taking, and sorted by place */
-    GPtrArray *extents;         /* ThinvmMetaExtent */
+    GPtrArray *extents;         /* ThinvmMetaExtent, owned */
     GPtrArray *extents_sorted;
+    unsigned nb_retired;        /* of them */
     GArray *space_inner;        /* ThinvmPointer of level-1 inner pages */
     uint64_t nb_meta_pages, nb_meta_free;
     /* Freed pages (numbers) that a base still names: in the interval being
@@ -158,6 +161,7 @@ struct ThinvmState {
     /* Opening: the superblocks and which is being loaded; page.c */
     ThinvmSuperblock sb, older;
     bool has_older, loaded;
+    bool older_has_more;        /* metadata extents that this base has not */
     /* Counts were met that cannot be: every further change is refused */
     bool damaged;
     uint64_t applying;          /* sequence of the record being replayed */
@@ -273,6 +277,8 @@ ThinvmMetaExtent *thinvm_extent_add(ThinvmState *s, uint64_t first_page,
 /* A place for a page with count 1, or its return (@hold: a base names it) */
 uint64_t thinvm_place_alloc(ThinvmState *s);
 void thinvm_place_free(ThinvmState *s, uint64_t number, bool hold);
+/* Does the page lie in an extent that is to be given back? */
+bool thinvm_page_is_retired(ThinvmState *s, uint64_t number);
 void thinvm_extents_hold_shift(ThinvmState *s);
 void thinvm_extents_hold_release(ThinvmState *s);
 
@@ -294,6 +300,7 @@ typedef enum ThinvmCountChange {
     THINVM_COUNT_INC,
     THINVM_COUNT_DEC,               /* 0 reached: freed, busy */
     THINVM_COUNT_TO_METADATA,       /* from 0 */
+    THINVM_COUNT_FROM_METADATA,     /* to 0: freed, busy */
 } ThinvmCountChange;
 
 /* prepare: the counts of these clusters will change.  0, -EAGAIN */
@@ -311,6 +318,17 @@ int thinvm_count_load(ThinvmState *s, ThinvmNeeds *needs);
 /* prepare and apply of GROW */
 int thinvm_count_need_grow(ThinvmState *s, ThinvmNeeds *needs);
 void thinvm_count_grow(ThinvmState *s, uint64_t device_clusters);
+/* prepare and apply of SHRINK: 0, -EAGAIN, -EBADMSG (not all are free) */
+int thinvm_count_need_shrink(ThinvmState *s, uint64_t device_clusters,
+                             ThinvmNeeds *needs);
+void thinvm_count_shrink(ThinvmState *s, uint64_t device_clusters);
+/*
+ * From *cluster on: one whose count's page, or one above it, is in a retired
+ * extent.  1, 0 (there is none), -EAGAIN.  And give those other places.
+ */
+int thinvm_count_find_retired(ThinvmState *s, uint64_t *cluster,
+                              ThinvmNeeds *needs);
+void thinvm_count_rewrite(ThinvmState *s, uint64_t cluster);
 /*
  * From @from on: the first cluster with count 0 that is not busy, and how
  * many follow it at least (at most @max).  0, -EAGAIN, -ENOSPC.
@@ -367,6 +385,25 @@ void thinvm_map_form_runs(ThinvmState *s);
 int thinvm_snapshot_prepare(ThinvmState *s, const ThinvmOp *op,
                             ThinvmNeeds *needs, Error **errp);
 void thinvm_snapshot_apply(ThinvmState *s, const ThinvmOp *op);
+
+/* The root in a record: 0, -EAGAIN, -ENOENT (the slot is free), -EBADMSG */
+int thinvm_snapshot_root(ThinvmState *s, uint64_t slot, int tree, bool touch,
+                         ThinvmNeeds *needs, const ThinvmPointerLe **root);
+ThinvmPointerLe *thinvm_snapshot_writable_root(ThinvmState *s, uint64_t slot,
+                                               int tree);
+/* Is a page on the way to this slot in a retired extent?  Or -EAGAIN */
+int thinvm_snapshot_need_rewrite(ThinvmState *s, uint64_t slot,
+                                 ThinvmNeeds *needs);
+void thinvm_snapshot_rewrite(ThinvmState *s, uint64_t slot);
+
+/* ---- relocate.c ---- */
+int thinvm_relocate_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
+                            ThinvmNeeds *needs, Error **errp);
+void thinvm_relocate_apply(ThinvmState *s, const ThinvmOp *op);
+
+/* ---- state.c ---- */
+/* The backing file's name, if its page is in a retired extent: 1; else 0 */
+int thinvm_state_rewrite_backing(ThinvmState *s);
 
 /* ---- freeze.c ---- */
 /* The checksum of a child that was completed lately; else the slot's own */

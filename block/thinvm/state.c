@@ -291,6 +291,20 @@ static void apply_backing(ThinvmState *s, const ThinvmBacking *backing)
     thinvm_slot_set(&s->backing_root, word, 0, 0);
 }
 
+int thinvm_state_rewrite_backing(ThinvmState *s)
+{
+    ThinvmBacking backing = s->backing;
+
+    if (thinvm_slot_type(&s->backing_root) != THINVM_PTR_PAGE ||
+        !thinvm_page_is_retired(s, thinvm_slot_address(&s->backing_root))) {
+        return 0;
+    }
+    seqlock_write_begin(&s->sequence);
+    apply_backing(s, &backing);
+    seqlock_write_end(&s->sequence);
+    return 1;
+}
+
 /* ------------------------------------------------------------------ */
 /* Space of the device                                                 */
 
@@ -306,6 +320,33 @@ static int prepare_grow(ThinvmState *s, const ThinvmOp *op,
         return -EINVAL;
     }
     return thinvm_count_need_grow(s, needs);
+}
+
+static int prepare_shrink(ThinvmState *s, const ThinvmOp *op, bool replay,
+                          ThinvmNeeds *needs, Error **errp)
+{
+    int ret;
+
+    if (op->value == s->device_clusters) {
+        return -EALREADY;
+    }
+    if (op->value > s->device_clusters || op->value <= s->first_cluster) {
+        error_setg(errp, "device of %" PRIu64 " clusters cannot shrink to %"
+                   PRIu64, s->device_clusters, op->value);
+        return -EINVAL;
+    }
+    ret = thinvm_count_need_shrink(s, op->value, needs);
+    if (ret == 0 && !replay &&
+        thinvm_space_next_busy(s, op->value, s->device_clusters) <
+        s->device_clusters) {
+        ret = -EBUSY;
+    }
+    if (ret == -EBADMSG || ret == -EBUSY) {
+        error_setg(errp, "of the device's %" PRIu64 " clusters some behind the "
+                   "first %" PRIu64 " are in use", s->device_clusters,
+                   op->value);
+    }
+    return ret;
 }
 
 static int prepare_meta_extend(ThinvmState *s, const ThinvmOp *op,
@@ -348,7 +389,7 @@ static void apply_meta_extend(ThinvmState *s, const ThinvmOp *op)
 /* ------------------------------------------------------------------ */
 /* Prepare and apply                                                   */
 
-static int prepare_by_type(ThinvmState *s, const ThinvmOp *op,
+static int prepare_by_type(ThinvmState *s, const ThinvmOp *op, bool replay,
                            ThinvmNeeds *needs, Error **errp)
 {
     switch (op->type) {
@@ -367,6 +408,11 @@ static int prepare_by_type(ThinvmState *s, const ThinvmOp *op,
         return prepare_grow(s, op, needs, errp);
     case THINVM_OP_META_EXTEND:
         return prepare_meta_extend(s, op, needs, errp);
+    case THINVM_OP_RELOCATE:
+    case THINVM_OP_SHARE:
+        return thinvm_relocate_prepare(s, op, replay, needs, errp);
+    case THINVM_OP_SHRINK:
+        return prepare_shrink(s, op, replay, needs, errp);
     case THINVM_OP_SNAPSHOT_CREATE:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
     case THINVM_OP_SNAPSHOT_GOTO:
@@ -389,6 +435,8 @@ static bool op_may_use_reserve(const ThinvmOp *op)
     case THINVM_OP_META_EXTEND:
     case THINVM_OP_EPOCH:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:
+    case THINVM_OP_SHARE:
+    case THINVM_OP_SHRINK:
         return true;
     default:
         return false;
@@ -440,7 +488,7 @@ int thinvm_state_prepare(ThinvmState *s, const ThinvmOp *op, bool replay,
     s->new_promises = 0;
     s->grows = !op_may_use_reserve(op);
     s->last_count_leaf = UINT64_MAX;
-    ret = prepare_by_type(s, op, needs, errp);
+    ret = prepare_by_type(s, op, replay, needs, errp);
     if (needs->nb_want && ret == 0) {
         ret = -EAGAIN;
     }
@@ -475,8 +523,16 @@ void thinvm_state_apply(ThinvmState *s, const ThinvmOp *op)
         thinvm_count_grow(s, op->value);
         thinvm_space_update_bounds(s);
         break;
+    case THINVM_OP_SHRINK:
+        thinvm_count_shrink(s, op->value);
+        thinvm_space_update_bounds(s);
+        break;
     case THINVM_OP_META_EXTEND:
         apply_meta_extend(s, op);
+        break;
+    case THINVM_OP_RELOCATE:
+    case THINVM_OP_SHARE:
+        thinvm_relocate_apply(s, op);
         break;
     case THINVM_OP_SNAPSHOT_CREATE:
     case THINVM_OP_SNAPSHOT_DELETE_STEP:

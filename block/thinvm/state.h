@@ -350,6 +350,61 @@ void thinvm_frozen_complete(ThinvmState *s, ThinvmFrozen *f);
 void thinvm_state_thaw(ThinvmState *s, ThinvmFrozen *f);
 
 /* ------------------------------------------------------------------ */
+/* Compaction (relocate.c)                                             */
+
+/* Behind the last cluster with a count: 0, -EAGAIN */
+int thinvm_state_high_water(ThinvmState *s, uint64_t *end,
+                            ThinvmNeeds *needs);
+
+/* What a tree has at a place that is to be moved */
+typedef struct ThinvmRelocation {
+    uint64_t guest;             /* in: where to look; out: of the first one */
+    uint64_t next;              /* the tree goes on there */
+    uint64_t count;             /* clusters at or behind the limit; 0: none */
+    uint64_t physical;
+    uint16_t valid;             /* alike */
+    bool retired;               /* a page on the way is in such an extent */
+    uint64_t page[THINVM_INNER_LEVELS + 1]; /* their numbers, by level; or 0 */
+} ThinvmRelocation;
+
+/*
+ * Look at one leaf of a tree, from @r->guest to its end.  @holder: 0 or the
+ * slot of a snapshot plus one.  0, -EAGAIN, -ENOENT (no such snapshot),
+ * -EBADMSG.
+ */
+int thinvm_compact_look(ThinvmState *s, int tree, uint64_t holder,
+                        uint64_t limit, ThinvmRelocation *r,
+                        ThinvmNeeds *needs);
+/*
+ * Retire the last metadata extent that reaches behind @limit: no more pages
+ * are put there.  Whether one was; if not for want of pages elsewhere,
+ * *missing is how many.
+ */
+bool thinvm_compact_retire(ThinvmState *s, uint64_t limit, uint64_t *missing);
+/* They may be used again */
+void thinvm_compact_reinstate(ThinvmState *s);
+/*
+ * Another place for one page in them that no RELOCATE leads to, without an
+ * operation.  1; 0: there is none; -EAGAIN, -ENOSPC.  *cluster and *slot are
+ * 0 to begin with.
+ */
+int thinvm_compact_rewrite(ThinvmState *s, uint64_t *cluster, uint32_t *slot,
+                           ThinvmNeeds *needs);
+/*
+ * Give one back that neither the state nor one of the two newest bases has a
+ * page in.  No operation says so, only the next base: its clusters stay busy,
+ * and must until two more checkpoints were written; then thinvm_space_unbusy().
+ * 0, -EAGAIN, -ENOENT (there is none), -ENOSPC.
+ */
+int thinvm_compact_release(ThinvmState *s, ThinvmFreedRange *range,
+                           ThinvmNeeds *needs);
+/*
+ * The older base has extents that were given back: it knows nothing of what
+ * operations may do with their clusters, so that a checkpoint comes first.
+ */
+bool thinvm_state_older_has_more(ThinvmState *s);
+
+/* ------------------------------------------------------------------ */
 /* Snapshots                                                           */
 
 /*

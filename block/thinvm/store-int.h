@@ -209,6 +209,8 @@ struct ThinvmStore {
     /* qatomic: with so many free clusters there was no metadata extent in a
        device of this size */
     uint64_t extend_free, extend_device;
+    uint64_t shrunk_length;     /* of the device when the image gave up its
+                                   end; qatomic */
     uint64_t deleting_id;       /* of the snapshot being deleted; st->lock */
     uint64_t deleting_sequence; /* record that hides it */
 
@@ -357,6 +359,8 @@ void coroutine_fn thinvm_checkpoint_pace(ThinvmStore *st, unsigned quarters);
 /* A record was composed: is it the last one in the frozen base? st->lock */
 void thinvm_checkpoint_mark(ThinvmStore *st, uint64_t sequence);
 int coroutine_fn thinvm_checkpoint_first(ThinvmStore *st);
+/* One that begins now, also if no operation came since the last */
+int coroutine_fn thinvm_store_checkpoint_anew(ThinvmStore *st);
 /* The state is being replaced; what is frozen goes with it */
 void thinvm_checkpoint_forget(ThinvmStore *st);
 
@@ -375,10 +379,21 @@ void thinvm_quarantine_settle(ThinvmStore *st);
 void thinvm_quarantine_skip(ThinvmState *s);
 bool thinvm_quarantine_is_full(ThinvmStore *st);
 void thinvm_retire_state(ThinvmStore *st, ThinvmState *s);
+/*
+ * As thinvm_store_reserve(), but the lowest ones that are free now, and below
+ * @limit; the device does not grow for it.
+ */
+int coroutine_fn thinvm_store_reserve_below(ThinvmStore *st, uint64_t limit,
+                                            uint64_t max, uint64_t *first,
+                                            uint64_t *nb_clusters);
 /* Steps in which all can be taken that the largest reserve may lack */
 #define THINVM_METADATA_STEPS   32
 /* Take metadata space ahead of need, a step.  1; 0: nothing is wanted; -errno */
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st);
+/* Pages of the shortest metadata extent that is taken */
+#define THINVM_EXTENT_LEAST     16ULL
+/* Execute this META_EXTEND, of reserved clusters.  grow_lock is held */
+int coroutine_fn thinvm_store_take_metadata(ThinvmStore *st, ThinvmOp *op);
 /*
  * Leave it to the worker; false: there is none, or it has been told.  No I/O,
  * also under the state lock; true: kick it then.

@@ -281,10 +281,17 @@ static int check_counters(ThinvmStore *st, uint64_t epoch, Error **errp)
 /*
  * A repair may have been interrupted between its two checkpoints.  The older
  * base is no way back then; so that there is one the second is written now.
+ * And compaction may have given metadata extents back in one of them.
  */
 static int coroutine_fn settle_repair(ThinvmStore *st)
 {
-    return thinvm_bases_repaired(&st->bases) ? thinvm_store_checkpoint(st) : 0;
+    bool more;
+
+    thinvm_state_lock(st->state);
+    more = thinvm_state_older_has_more(st->state);
+    thinvm_state_unlock(st->state);
+    return more || thinvm_bases_repaired(&st->bases) ?
+           thinvm_store_checkpoint(st) : 0;
 }
 
 /*

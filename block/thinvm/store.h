@@ -321,6 +321,62 @@ void thinvm_store_preload_hot(ThinvmStorePreload *p, const uint32_t *leaf,
 void thinvm_store_preload_retry(ThinvmStorePreload *p);
 
 /* ------------------------------------------------------------------ */
+/* Compaction; store-compact.c                                         */
+
+/* Behind the last cluster that is in use, in bytes */
+int coroutine_fn thinvm_store_high_water(ThinvmStore *st, uint64_t *bytes);
+
+/*
+ * Between lock and unlock nobody writes to, or changes, what these guest
+ * clusters of a tree map, in place neither; reads may go on.  One range at a
+ * time.
+ */
+typedef struct ThinvmCompactLocks {
+    void coroutine_fn (*lock)(void *opaque, int tree, uint64_t guest,
+                              uint64_t count);
+    void coroutine_fn (*unlock)(void *opaque);
+    void *opaque;
+} ThinvmCompactLocks;
+
+typedef struct ThinvmCompactStatus {
+    uint64_t total;         /* bytes that were behind the limit at first */
+    uint64_t moved;         /* bytes of clusters that were moved */
+    uint64_t copied;        /* bytes of data read and written */
+    uint64_t high_water;    /* bytes, when last looked */
+} ThinvmCompactStatus;
+
+typedef struct ThinvmCompact ThinvmCompact;
+
+ThinvmCompact *thinvm_compact_new(ThinvmStore *st,
+                                  const ThinvmCompactLocks *locks);
+/* Any context; may be called at any time between steps */
+void thinvm_compact_free(ThinvmCompact *c);
+/*
+ * One bounded step.  Not within a request of the caller's own, and no snapshot
+ * is taken, and none gone back to, meanwhile.
+ */
+int coroutine_fn thinvm_compact_step(ThinvmCompact *c, bool *done,
+                                     Error **errp);
+void thinvm_compact_status(const ThinvmCompact *c,
+                           ThinvmCompactStatus *status);
+
+/*
+ * Use no more than the first @size bytes of the device (0: as few as
+ * possible); *result: how many these are.  Then the device may be made that
+ * small.  Until its length has changed the image does not grow again by itself.
+ */
+int coroutine_fn thinvm_store_shrink(ThinvmStore *st, uint64_t size,
+                                     uint64_t *result, Error **errp);
+/* It may, after all.  Any context */
+void thinvm_store_forget_shrink(ThinvmStore *st);
+/*
+ * All requests that joined before thinvm_store_requests_mark() have left.  Any
+ * context; false: ask again later.
+ */
+unsigned thinvm_store_requests_mark(ThinvmStore *st);
+bool thinvm_store_requests_left(ThinvmStore *st, unsigned mark);
+
+/* ------------------------------------------------------------------ */
 /* Snapshots; store-snapshot.c                                         */
 
 /* A snapshot, for as long as it exists */

@@ -51,6 +51,7 @@ typedef struct Options {
 /* As in SimFault, then as in ImageFault */
 static const char *const fault_names[] = {
     "flush", "tear", "discard", "fence", "epoch", "order", "follow", "copy",
+    "move",
 };
 
 /* One life, and what is done to it */

@@ -42,6 +42,12 @@ static const ThinvmOp good_ops[] = {
       .physical = 1ULL << 62, .count = 524288 },
     { .type = THINVM_OP_VMSTATE_SIZE, .value = 16 * PiB },
     { .type = THINVM_OP_SNAPSHOT_PROTECT, .guest = 7, .value = 9, .count = 1 },
+    { .type = THINVM_OP_RELOCATE, .guest = BIG_GUEST + 508, .count = 4,
+      .physical = 300, .value = 524288ULL << 40 | 304, .tree = 1,
+      .source = 1 },
+    { .type = THINVM_OP_SHARE, .guest = 7, .count = 3, .physical = 524288 },
+    { .type = THINVM_OP_SHRINK, .value = 1ULL << 35 },
+    { .type = THINVM_OP_RELOCATE, .guest = 7, .value = 2ULL << 40 },
 };
 
 static void assert_same_op(const ThinvmOp *a, const ThinvmOp *b)
@@ -176,7 +182,7 @@ static const struct {
     const char *message;
 } op_cases[] = {
     { 0, TYPE, 2, 0, "type 0 is not known" },
-    { 0, TYPE, 2, 16, "type 16 is not known" },
+    { 0, TYPE, 2, 19, "type 19 is not known" },
     { 0, TYPE, 2, 65535, "type 65535 is not known" },
     { 0, LENGTH, 2, 0, "MAP: length 0" },
     { 0, LENGTH, 2, 48, "MAP: length 48" },
@@ -240,6 +246,22 @@ static const struct {
     { 17, VALUE, 8, 0, "SNAPSHOT_PROTECT: snapshot id" },
     { 17, COUNT_FIELD, 8, 2, "SNAPSHOT_PROTECT: count" },
     { 17, PHYSICAL, 8, 1, "SNAPSHOT_PROTECT: physical cluster is set" },
+    { 18, TREE, 1, 2, "RELOCATE: tree" },
+    { 18, SOURCE, 1, 2, "RELOCATE: source" },
+    { 18, COUNT_FIELD, 8, 5, "RELOCATE: guest range" },
+    { 18, COUNT_FIELD, 8, 0, "RELOCATE: physical range" },
+    { 18, PHYSICAL, 8, 301, "RELOCATE: physical range" },
+    { 18, PHYSICAL, 8, 0, "RELOCATE: physical range" },
+    { 18, VALUE, 8, 524289ULL << 40 | 304, "RELOCATE: slot of the snapshot" },
+    { 18, VALUE, 8, 0, "RELOCATE: physical range" },
+    { 19, TREE, 1, 2, "SHARE: tree" },
+    { 19, GUEST, 8, 1ULL << 33, "SHARE: guest cluster" },
+    { 19, COUNT_FIELD, 8, 4, "SHARE: level" },
+    { 19, PHYSICAL, 8, 0, "SHARE: slot of a snapshot" },
+    { 19, VALUE, 8, 524288, "SHARE: slot of a snapshot" },
+    { 20, VALUE, 8, 0, "SHRINK: number" },
+    { 21, PHYSICAL, 8, 7, "RELOCATE: physical range" },
+    { 21, GUEST, 8, 1ULL << 33, "RELOCATE: guest range" },
 };
 
 static void test_op_fields(void)

@@ -461,6 +461,105 @@ static void coroutine_fn do_maintenance(Worker *w)
     }
 }
 
+/* ------------------------------------------------------------------ */
+/* Compaction                                                          */
+
+typedef struct Range {
+    Worker *worker;
+    unsigned first, nb;         /* slots */
+} Range;
+
+static void coroutine_fn compact_lock(void *opaque, int tree, uint64_t guest,
+                                      uint64_t count)
+{
+    Range *r = opaque;
+
+    r->nb = 0;
+    for (unsigned slot = 0; slot < NB_SLOTS; slot++) {
+        if (slot_guest(slot) >= guest && slot_guest(slot) < guest + count) {
+            r->first = r->nb ? r->first : slot;
+            r->nb++;
+        }
+    }
+    lock_exclusive(r->worker, r->first, r->nb);
+}
+
+static void coroutine_fn compact_unlock(void *opaque)
+{
+    Range *r = opaque;
+
+    unlock_exclusive(r->worker, r->first, r->nb);
+}
+
+/* Writers that do not know yet that clusters may move have left */
+static void coroutine_fn announce(Worker *w)
+{
+    Life *l = w->life;
+    unsigned mark;
+
+    if (image_fault == IMAGE_FAULT_MOVE) {
+        return;
+    }
+    l->copiers++;
+    mark = thinvm_store_requests_mark(l->st);
+    while (!thinvm_store_requests_left(l->st, mark) && !l->down) {
+        turn(w);
+    }
+}
+
+static void coroutine_fn do_shrink(Worker *w)
+{
+    Life *l = w->life;
+    uint64_t size;
+
+    enter(w);
+    if (done(w, thinvm_store_shrink(l->st, 0, &size, NULL))) {
+        say(w, "uses %" PRIu64 " bytes of the device", size);
+        if (below(w, 2)) {
+            sim_truncate(l->sim, size);
+        } else {
+            thinvm_store_forget_shrink(l->st);
+        }
+    }
+    leave(w);
+}
+
+/* To the end, or to somewhere */
+static void coroutine_fn do_compact(Worker *w)
+{
+    Life *l = w->life;
+    Range range = { .worker = w };
+    ThinvmCompactLocks locks = { compact_lock, compact_unlock, &range };
+    unsigned steps = below(w, 2) ? UINT_MAX : below(w, 60);
+    ThinvmCompact *c;
+    bool finished = false;
+    int ret = 0;
+
+    if (l->compacting) {
+        return;
+    }
+    say(w, "compact");
+    l->compacting = true;
+    announce(w);
+    c = thinvm_compact_new(l->st, &locks);
+    while (steps-- && ret == 0 && !finished && !l->down) {
+        enter(w);
+        ret = thinvm_compact_step(c, &finished, NULL);
+        done(w, ret);
+        leave(w);
+        turn(w);
+    }
+    thinvm_compact_free(c);
+    if (image_fault != IMAGE_FAULT_MOVE) {
+        l->copiers--;
+    }
+    say(w, "%s", finished ? "compacted" : "not compacted to the end");
+    if (finished && !l->down) {
+        do_shrink(w);
+    }
+    l->compacting = false;
+}
+
 static void coroutine_fn writer(Worker *w)
 {
     switch (below(w, 24)) {
@@ -478,7 +577,11 @@ static void coroutine_fn writer(Worker *w)
         do_maintenance(w);
         break;
     case 11:
-        do_give_up(w);
+        if (below(w, 3) == 0) {
+            do_compact(w);
+        } else {
+            do_give_up(w);
+        }
         break;
     case 12:
         if (below(w, 4) == 0) {
@@ -832,5 +935,5 @@ void life_run(Life *l)
     memset(l->exclusive, 0, sizeof(l->exclusive));
     memset(l->writers, 0, sizeof(l->writers));
     l->nb_writing = l->copiers = 0;
-    l->frozen = false;
+    l->frozen = l->compacting = false;
 }

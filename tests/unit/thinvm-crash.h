@@ -41,6 +41,7 @@ typedef struct Life {
     unsigned writers[NB_SLOTS], nb_writing;
     unsigned copiers;           /* that may copy a shared cluster */
     bool frozen;                /* no writer may begin */
+    bool compacting;            /* somebody does */
 } Life;
 
 /* Run all workers of a reign until they have made their steps */

@@ -33,6 +33,9 @@ OPERATIONS = {
     13: ('SNAPSHOT_GOTO', 'guest count physical value', 0),
     14: ('VMSTATE_SIZE', 'value', 0),
     15: ('SNAPSHOT_PROTECT', 'guest count value', 0),
+    16: ('RELOCATE', 'tree source guest count physical value', 0),
+    17: ('SHARE', 'tree guest count physical value', 0),
+    18: ('SHRINK', 'value', 0),
 }
 FIELDS = 'tree source valid guest count physical value'.split()
 
@@ -76,7 +79,25 @@ class Operation:
             check(value <= MAX_SIZE and value % 512 == 0)
         elif name == 'VMSTATE_SIZE':
             check(value <= MAX_SIZE)
-        elif name == 'GROW':
+        elif name == 'RELOCATE':
+            former = value & (1 << 40) - 1
+            check(self.tree < 2 and self.source < 2 and
+                  value >> 40 <= MAX_SLOTS and self.count <= 512)
+            check(self.guest + max(self.count, 1) <= MAX_GUEST_CLUSTERS)
+            if self.count:
+                check(self.guest // 512 ==
+                      (self.guest + self.count - 1) // 512)
+                check(all(c and c + self.count <= MAX_CLUSTERS
+                          for c in (former, self.physical)))
+                check(abs(former - self.physical) >= self.count)
+            else:
+                check(not (former or self.physical or self.source))
+        elif name == 'SHARE':
+            check(self.tree < 2 and self.guest < MAX_GUEST_CLUSTERS and
+                  self.count <= 3)
+            check(value <= MAX_SLOTS and 0 < self.physical <= MAX_SLOTS and
+                  value != self.physical)
+        elif name in ('GROW', 'SHRINK'):
             check(0 < value <= MAX_CLUSTERS)
         elif name == 'META_EXTEND':
             check(0 < self.count <= 508 and self.physical and

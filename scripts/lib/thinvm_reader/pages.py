@@ -299,6 +299,24 @@ class Pages:
             p = page.items[cluster >> 8 * level + 3 & 255]
         return 0
 
+    def _used_behind(self, pointer, level, base, first):
+        """Has the base counts other than 0, unchanged since, from first on?"""
+        span = 2048 << 8 * level
+        if pointer.type == NONE or base + span <= first:
+            return False
+        if pointer.type == UNIFORM:
+            start = max(first, base)
+            return (base + span - start > len(self.count_changes) or
+                    any(c not in self.count_changes
+                        for c in range(start, base + span)))
+        items = self.page(pointer, COUNT, level).items
+        if level:
+            return any(self._used_behind(p, level - 1, base + i * (span >> 8),
+                                         first) for i, p in enumerate(items))
+        return any(count and base + i >= first and
+                   base + i not in self.count_changes
+                   for i, count in enumerate(items))
+
     def cluster_count(self, cluster):
         count = self.count_changes.get(cluster)
         return self.base_count(cluster) if count is None else count

@@ -5,7 +5,7 @@
 # operation that is impossible in the state it meets raises FormatError.
 
 from .structures import (
-    ALL_VALID, BACKING, COUNT_METADATA, DELETED, DISK, EMPTY,
+    ALL_VALID, BACKING, COUNT_MAX, COUNT_METADATA, DELETED, DISK, EMPTY,
     EXTENT_MAX_PAGES, MAP, MAX_GUEST_CLUSTERS, MAX_SLOTS, NONE, PAGEPTR,
     PROTECTED, RUN, TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES, FormatError,
     Pointer, Snapshot, decode_backing, entry_fields, make_entry, require,
@@ -232,6 +232,141 @@ class State(Pages):
         self._take_clusters(op.physical, 512, 1, 'MAP_RUN')
         self.roots[op.tree] = self._change(self.roots[op.tree], 3, op.guest,
                                            1, change)
+
+    # -- compaction --
+
+    def _root(self, tree, holder):
+        """The pointer to a tree: of the active one (0), or of the snapshot in
+        slot holder - 1; None if there is none."""
+        if not holder:
+            return self.roots[tree]
+        s = self.snapshots.get(holder - 1)
+        return s and (s.vmstate_root if tree == VMSTATE else s.root)
+
+    def _set_root(self, tree, holder, pointer):
+        if not holder:
+            self.roots[tree] = pointer
+        elif tree == VMSTATE:
+            self.snapshots[holder - 1].vmstate_root = pointer
+        else:
+            self.snapshots[holder - 1].root = pointer
+
+    def _path(self, pointer, guest):
+        """The pointers to pages on the way to a guest cluster, by level."""
+        found = {}
+        for level in (3, 2, 1, 0):
+            if pointer.type != PAGEPTR:
+                break
+            found[level] = pointer
+            if level:
+                items = self.page(pointer, MAP, level).items
+                pointer = items[self.child_index(guest, level)]
+        return found
+
+    def _judge_owner(self, op, holder, bottom):
+        """Pages that a snapshot gets copies of must not be the active
+        tree's: its entries would not tell that they are shared."""
+        if not holder:
+            return
+        active = self._path(self.roots[op.tree], op.guest)
+        for level, p in self._path(self._root(op.tree, holder),
+                                   op.guest).items():
+            require(level < bottom or self.page_count(p.address) == 1 or
+                    active.get(level, EMPTY).address != p.address,
+                    f'page {p.address} is also the active tree\'s')
+
+    def _own(self, pointer, level, guest):
+        """A tree gets pages of its own, as far as there are pages."""
+        if pointer.type == PAGEPTR:
+            pointer, page = self._writable(pointer, level)
+            if level:
+                i = self.child_index(guest, level)
+                page.items[i] = self._own(page.items[i], level - 1, guest)
+        return pointer
+
+    def _op_relocate(self, op):
+        holder, former = op.value >> 40, op.value & (1 << 40) - 1
+
+        def change(page):
+            first = op.guest & 511
+            for i in range(first, first + op.count):
+                page.items[i] = (page.items[i] + op.physical - former |
+                                 op.source << 59)
+
+        root = self._root(op.tree, holder)
+        if root is None:
+            return
+        self._judge_owner(op, holder, 0)
+        if not op.count:
+            self._set_root(op.tree, holder, self._own(root, 3, op.guest))
+            return
+        for i in range(op.count):
+            count = self.cluster_count(op.physical + i)
+            require(0 < count < COUNT_MAX if op.source else not count,
+                    f'cluster {op.physical + i} has count {count}')
+        self._judge_clusters(op.physical, op.count, 'RELOCATE')
+        if any(entry_fields(self.lookup(root, op.guest + i))[0] != former + i
+               for i in range(op.count)):
+            return
+        self._set_root(op.tree, holder,
+                       self._change(root, 3, op.guest, 0, change))
+        for i in range(op.count):
+            self.count_changes[op.physical + i] = 1 + self.cluster_count(
+                op.physical + i)
+        self._change_counts(former, op.count, -1)
+
+    def _same(self, a, b, level, guest):
+        """Do two pointers lead to the same, but for what is said of sharing?
+        At most the pages on the way to guest may be others."""
+        if (a.type, a.address) == (b.type, b.address):
+            return True
+        if a.type != PAGEPTR or b.type != PAGEPTR:
+            return False
+        p, q = (self.page(x, MAP, level).items for x in (a, b))
+        if not level:
+            return all((x ^ y) & ~(1 << 59) == 0 for x, y in zip(p, q))
+        index = self.child_index(guest, level)
+        return (all((x.type, x.address) == (y.type, y.address)
+                    for i, (x, y) in enumerate(zip(p, q)) if i != index) and
+                self._same(p[index], q[index], level - 1, guest))
+
+    def _replace(self, pointer, level, guest, bottom, new):
+        if level == bottom:
+            self._drop(pointer, level)
+            return new
+        pointer, page = self._writable(pointer, level)
+        i = self.child_index(guest, level)
+        page.items[i] = self._replace(page.items[i], level - 1, guest, bottom,
+                                      new)
+        return pointer
+
+    def _op_share(self, op):
+        level = op.count
+        to, giver = (self._root(op.tree, x) for x in (op.value, op.physical))
+        if to is None or giver is None:
+            return
+        old = self._path(to, op.guest).get(level)
+        new = self._path(giver, op.guest).get(level)
+        if (not old or not new or old.address == new.address or
+                self.page_count(new.address) >= COUNT_MAX or
+                not self._same(new, old, level, op.guest)):
+            return
+        self._judge_owner(op, op.value, level + 1)
+        self._change_page_count(new.address, +1)
+        if not op.value:
+            new = new._replace(shared=True)
+        self._set_root(op.tree, op.value,
+                       self._replace(to, 3, op.guest, level, new))
+
+    def _op_shrink(self, op):
+        require(self.first_cluster < op.value < self.device_clusters,
+                f'the device of {self.device_clusters} clusters cannot shrink '
+                f'to {op.value}')
+        require(not any(count and cluster >= op.value
+                        for cluster, count in self.count_changes.items()) and
+                not self._used_behind(self.sb.count_root, 3, 0, op.value),
+                f'clusters behind {op.value} are in use')
+        self.device_clusters = op.value
 
     def _largest(self, size):
         require(size <= MAX_GUEST_CLUSTERS << self.cluster_bits,
