@@ -68,6 +68,10 @@ void thinvm_snapshot_delete_job(BlockDriverState *bs, const char *job_id,
                                 const char *id, const char *name, bool force,
                                 int64_t speed, int flags, Error **errp);
 
+/* compact-job.c; @flags: JOB_* */
+void thinvm_compact_job(BlockDriverState *bs, const char *job_id,
+                        int64_t speed, int flags, Error **errp);
+
 /*
  * create-clone.c: an image is to be created on this backing file.  If that is
  * a snapshot of a thinvm image, sees to it that it is protected.

@@ -167,6 +167,19 @@ static void copier_end(BDRVThinvmState *s, ThinvmInflight *f)
     }
 }
 
+void thinvm_inflight_begin_moving(BDRVThinvmState *s)
+{
+    qatomic_inc(&s->copiers);
+    smp_mb__after_rmw();
+}
+
+void coroutine_fn thinvm_inflight_end_moving(BDRVThinvmState *s)
+{
+    QEMU_LOCK_GUARD(&s->inflight_lock);
+    qatomic_store_release(&s->copies_ended, s->copies_ended + 1);
+    qatomic_dec(&s->copiers);
+}
+
 ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
                                                         ThinvmInflight *f,
                                                         int tree,

@@ -112,6 +112,15 @@ static inline bool thinvm_inflight_may_copy(BDRVThinvmState *s, unsigned ended)
 void coroutine_fn thinvm_inflight_begin_parts(BDRVThinvmState *s,
                                               ThinvmInflight *f, int tree,
                                               uint64_t start, uint64_t end);
+/*
+ * Private clusters are about to be copied, too, not only shared ones.  Writes
+ * in place that looked up before know nothing of it: after begin_moving the
+ * caller waits until all requests that are running have left, and only then
+ * registers what it moves, alone.  Any context.
+ */
+void thinvm_inflight_begin_moving(BDRVThinvmState *s);
+void coroutine_fn thinvm_inflight_end_moving(BDRVThinvmState *s);
+
 /* Register clusters [first, first + count) alone; waits likewise */
 void coroutine_fn thinvm_inflight_begin_exclusive(BDRVThinvmState *s,
                                                   ThinvmInflight *f, int tree,

@@ -57,6 +57,8 @@ static ThinvmInfo *thinvm_describe(BlockDriverState *bs, bool snapshot_tree,
     ThinvmInfo *info = thinvm_info(bs->opaque);
 
     info->node_name = g_strdup(bdrv_get_node_name(bs));
+    info->has_high_water_mark =
+        thinvm_volume_high_water(bs, &info->high_water_mark);
     if (snapshot_tree &&
         !thinvm_snapshot_tree(bs, THINVM_TREE_BUDGET, &info->snapshot_tree,
                               errp)) {
@@ -177,6 +179,74 @@ void qmp_thinvm_snapshot_delete(const char *job_id, const char *node_name,
     thinvm_snapshot_delete_job(bs, job_id, id, name, force, speed, flags,
                                errp);
     bdrv_unref(bs);
+}
+
+/* The node, with a reference, if it is one that may change its image */
+static BlockDriverState *thinvm_find_owner(const char *node_name,
+                                           const char *command, Error **errp)
+{
+    BlockDriverState *bs = thinvm_find(node_name, errp);
+    BDRVThinvmState *s;
+
+    if (!bs) {
+        return NULL;
+    }
+    s = bs->opaque;
+    if (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE)) {
+        error_setg(errp, "Node '%s' is %s; %s is for the node that writes the "
+                   "image", node_name, bdrv_is_read_only(bs) ? "read-only" :
+                   "inactive", command);
+    } else if (qatomic_read(&s->lost)) {
+        error_setg(errp, "Node '%s' has lost ownership of its image",
+                   node_name);
+    } else {
+        return bs;
+    }
+    bdrv_unref(bs);
+    return NULL;
+}
+
+void qmp_thinvm_compact(const char *job_id, const char *node_name,
+                        bool has_speed, int64_t speed,
+                        bool has_auto_finalize, bool auto_finalize,
+                        bool has_auto_dismiss, bool auto_dismiss,
+                        Error **errp)
+{
+    BlockDriverState *bs = thinvm_find_owner(node_name, "thinvm-compact",
+                                             errp);
+    int flags = JOB_DEFAULT;
+
+    if (!bs) {
+        return;
+    }
+    if (has_auto_finalize && !auto_finalize) {
+        flags |= JOB_MANUAL_FINALIZE;
+    }
+    if (has_auto_dismiss && !auto_dismiss) {
+        flags |= JOB_MANUAL_DISMISS;
+    }
+    thinvm_compact_job(bs, job_id, speed, flags, errp);
+    bdrv_unref(bs);
+}
+
+ThinvmInfo *qmp_thinvm_shrink(const char *node_name, bool has_size,
+                              uint64_t size, Error **errp)
+{
+    BlockDriverState *bs = thinvm_find_owner(node_name, "thinvm-shrink",
+                                             errp);
+    ThinvmInfo *info = NULL;
+
+    if (!bs) {
+        return NULL;
+    }
+    if (has_size && !size) {
+        error_setg(errp, "A size of 0 is not possible; without a size the "
+                   "image shrinks as far as it can");
+    } else if (thinvm_volume_shrink(bs, has_size ? size : 0, errp) >= 0) {
+        info = thinvm_describe(bs, false, errp);
+    }
+    bdrv_unref(bs);
+    return info;
 }
 
 typedef struct ThinvmProtect {

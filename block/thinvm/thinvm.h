@@ -486,6 +486,10 @@ void coroutine_fn GRAPH_RDLOCK thinvm_volume_tick(BDRVThinvmState *s);
 void thinvm_volume_rearm(BDRVThinvmState *s);
 /* thinvm-grow; @size 0: take what there is.  Main loop */
 int thinvm_volume_grow(BlockDriverState *bs, uint64_t size, Error **errp);
+/* thinvm-shrink; @size 0: as far as possible.  Main loop */
+int thinvm_volume_shrink(BlockDriverState *bs, uint64_t size, Error **errp);
+/* Behind the last cluster in use, in bytes; false: not known.  Main loop */
+bool thinvm_volume_high_water(BlockDriverState *bs, uint64_t *bytes);
 
 /* ------------------------------------------------------------------ */
 /* The other callbacks, by file                                        */

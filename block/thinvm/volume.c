@@ -227,6 +227,8 @@ thinvm_co_grow(BlockDriverState *bs, void *opaque, Error **errp)
     if (ret < 0) {
         return ret;
     }
+    /* Who asks for it means it, also after a thinvm-shrink */
+    thinvm_store_forget_shrink(s->store);
     return thinvm_volume_notice(s, grow->size, errp);
 }
 
@@ -235,4 +237,49 @@ int thinvm_volume_grow(BlockDriverState *bs, uint64_t size, Error **errp)
     ThinvmGrow grow = { .size = size };
 
     return thinvm_run(bs, thinvm_co_grow, &grow, errp);
+}
+
+/*
+ * A file is cut off at once; a device is for whoever manages it, and says that
+ * it cannot be.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_shrink(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmGrow *shrink = opaque;
+    uint64_t size;
+    int ret;
+
+    ret = thinvm_mode_begin_change(bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = thinvm_store_shrink(s->store, shrink->size, &size, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bdrv_co_truncate(bs->file, size, true, PREALLOC_MODE_OFF, 0, NULL);
+    trace_thinvm_device_shrink(bs, size, ret);
+    return 0;
+}
+
+int thinvm_volume_shrink(BlockDriverState *bs, uint64_t size, Error **errp)
+{
+    ThinvmGrow shrink = { .size = size };
+
+    return thinvm_run(bs, thinvm_co_shrink, &shrink, errp);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_high_water(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    return thinvm_store_high_water(qatomic_read(&s->store), opaque);
+}
+
+bool thinvm_volume_high_water(BlockDriverState *bs, uint64_t *bytes)
+{
+    return thinvm_run(bs, thinvm_co_high_water, bytes, NULL) >= 0;
 }
