@@ -918,7 +918,10 @@ int coroutine_fn thinvm_store_shrink(ThinvmStore *st, uint64_t size,
             break;
         }
         error_free(g_steal_pointer(&local_err));
+        /* Who holds some may want to grow for the rest of what it needs */
+        qemu_co_mutex_unlock(&st->grow_lock);
         qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_SHRINK_WAIT_NS);
+        qemu_co_mutex_lock(&st->grow_lock);
         ret = 0;
     }
     if (ret == 0) {
