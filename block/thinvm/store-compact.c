@@ -44,6 +44,9 @@
 #define THINVM_COMPACT_PASSES   16
 /* Places that are too short for metadata, in the search for one */
 #define THINVM_COMPACT_SEARCH   32
+/* Others hold what is free below the limit, say while it is discarded */
+#define THINVM_COMPACT_WAITS    50
+#define THINVM_COMPACT_WAIT_NS  (20 * SCALE_MS)
 /* A snapshot that changes while it is looked at: give it up for this pass */
 #define THINVM_COMPACT_RETRIES  (4 * THINVM_ENTRIES_PER_LEAF)
 
@@ -64,7 +67,7 @@ struct ThinvmCompact {
     ThinvmStore *st;
     ThinvmCompactLocks locks;
     CompactPhase phase;
-    unsigned pass;
+    unsigned pass, waits;
     uint64_t limit;                 /* clusters */
     bool progress;                  /* something was moved in this pass */
     bool full;                      /* no free cluster below the limit */
@@ -619,8 +622,17 @@ static int coroutine_fn plan(ThinvmCompact *c, Error **errp)
 {
     ThinvmInfoState info;
     uint64_t high = 0;
-    int ret = settle(c->st, errp);
+    bool stuck = c->pass && !c->progress;
+    int ret;
 
+    if (stuck && c->full && c->waits < THINVM_COMPACT_WAITS) {
+        /* There is as much room as there is to move, so somebody holds it */
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_COMPACT_WAIT_NS);
+        c->waits++;
+        c->pass--;
+        stuck = false;
+    }
+    ret = settle(c->st, errp);
     if (ret == 0) {
         ret = run_step(c->st, step_high_water, &high, errp);
     }
@@ -630,12 +642,11 @@ static int coroutine_fn plan(ThinvmCompact *c, Error **errp)
     get_info(c->st, &info);
     c->limit = info.device_clusters - info.free_clusters;
     c->status.high_water = high << c->st->cluster_bits;
-    if (high <= c->limit || c->pass == THINVM_COMPACT_PASSES ||
-        (c->pass && !c->progress)) {
+    if (high <= c->limit || c->pass == THINVM_COMPACT_PASSES || stuck) {
         c->phase = COMPACT_DONE;
         return 0;
     }
-    if (!c->pass) {
+    if (!c->status.total) {
         c->status.total = (high - c->limit) << c->st->cluster_bits;
     }
     c->pass++;
