@@ -45,11 +45,11 @@ unsigned thinvm_fence_choose(const char *sysfs, bool pr_manager,
     g_autofree char *uuid = NULL;
 
     if (sysfs_has(sysfs, "partition")) {
-        *obstacle = "a partition, not a whole SCSI device";
+        *obstacle = "not a whole SCSI device: a partition";
         return 0;
     }
     if (sysfs_has_holders(sysfs)) {
-        *obstacle = "other devices lie on this one";
+        *obstacle = "not a whole SCSI device: others lie on it";
         return 0;
     }
     if (!sysfs_has(sysfs, "dm")) {
@@ -57,7 +57,7 @@ unsigned thinvm_fence_choose(const char *sysfs, bool pr_manager,
     }
     if (!g_file_get_contents(path, &uuid, NULL, NULL) ||
         !g_str_has_prefix(uuid, "mpath-")) {
-        *obstacle = "a device mapper volume, not a whole SCSI device";
+        *obstacle = "not a whole SCSI device: a device mapper volume";
         return 0;
     }
     if (!pr_manager) {

@@ -163,6 +163,53 @@ def not_the_whole_device(ctx):
 
 
 @test(seconds=900)
+def multipath(ctx):
+    """What device mapper calls multipath (by its UUID) is reserved for those
+    who are registered; only through a pr-manager, who knows the paths."""
+    host = new_image(ctx)
+    host.sh("dmsetup create mpatha -u mpath-0123456789abcdef --table "
+            "'0 %d linear /dev/sda 0'" % (SIZE // 512))
+    host.sh('dmsetup mknodes')
+    daemon = host.daemon('a')
+    try:
+        daemon.add_disk('/dev/mapper/mpatha', reservation='on')
+    except QMPError as err:
+        check('pr-manager' in err.desc, 'message: %s', err.desc)
+    else:
+        raise Failure('a multipath device was reserved by one path')
+    daemon.end('TERM')
+
+    host.sh('qemu-pr-helper -k /run/pr.sock > /tmp/pr.log 2>&1 < /dev/null &')
+    host.sh('wait_for /run/pr.sock')
+    options = {'reservation': 'on', 'file': {'pr-manager': 'pr'}}
+    manager = '--object pr-manager-helper,id=pr,path=/run/pr.sock'
+    first = host.daemon('b', manager)
+    first.add_disk('/dev/mapper/mpatha', **options)
+    why = expect_fencing(first, 'reservation')
+    check('registrants only' in why, 'the type is %s', why)
+    write(host, first, 1)
+    check(may_write(host, '/dev/mapper/mpatha'), 'the owner\'s path cannot '
+          'write')
+    check(not may_write(host, '/dev/sdb'), 'another initiator could write')
+
+    # Another host, with one path, displaces an owner who is frozen.
+    first.signal('STOP')
+    second = host.daemon('a')
+    second.add_disk('/dev/sdb', **{'force-takeover': True})
+    expect_fencing(second, 'reservation')
+    write(host, second, 2, 'read -P 1 0 64k')
+    first.signal('CONT')
+    first.qmp.wait_event('THINVM_OWNERSHIP_LOST', 60)
+    check(not may_write(host, '/dev/mapper/mpatha'), 'the path of the owner '
+          'who was displaced can still write')
+    first.end('TERM')
+    second.end('TERM')
+    check(may_write(host, '/dev/sda'), 'the reservation outlives its owner\'s '
+          'clean end')
+    require_clean(host, '/dev/sdb')
+
+
+@test(seconds=900)
 def power_cycle(ctx):
     """The reservation outlives a power cut of the target: whoever was not
     the owner before, cannot write after."""
