@@ -3,15 +3,18 @@
 #
 # A boot storm: N guests (real ones) that boot
 # together from one Debian template on an NBD server whose bytes are counted
-# and may be limited.  Four ways:
+# and may be limited.  Five ways:
 #
 #   plain   overlays on the template, as without a boot cache
 #   cache   the same above the boot cache, which records its first boot
 #   again   above the boot cache of a publisher that has started anew with
 #           the recording of the last "cache" run
 #   local   overlays on a copy of the template in the host's memory
+#   store   above the boot cache, with the template in the stores of two nodes
+#           (thinvm-template), of which the nearer one is killed amid the boot
 #
-# Bytes are what the server sent.  Times are of the slowest guest, from its
+# Bytes are what the server sent; for "store" what publisher and guests say
+# that they have read.  Times are of the slowest guest, from its
 # start until it says that it has booted; on a busy machine they tell nothing.
 
 import argparse
@@ -30,9 +33,12 @@ from lib.context import (Context, Failure, Process, check,  # noqa: E402
                          wait_for)
 from lib.qmp import QMP                                     # noqa: E402
 from lib.qsd import StorageDaemon                           # noqa: E402
+from lib.templates import StoreCluster                      # noqa: E402
 
 MIB = 1 << 20
-WAYS = ('plain', 'cache', 'again', 'local')
+WAYS = ('plain', 'cache', 'again', 'local', 'store')
+CACHED = ('cache', 'again', 'store')
+KILLED_AFTER = 10 * MIB         # read from the store
 
 
 class Machine:
@@ -66,6 +72,7 @@ class Machine:
         self.process = Process(ctx, self.name, argv)
         self.qmp = QMP(ctx, qmp, self.process)
         self.seconds = None
+        self.verify = storm.args.verify
 
     def line(self, word):
         """The rest of the console's line with @word, or None."""
@@ -82,6 +89,9 @@ class Machine:
     def booted(self):
         if self.seconds is None and self.line('STORM-BOOTED') is not None:
             self.seconds = time.monotonic() - self.begin
+            if self.verify:
+                # What it reads to verify is not what it reads to boot
+                self.qmp.cmd('stop')
         return self.seconds is not None
 
     def statistics(self):
@@ -91,6 +101,33 @@ class Machine:
     def end(self):
         self.process.kill()
         self.qmp.close()
+
+
+class Store:
+    """The template on two nodes of four, found from a third one."""
+
+    def __init__(self, ctx, image):
+        self.cluster = StoreCluster(ctx, {'a': 1, 'b': 1, 'c': 0, 'd': 0},
+                                    replicas=2)
+        for node in 'ab':
+            text = self.cluster.run(node, 'add', '-f', 'raw', str(image))
+            self.cluster.serve(node)
+        self.digest = text.split()[-1]
+        self.killed = None
+
+    def node(self):
+        """For --blockdev; all servers are there, then."""
+        if self.killed:
+            self.cluster.serve(self.killed)
+        text = self.cluster.run('c', 'locate', '--failover', '--node-name',
+                                'template', self.digest)
+        located = json.loads(text[text.index('{'):])
+        first = located['children'][0]['server']['path']
+        self.killed = 'a' if first == self.cluster.socket('a') else 'b'
+        return located
+
+    def kill(self):
+        self.cluster.servers[self.killed].kill()
 
 
 class Storm:
@@ -111,6 +148,7 @@ class Storm:
         self.export = server.export_nbd('template', writable=False)
         self.socket = ctx.path('cache.sock')
         self.cache_file = ctx.path('cache')
+        self.store = Store(ctx, self.image) if 'store' in args.ways else None
 
     @staticmethod
     def local_nodes(image):
@@ -125,11 +163,11 @@ class Storm:
                  'export': 'template',
                  'server': {'type': 'unix', 'path': meter.path}}]
 
-    def publisher(self, meter, way):
-        if way == 'cache':
+    def publisher(self, nodes, way):
+        if way != 'again':
             Path(self.cache_file).unlink(missing_ok=True)
         daemon = StorageDaemon(self.ctx, 'publisher')
-        for node in self.remote_nodes(meter):
+        for node in nodes:
             daemon.qmp.cmd_raw('blockdev-add', node)
         daemon.qmp.cmd_raw('blockdev-add', cache_node(
             self.socket, role='publisher', template_id='storm',
@@ -137,13 +175,11 @@ class Storm:
         return daemon
 
     def nodes(self, way, meter):
-        """(the template's nodes of a guest, the one for its overlay)"""
+        """The template's nodes, as this way has them"""
         if way == 'local':
-            return self.local_nodes(self.local), 'template'
-        nodes = self.remote_nodes(meter)
-        if way == 'plain':
-            return nodes, 'template'
-        return nodes + [cache_node(self.socket, template_id='storm')], 'cache'
+            return self.local_nodes(self.local)
+        return [self.store.node()] if way == 'store' \
+            else self.remote_nodes(meter)
 
     @property
     def local(self):
@@ -158,10 +194,17 @@ class Storm:
         """Boot @count guests; what it took, as a dict."""
         meter = Meter(self.ctx, self.export,
                       self.args.rate * MIB if self.args.rate else None)
-        daemon = self.publisher(meter, way) if way in ('cache', 'again') \
-            else None
-        nodes, top = self.nodes(way, meter)
+        nodes, top = self.nodes(way, meter), 'template'
+        daemon = None
+        if way in CACHED:
+            daemon = self.publisher(nodes, way)
+            nodes = nodes + [cache_node(self.socket, template_id='storm')]
+            top = 'cache'
         machines = [Machine(self, i, nodes, top) for i in range(count)]
+        if way == 'store':
+            wait_for(lambda: self.read_from_store(daemon, machines) >
+                     KILLED_AFTER, self.args.patience, 'the boot is amid')
+            self.store.kill()
         wait_for(lambda: all([m.booted() for m in machines]),
                  self.args.patience, '%d guests have booted' % count, 0.1)
         result = {'way': way, 'guests': count, 'bytes': meter.bytes,
@@ -170,6 +213,8 @@ class Storm:
             state = daemon.qmp.cmd('query-thinvm-bootcache')[0]['publisher']
             result['publisher'] = state
             result['readers'] = [m.statistics() for m in machines]
+        if way == 'store':
+            result['bytes'] = self.read_from_store(daemon, machines)
         if self.args.verify:
             self.verify(machines)
         for machine in machines:
@@ -178,7 +223,15 @@ class Storm:
             daemon.quit()
         return result
 
+    @staticmethod
+    def read_from_store(daemon, machines):
+        state = daemon.qmp.cmd('query-thinvm-bootcache')[0]['publisher']
+        return state['template-bytes'] + sum(m.statistics()['miss-bytes']
+                                             for m in machines)
+
     def verify(self, machines):
+        for machine in machines:
+            machine.qmp.cmd('cont')
         wait_for(lambda: all(m.line('STORM-DIGEST') for m in machines),
                  self.args.patience, 'all guests have read all files', 0.5)
         for machine in machines:

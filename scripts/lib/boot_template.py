@@ -37,6 +37,7 @@ SCRIPT = '''#!/bin/sh
 python3 -c 'import json, socket, hashlib, subprocess'
 echo STORM-BOOTED
 grep -q storm.verify=1 /proc/cmdline || exit 0
+sleep 5 # in which the host takes note of what was read until here
 find %s -xdev -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum |
     sha256sum | sed 's/^/STORM-DIGEST /; s/ *-$//'
 ''' % ' '.join(VERIFIED)
