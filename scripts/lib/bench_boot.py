@@ -18,7 +18,9 @@
 # start until it says that it has booted; on a busy machine they tell nothing.
 
 import argparse
+import fcntl
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -294,6 +296,16 @@ def parse_args():
 def main():
     args = parse_args()
     results = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    args.directory.mkdir(parents=True, exist_ok=True)
+    lock = open(args.build / '.bench-boot.lock', 'w', encoding='utf-8')
+    try:
+        # Its logs are in one place, and a template is made once
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f'bench-boot: another one runs in {args.build}',
+              file=sys.stderr)
+        return 1
     with Context('bench-boot', build=str(args.build)) as ctx:
         try:
             storm = Storm(ctx, args)
