@@ -15,7 +15,7 @@
  * The job is ready, and stays so, when what is left is within the bound: then
  * the guest may be stopped for as long as the rest takes.  If that does not
  * come about, the guest is faster than the link, and what the user asked for
- * in that case happens until it is in time again.  A guest that is seen to
+ * in that case happens until it is in time again and writes less.  A guest that is seen to
  * make blocks dirty as fast as the link cleans them is not waited for; else it
  * counts as no progress that the least so far has stood for a while.
  */
@@ -47,9 +47,16 @@ void precopy_converge_start(PrecopyJob *s)
 /* ------------------------------------------------------------------ */
 /* Measuring                                                           */
 
+static void precopy_check_faster(PrecopyJob *s);
+
 static uint64_t precopy_smooth(uint64_t mean, uint64_t sample)
 {
     return mean ? (3 * mean + sample) / 4 : sample;
+}
+
+static bool precopy_is_faster(const PrecopyConverge *c)
+{
+    return c->rate && c->dirty_rate > c->rate / 10 * 9;
 }
 
 void precopy_converge_measure(PrecopyJob *s)
@@ -66,7 +73,11 @@ void precopy_converge_measure(PrecopyJob *s)
     c->dirty_rate = precopy_smooth(c->dirty_rate,
                                    (n.newly_dirty - c->rate_dirtied) * 1000 /
                                    (now - c->rate_since));
+    c->guest_rate = precopy_smooth(c->guest_rate,
+                                   (n.guest_written - c->rate_guest) * 1000 /
+                                   (now - c->rate_since));
     c->rate_dirtied = n.newly_dirty;
+    c->rate_guest = n.guest_written;
     c->rate_since = now;
     if (busy >= PRECOPY_MEASURE_MS * SCALE_MS / 2 && n.sent > c->rate_sent) {
         c->rate = precopy_smooth(c->rate, (n.sent - c->rate_sent) *
@@ -74,6 +85,7 @@ void precopy_converge_measure(PrecopyJob *s)
         c->rate_sent = n.sent;
         s->busy_ns -= busy;         /* what is in flight begins anew */
     }
+    precopy_check_faster(s);
 }
 
 /* What may be counted on */
@@ -133,6 +145,20 @@ int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes)
     return ratelimit_calculate_delay(&s->throttle, bytes);
 }
 
+/*
+ * A write that goes through waits for all that was put into the link before.
+ * Not less than what the link carries in a quarter of a second, so that a
+ * long one is kept full.
+ */
+int precopy_converge_requests(PrecopyJob *s)
+{
+    uint64_t quarter = precopy_rate(s) / 4 / PRECOPY_MAX_BYTES;
+
+    return s->converge.outpaced && precopy_rate(s)
+        ? MIN(MAX(quarter, PRECOPY_MAX_LIMITED), PRECOPY_MAX_IN_FLIGHT)
+        : PRECOPY_MAX_IN_FLIGHT;
+}
+
 static bool precopy_stalled(PrecopyJob *s, uint64_t left)
 {
     PrecopyConverge *c = &s->converge;
@@ -147,6 +173,18 @@ static bool precopy_stalled(PrecopyJob *s, uint64_t left)
            PRECOPY_PATIENCE_MS + 2 * precopy_time_for(s, left);
 }
 
+/* Not to be waited for: a sweep may take hours */
+static void precopy_check_faster(PrecopyJob *s)
+{
+    PrecopyConverge *c = &s->converge;
+    uint64_t left = precopy_left(s);
+
+    if (!c->outpaced && precopy_is_faster(c) && left > precopy_bound(s)) {
+        trace_precopy_outpaced(s, left, c->dirty_rate, c->rate);
+        precopy_set_outpaced(s, true);
+    }
+}
+
 /* At the end of a sweep */
 static void precopy_check_pace(PrecopyJob *s, uint64_t left, uint64_t bound)
 {
@@ -156,12 +194,12 @@ static void precopy_check_pace(PrecopyJob *s, uint64_t left, uint64_t bound)
     if (left <= bound / 2) {
         c->least_left = UINT64_MAX;
         c->least_since = precopy_clock_ms();
-        if (c->outpaced) {
+        /* One that still writes a lot would be too fast again at once */
+        if (c->outpaced && c->guest_rate < c->rate / 4) {
             trace_precopy_in_time(s, left);
             precopy_set_outpaced(s, false);
         }
-    } else if (left > bound && !c->outpaced &&
-               (stalled || (c->rate && c->dirty_rate > c->rate / 10 * 9))) {
+    } else if (left > bound && !c->outpaced && stalled) {
         trace_precopy_outpaced(s, left, c->dirty_rate, c->rate);
         precopy_set_outpaced(s, true);
     }

@@ -97,7 +97,8 @@ static void coroutine_fn precopy_breathe(PrecopyJob *s)
     WITH_JOB_LOCK_GUARD() {
         limited = s->common.speed;
     }
-    s->max_in_flight = limited ? PRECOPY_MAX_LIMITED : PRECOPY_MAX_IN_FLIGHT;
+    s->max_in_flight = limited ? PRECOPY_MAX_LIMITED
+                               : precopy_converge_requests(s);
     if (qatomic_xchg(&s->failed, false)) {
         /* Ignored, or the user has resumed the job: not again at once */
         precopy_wait_all(s);

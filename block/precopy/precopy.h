@@ -50,8 +50,9 @@ typedef struct PrecopyConverge {
     uint64_t rounds;            /* sweeps that picked something */
     uint64_t rate;              /* of the link, bytes per second; 0: unknown */
     uint64_t dirty_rate;        /* by the guest, of blocks that were clean */
+    uint64_t guest_rate;        /* all that it writes, bytes per second */
     uint64_t rate_sent;         /* counters at the last measurement */
-    uint64_t rate_dirtied;
+    uint64_t rate_dirtied, rate_guest;
     int64_t rate_since;         /* ms */
     uint64_t least_left;        /* the best so far */
     int64_t least_since;        /* ms: when that was */
@@ -121,6 +122,8 @@ uint64_t precopy_bound(PrecopyJob *s);
 /* A sweep is over: begin another, or say that there is nothing to do */
 bool precopy_converge_next(PrecopyJob *s);
 int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes);
+/* How many requests should be in flight at most */
+int precopy_converge_requests(PrecopyJob *s);
 
 /* job.c */
 extern const BlockJobDriver precopy_job_driver;

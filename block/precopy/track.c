@@ -18,7 +18,6 @@
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
 #include "qemu/host-utils.h"
-#include "qemu/timer.h"
 #include "track.h"
 
 /* Bits of the bitmaps: 64 MiB each at most */
@@ -27,6 +26,8 @@
 #define PRECOPY_HEAT_BYTES      (64 * 1024 * 1024)
 /* Blocks that are looked at under the lock in one go */
 #define PRECOPY_PICK_LOOKS      4096
+/* Writes come early as well as late: wait for those of so many horizons */
+#define PRECOPY_CAUTION         4
 
 int64_t precopy_default_granularity(int64_t length)
 {
@@ -36,11 +37,6 @@ int64_t precopy_default_granularity(int64_t length)
         granularity *= 2;
     }
     return granularity;
-}
-
-int64_t precopy_clock_ms(void)
-{
-    return qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
 }
 
 PrecopyTrack *precopy_track_new(int64_t length, int64_t granularity)
@@ -326,7 +322,8 @@ static bool track_defer(TrackLook *look, int64_t block)
     int64_t horizon = look->sweep->horizon;
 
     if (horizon > 0 &&
-        precopy_heat_expect(t->heat, block, look->now) < horizon) {
+        precopy_heat_expect(t->heat, block, look->now) / PRECOPY_CAUTION <
+        horizon) {
         set_bit(block, t->passed_history);
         return true;
     }

@@ -112,6 +112,7 @@ int64_t precopy_default_granularity(int64_t length);
 PrecopyTrack *precopy_track_new(int64_t length, int64_t granularity);
 void precopy_track_free(PrecopyTrack *t);
 
+/* clock.c */
 int64_t precopy_clock_ms(void);
 
 /* The source's content may have changed, by the guest */

@@ -41,6 +41,57 @@ static void test_heat(void)
     g_assert_cmpint(precopy_heat_expect(h, 9999, 1000), ==, 0);
 }
 
+/* A writer that goes from block to block */
+static void test_heat_stream(void)
+{
+    g_autoptr(PrecopyHeat) h = precopy_heat_new(100000, 1 << 20);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(3);
+    int64_t now = 0, at = 5000;
+
+    precopy_heat_write(h, at, 16, now);
+    g_assert_cmpint(precopy_heat_expect(h, at + 100, now), ==, PRECOPY_NEVER);
+    /* 16 blocks in 100 ms, one after the other but for a swap; amid others */
+    for (int i = 1; i < 40; i++) {
+        now += 100;
+        precopy_heat_write(h, at + (i ^ 1) * 16, 16, now);
+        for (int n = 0; n < 5; n++) {
+            precopy_heat_write(h, g_rand_int_range(rand, 50000, 90000), 1,
+                               now);
+        }
+    }
+    g_assert_cmpint(precopy_heat_expect(h, at + 40 * 16, now), <, 100);
+    /* 160 blocks further is a second */
+    g_assert_cmpint(precopy_heat_expect(h, at + 40 * 16 + 160, now), >, 800);
+    g_assert_cmpint(precopy_heat_expect(h, at + 40 * 16 + 160, now), <, 1200);
+    g_assert_cmpint(precopy_heat_expect(h, at - 2000, now), ==,
+                    PRECOPY_NEVER);
+    /* It has stopped */
+    g_assert_cmpint(precopy_heat_expect(h, at + 40 * 16 + 160, now + 6000),
+                    >, 5000);
+    /* As much at once is no pace */
+    precopy_heat_write(h, 20000, 500, now);
+    g_assert_cmpint(precopy_heat_expect(h, 22000, now + 6000), ==,
+                    PRECOPY_NEVER);
+}
+
+/* Writes here and there: the others of the page may be next */
+static void test_heat_neighbours(void)
+{
+    g_autoptr(PrecopyHeat) h = precopy_heat_new(100000, 1 << 20);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(5);
+    int64_t now, untouched = 4096;
+
+    for (now = 0; now < 10000; now += 100) {
+        precopy_heat_write(h, g_rand_int_range(rand, 4100, 5120), 1, now);
+    }
+    /* 10 of 1024 a second */
+    g_assert_cmpint(precopy_heat_expect(h, untouched, now), >, 90000);
+    g_assert_cmpint(precopy_heat_expect(h, untouched, now), <, 120000);
+    g_assert_cmpint(precopy_heat_expect(h, 5120, now), ==, PRECOPY_NEVER);
+    /* That is long ago */
+    g_assert_cmpint(precopy_heat_expect(h, untouched, 10 * now), >, 900000);
+}
+
 static void test_heat_bounded(void)
 {
     const size_t max = 256 * 1024;
@@ -140,10 +191,11 @@ static void test_track_history(void)
     g_assert_cmpint(precopy_track_counters(t).spared_history, ==, GRAN);
     /* Quiet for long enough, or nothing waits any more */
     ASSERT_SWEEP(t, &s, 7000, "");
-    ASSERT_SWEEP(t, &s, 9000, "2+1 ");
-    precopy_track_wrote(t, 2 * GRAN, GRAN, 9000);
+    ASSERT_SWEEP(t, &s, 22000, "");
+    ASSERT_SWEEP(t, &s, 24000, "2+1 ");
+    precopy_track_wrote(t, 2 * GRAN, GRAN, 24000);
     s.horizon = 0;
-    ASSERT_SWEEP(t, &s, 9000, "2+1 ");
+    ASSERT_SWEEP(t, &s, 24000, "2+1 ");
     precopy_track_free(t);
 }
 
@@ -464,6 +516,8 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/precopy/heat", test_heat);
+    g_test_add_func("/precopy/heat-stream", test_heat_stream);
+    g_test_add_func("/precopy/heat-neighbours", test_heat_neighbours);
     g_test_add_func("/precopy/heat-bounded", test_heat_bounded);
     g_test_add_func("/precopy/track-runs", test_track_runs);
     g_test_add_func("/precopy/track-in-flight", test_track_in_flight);
