@@ -174,14 +174,14 @@ class Program:
         if done.returncode:
             raise BuildError(f'{shlex.join(command)}\n{done.stdout}')
 
-    def link(self, name, sources, wrapped=(), flags=()):
+    def link(self, name, sources, wrapped=(), flags=(), libraries=()):
         program = self.dir / name
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(self._object, sources))
         wraps = [f'-Wl,--wrap={w}' for w in wrapped]
         # clang calls libatomic for words in packed structures
         self._run([self.compiler, *self.flags, *flags, '-o', str(program),
-                   *map(str, objects), *wraps, *self.link_flags,
+                   *map(str, objects), *wraps, *libraries, *self.link_flags,
                    '-latomic'])
         return program
 

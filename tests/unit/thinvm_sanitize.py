@@ -44,6 +44,25 @@ def fuzz_module():
 FUZZ = fuzz_module()
 
 
+class Meson:
+    """As much of meson as the table of the unit tests uses."""
+
+    @staticmethod
+    def project_source_root():
+        return CHECKOUT
+
+
+def table(libraries):
+    """{test: what it links beside its own file}, as meson.build has it."""
+    text = (HERE / 'thinvm/meson.build').read_text(encoding='utf-8')
+    before, _, rest = text.partition('if have_block\n  tests += ')
+    names = {'meson': Meson, **libraries}
+    # The language of such a file is Python's, as far as it is used there
+    exec(before, names)                         # pylint: disable=exec-used
+    return eval(rest.partition('\nendif')[0],   # pylint: disable=eval-used
+                names)
+
+
 class Sanitized:
     def __init__(self, build):
         self.build = build.resolve()
@@ -52,6 +71,20 @@ class Sanitized:
 
     def _sources(self, name):
         return [*self.fuzz.test_sources(name), *self.fuzz.engine_sources()]
+
+    def _without_engine(self, name):
+        """Sources and libraries of a test of something else, or None."""
+        beside = table({'crypto': 'crypto'})[name]
+        if CHECKOUT / 'block/thinvm/state.c' in beside or \
+                CHECKOUT / 'block/thinvm/format.c' in beside:
+            return None
+        ninja = (self.build / 'qemu/build.ninja').read_text(encoding='utf-8')
+        rule = ninja[ninja.index(f'build tests/unit/{name}: '):]
+        link = re.search(r'^ LINK_ARGS = (.*)$', rule, re.MULTILINE).group(1)
+        return ([HERE / f'{name}.c', *(b for b in beside if b != 'crypto')],
+                [*re.findall(r'lib(?:crypto|authz|io)\.a\.p/\S+\.o',
+                             rule.split('\n', 1)[0]),
+                 *re.findall(r'/\S+\.so\b', link)])
 
     def _threads(self, name):
         unit = [HERE / f'{name}.c', HERE / 'thinvm-sim-image.c',
@@ -68,16 +101,21 @@ class Sanitized:
 
     def asan(self, name):
         """The program, and the environment that it wants."""
+        other = self._without_engine(name)
+        # Objects go by the names of their sources, of which some have two
         program = self.fuzz.Program(
-            self.build, 'asan', self.cc,
+            self.build, f'asan-{name}' if other else 'asan', self.cc,
             self.fuzz.sanitized(self.cc, self.fuzz.SANITIZE))
-        if name == THREADS:
+        flags = []
+        if other:
+            sources, flags = other
+        elif name == THREADS:
             sources = [*self._threads(name),
                        self.build / 'qemu-src/util/coroutine-ucontext.c']
         else:
             sources = [*self._sources(name),
                        *self.fuzz.qemu_sources(self.build)]
-        return program.link(name, sources), {
+        return program.link(name, sources, libraries=flags), {
             k: v for k, v in self.fuzz.environment().items()
             if k.endswith('SAN_OPTIONS')}
 
