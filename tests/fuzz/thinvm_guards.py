@@ -37,6 +37,14 @@ TOOLS = {'qemu-img': 'QEMU_IMG_PROG', 'qemu-io': 'QEMU_IO_PROG'}
 SAID_TWICE = {
     ('format-journal', 'rec->sequence'),    # flushed_sequence is below it
     ('bases', 'a->journal_offset == b->journal_offset'),    # is a constant
+    ('ring', 'rec->length > THINVM_RECORD_MAX_SIZE'),   # decoding says so
+    ('ring', 'size > ring->size'),          # the smallest ring is larger
+    # thinvm_page_validate() has judged the block by itself
+    ('extents', '!nb'),
+    ('extents', 'nb > THINVM_EXTENT_MAX_PAGES'),
+    ('extents', '(first | nb) & ((1 << bits) - 1)'),
+    ('extents', 'first >> bits < s->first_cluster'),
+    ('extents', '(first + nb) >> bits > s->device_clusters'),
 }
 LIMIT = 300                     # seconds that one test may take
 # What a branch that refuses an image does
