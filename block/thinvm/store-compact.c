@@ -903,12 +903,42 @@ static int coroutine_fn shrink_once(ThinvmStore *st, uint64_t size,
     return thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
 }
 
+/*
+ * The image has given up what lies behind @size; grow_lock is held, lest
+ * somebody who waits for it grows before the device is cut off, or is refused
+ * although it will be.
+ */
+static int coroutine_fn give_up_end(ThinvmStore *st, uint64_t size,
+                                    ThinvmStoreCut *cut, void *opaque,
+                                    Error **errp)
+{
+    int64_t length = st->dev->co_length(st->dev);
+    int ret;
+
+    /* If there is nothing to cut off, the length will never change */
+    if (length > 0 && length > size) {
+        qatomic_set(&st->shrunk_length, length);
+    }
+    /* Both bases must open on a device that is no longer than this */
+    ret = checkpoints(st, 2, errp);
+    if (ret < 0) {
+        thinvm_store_forget_shrink(st);
+        return ret;
+    }
+    ret = cut(opaque, size);
+    if (ret < 0 && ret != -ENOTSUP) {
+        /* It stays as it is, and whoever cuts devices off is not asked */
+        thinvm_store_forget_shrink(st);
+    }
+    return 0;
+}
+
 int coroutine_fn thinvm_store_shrink(ThinvmStore *st, uint64_t size,
+                                     ThinvmStoreCut *cut, void *opaque,
                                      uint64_t *result, Error **errp)
 {
     Error *local_err = NULL;
     ThinvmInfoState info;
-    int64_t length;
     int ret = thinvm_store_may_write(st);
 
     if (ret < 0) {
@@ -935,16 +965,13 @@ int coroutine_fn thinvm_store_shrink(ThinvmStore *st, uint64_t size,
         qemu_co_mutex_lock(&st->grow_lock);
         ret = 0;
     }
+    get_info(st, &info);
+    *result = info.device_clusters << st->cluster_bits;
     if (ret == 0) {
-        length = st->dev->co_length(st->dev);
-        qatomic_set(&st->shrunk_length, MAX(length, 0));
-        /* Both bases must open on a device that is no longer than this */
-        ret = checkpoints(st, 2, &local_err);
+        ret = give_up_end(st, *result, cut, opaque, &local_err);
     }
     qemu_co_mutex_unlock(&st->grow_lock);
     error_propagate(errp, local_err);
-    get_info(st, &info);
-    *result = info.device_clusters << st->cluster_bits;
     trace_thinvm_shrink(st, size, *result, ret);
     return ret;
 }

@@ -362,10 +362,13 @@ void thinvm_compact_status(const ThinvmCompact *c,
 
 /*
  * Use no more than the first @size bytes of the device (0: as few as
- * possible); *result: how many these are.  Then the device may be made that
- * small.  Until its length has changed the image does not grow again by itself.
+ * possible); *result: how many these are.  Then @cut is to make the device that
+ * small, or returns -ENOTSUP if somebody else will: until its length has
+ * changed the image does not grow again by itself.
  */
+typedef int coroutine_fn ThinvmStoreCut(void *opaque, uint64_t size);
 int coroutine_fn thinvm_store_shrink(ThinvmStore *st, uint64_t size,
+                                     ThinvmStoreCut *cut, void *opaque,
                                      uint64_t *result, Error **errp);
 /* It may, after all.  Any context */
 void thinvm_store_forget_shrink(ThinvmStore *st);

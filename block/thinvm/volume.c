@@ -243,6 +243,17 @@ int thinvm_volume_grow(BlockDriverState *bs, uint64_t size, Error **errp)
  * A file is cut off at once; a device is for whoever manages it, and says that
  * it cannot be.
  */
+static int coroutine_fn thinvm_cut(void *opaque, uint64_t size)
+{
+    BlockDriverState *bs = opaque;
+    int ret;
+
+    assume_graph_lock();        /* thinvm_co_shrink() holds it */
+    ret = bdrv_co_truncate(bs->file, size, true, PREALLOC_MODE_OFF, 0, NULL);
+    trace_thinvm_device_shrink(bs, size, ret);
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_shrink(BlockDriverState *bs, void *opaque, Error **errp)
 {
@@ -255,13 +266,8 @@ thinvm_co_shrink(BlockDriverState *bs, void *opaque, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = thinvm_store_shrink(s->store, shrink->size, &size, errp);
-    if (ret < 0) {
-        return ret;
-    }
-    ret = bdrv_co_truncate(bs->file, size, true, PREALLOC_MODE_OFF, 0, NULL);
-    trace_thinvm_device_shrink(bs, size, ret);
-    return 0;
+    return thinvm_store_shrink(s->store, shrink->size, thinvm_cut, bs, &size,
+                               errp);
 }
 
 int thinvm_volume_shrink(BlockDriverState *bs, uint64_t size, Error **errp)

@@ -507,19 +507,26 @@ static void coroutine_fn announce(Worker *w)
     }
 }
 
+static int coroutine_fn cut_device(void *opaque, uint64_t size)
+{
+    Worker *w = opaque;
+
+    if (below(w, 2)) {
+        return -EIO;
+    }
+    turn(w);                    /* who waits to grow goes on waiting */
+    sim_truncate(w->life->sim, size);
+    return 0;
+}
+
 static void coroutine_fn do_shrink(Worker *w)
 {
     Life *l = w->life;
     uint64_t size;
 
     enter(w);
-    if (done(w, thinvm_store_shrink(l->st, 0, &size, NULL))) {
+    if (done(w, thinvm_store_shrink(l->st, 0, cut_device, w, &size, NULL))) {
         say(w, "uses %" PRIu64 " bytes of the device", size);
-        if (below(w, 2)) {
-            sim_truncate(l->sim, size);
-        } else {
-            thinvm_store_forget_shrink(l->st);
-        }
     }
     leave(w);
 }
