@@ -51,7 +51,7 @@ def run(rate, delay, total, watermark, limits, start=policy.GIB):
     return pauses, paused, extensions
 
 
-def table(watermark, limits, total):
+def table(watermark, limits, total, start=policy.GIB):
     """Lines of a table, rates against delays; pauses/seconds paused."""
     rates = (10, 50, 100, 200, 400, 800, 1300)
     delays = (0.5, 1, 2, 4)
@@ -61,6 +61,6 @@ def table(watermark, limits, total):
         cells = ''
         for delay in delays:
             pauses, paused, _ = run(megabytes * 10 ** 6, delay, total,
-                                    watermark, limits)
+                                    watermark, limits, start)
             cells += f'{f"{pauses} ({paused:.1f} s)":>16}'
         yield f'{megabytes:>17}' + cells

@@ -28,6 +28,11 @@
  *                               is not zero, "B lane index" for one that
  *                               holds neither zeroes nor a whole block of
  *                               ours, then "verified"
+ *   fill lanes= blocks= base= limit=
+ *                               all bytes of MiB base + I (I below blocks)
+ *                               become I % 251 + 1, in sequence by all lanes,
+ *                               limit MiB a second at most (0: any), then a
+ *                               flush; answers "filled MILLISECONDS ERRORS"
  *   sync                        flushes the disk, answers "synced"
  *   size                        answers "size BYTES"
  *   poweroff                    ends the machine
@@ -450,6 +455,80 @@ static void cmd_verify(char *args)
     say("verified");
 }
 
+#define FILL_SIZE (1 << 20)
+
+static struct run filling;
+static struct timespec fill_began;
+static _Atomic uint64_t fill_next, fill_errors;
+
+static uint64_t fill_msec(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (now.tv_sec - fill_began.tv_sec) * 1000 +
+           (now.tv_nsec - fill_began.tv_nsec) / 1000000;
+}
+
+/* One request of each lane is under way at a time */
+static void *fill_main(void *opaque)
+{
+    uint8_t *buf = NULL;
+    uint64_t i;
+
+    if (posix_memalign((void **)&buf, OUR_BLOCK, FILL_SIZE)) {
+        fill_errors++;
+        return opaque;
+    }
+    while ((i = fill_next++) < filling.blocks) {
+        while (filling.limit && fill_msec() * filling.limit / 1000 < i) {
+            usleep(1000);
+        }
+        memset(buf, i % 251 + 1, FILL_SIZE);
+        if (pwrite(disk_fd[0], buf, FILL_SIZE, (filling.base + i) * FILL_SIZE) !=
+            FILL_SIZE) {
+            say("X fill at MiB %llu: %s",
+                (unsigned long long)(filling.base + i), strerror(errno));
+            fill_errors++;
+        }
+    }
+    free(buf);
+    return NULL;
+}
+
+static void *fill_control(void *opaque)
+{
+    pthread_t lanes[MAX_LANES];
+
+    for (uint64_t i = 0; i < filling.lanes; i++) {
+        pthread_create(&lanes[i], NULL, fill_main, NULL);
+    }
+    for (uint64_t i = 0; i < filling.lanes; i++) {
+        pthread_join(lanes[i], NULL);
+    }
+    if (fdatasync(disk_fd[0]) < 0) {
+        say("X fill, flush: %s", strerror(errno));
+        fill_errors++;
+    }
+    say("filled %llu %llu", (unsigned long long)fill_msec(),
+        (unsigned long long)fill_errors);
+    return opaque;
+}
+
+static void cmd_fill(char *args)
+{
+    pthread_t control;
+
+    if (!parse_run(args, &filling)) {
+        return;
+    }
+    clock_gettime(CLOCK_MONOTONIC, &fill_began);
+    fill_next = fill_errors = 0;
+    say("filling");
+    pthread_create(&control, NULL, fill_control, NULL);
+    pthread_detach(control);
+}
+
 static void cmd_size(void)
 {
     uint64_t bytes = 0;
@@ -472,6 +551,8 @@ static void obey(char *line)
         cmd_stop();
     } else if (!strcmp(line, "verify")) {
         cmd_verify(args);
+    } else if (!strcmp(line, "fill")) {
+        cmd_fill(args);
     } else if (!strcmp(line, "size")) {
         cmd_size();
     } else if (!strcmp(line, "sync")) {
