@@ -8,40 +8,32 @@ tool says about them.
 import fcntl
 import os
 
-from lib.bootcache import Meter, in_parallel
+from lib.bootcache import in_parallel
 from lib.context import Failure, check, wait_for
 from lib.image import MiB
 from lib.nbd import NBDClient
 from lib.qsd import StorageDaemon
-from lib.templates import (Contents, SilentServer, StoreCluster, damage,
-                           stop_in_the_middle, truncate)
+from lib.templates import (Contents, Gate, SilentServer, StoreCluster,
+                           damage, truncate)
 from lib.testing import test
 
 
-def slow_source(ctx, contents, rate):
-    """The image behind an NBD server that lets @rate bytes a second pass:
-    options for --image-opts."""
+def gated_source(ctx, contents):
+    """The image behind an NBD server behind a gate, and options for it, for
+    --image-opts."""
     daemon = StorageDaemon(ctx, 'source')
     daemon.qmp.cmd_raw('blockdev-add', {
         'driver': 'file', 'node-name': 'source', 'filename': contents.raw,
         'read-only': True})
-    meter = Meter(ctx, daemon.export_nbd('source', writable=False), rate)
-    return meter, ('driver=nbd,server.type=unix,server.path=%s,export=source'
-                   % meter.path)
+    gate = Gate(ctx, daemon.export_nbd('source', writable=False), 0)
+    return gate, ('driver=nbd,server.type=unix,server.path=%s,export=source'
+                  % gate.path)
 
 
 def part_size(cluster, node):
     """Bytes of what is being brought in."""
-    def size():
-        total = 0
-        for name in cluster.parts(node):
-            try:
-                total += os.stat('%s/tmp/%s' % (cluster.path(node),
-                                                name)).st_size
-            except FileNotFoundError:
-                pass
-        return total
-    return size
+    return sum(os.path.getsize('%s/tmp/%s' % (cluster.path(node), name))
+               for name in cluster.parts(node))
 
 
 @test()
@@ -76,11 +68,15 @@ def killed(ctx):
     one works, and cleans up."""
     cluster = StoreCluster(ctx, {'a': 1})
     contents = Contents(ctx)
-    _, source = slow_source(ctx, contents, 4 * MiB)
+    gate, source = gated_source(ctx, contents)
     for options in ([], ['--digest', contents.digest]):
+        gate.shut(6 * MiB)
         before = cluster.files('a')
         process = cluster.start('a', 'add', '--image-opts', *options, source)
-        stop_in_the_middle(process, part_size(cluster, 'a'))
+        wait_for(lambda: part_size(cluster, 'a') > 2 * MiB, 60,
+                 'something is written')
+        process.kill()
+        gate.open()
         check(cluster.parts('a'), 'nothing was left behind: not in the middle')
         check(cluster.files('a') == before, 'to be seen: %s',
               cluster.files('a'))
@@ -104,25 +100,25 @@ def resumed(ctx):
     killed one left is believed only as far as it is right."""
     cluster = StoreCluster(ctx, {'a': 1})
     contents = Contents(ctx, size=140 * MiB)
-    meter, source = slow_source(ctx, contents, 100 * MiB)
+    gate, source = gated_source(ctx, contents)
     part = '%s/tmp/%s' % (cluster.path('a'),
                           contents.digest.replace(':', '-'))
     for spoil in (False, True):
+        gate.shut(100 * MiB)
         process = cluster.start('a', 'add', '--image-opts', '--digest',
                                 contents.digest, source)
-        wait_for(lambda: not process.alive() or
-                 os.path.exists(part + '.progress') and
+        wait_for(lambda: os.path.exists(part + '.progress') and
                  os.path.getsize(part + '.progress') == 8, 120,
-                 'progress is noted', interval=0.01)
-        check(process.alive(), 'too fast: %s', process.log_tail())
+                 'progress is noted')
         process.kill()
+        gate.open()
         if spoil:
             damage(part + '.part', MiB)
             os.chmod(part + '.part', 0o600)
-        before = meter.bytes
+        before = gate.bytes
         cluster.run('a', 'add', '--image-opts', '--digest', contents.digest,
                     source)
-        again = meter.bytes - before
+        again = gate.bytes - before
         if spoil:
             check(again > 130 * MiB, 'only %d bytes were read', again)
         else:
@@ -245,7 +241,8 @@ def foreign_replica(ctx):
     damage(cluster.copy('a', contents), 8 * MiB + 9)
     damage(cluster.copy('a', contents), 0)
     text = cluster.fails('a', 'repair', status=2, words=[
-        "  1 chunks mended from node 'b'", 'no other copy has 1 of the chunks'])
+        "  1 chunks mended from node 'b'",
+        'no other copy has 1 of the chunks'])
     check('2 chunks mended' not in text, 'repair: %s', text)
     with open(cluster.copy('a', contents), 'rb') as file:
         check(file.read(64) == contents.data[:64], 'chunk 0 is not mended')
@@ -337,7 +334,7 @@ def placed(ctx):
     SilentServer(ctx, cluster.socket('d'))
     cluster.fails('a', 'rebalance', '--keep', status=0,
                   words=["Node 'd': no answer in 5 s"])
-    for contents in templates:
+    for contents in templates[:2]:
         cluster.compare(contents, cluster.blockdev('a', contents))
 
 
@@ -547,7 +544,8 @@ def hostile(ctx):
                   'thinvm template store 1\ndisk a0\n'):
         with open(store, 'w', encoding='utf-8') as file:
             file.write(wrong)
-        cluster.fails('b', 'verify', status=2, words=["Disk 'b0'", 'of another'])
+        cluster.fails('b', 'verify', status=2,
+                      words=["Disk 'b0'", 'of another'])
     # Links that lead out of the store
     copy, chunks = (cluster.copy('a', contents, suffix)
                     for suffix in ('.raw', '.chunks'))

@@ -11,7 +11,9 @@ import json
 import os
 import random
 import socket
+import threading
 
+from .bootcache import Meter
 from .context import Process, check, wait_for
 from .image import MiB, File, json_of
 from .qsd import StorageDaemon
@@ -175,6 +177,32 @@ def truncate(path, size):
     os.chmod(path, 0o444)
 
 
+class Gate(Meter):
+    """A Meter that lets @limit bytes pass, and no more until it is opened."""
+
+    def __init__(self, ctx, target, limit):
+        super().__init__(ctx, target)
+        self._left = limit
+        self._open = threading.Event()
+        ctx.cleanup(self._open.set)
+
+    def _account(self, count):
+        super()._account(count)
+        with self._lock:
+            self._left -= count
+            shut = self._left < 0
+        if shut:
+            self._open.wait()
+
+    def open(self):
+        self._open.set()
+
+    def shut(self, limit):
+        with self._lock:
+            self._left = limit
+        self._open.clear()
+
+
 class SilentServer:
     """Accepts connections, and never says a word."""
 
@@ -183,12 +211,3 @@ class SilentServer:
         self.sock.bind(path)
         self.sock.listen(8)
         ctx.cleanup(self.sock.close)
-
-
-def stop_in_the_middle(process, part_size):
-    """Kill @process when part_size() says that it is well on its way."""
-    wait_for(lambda: part_size() > 0 or not process.alive(), 60,
-             'something is written', interval=0.001)
-    check(process.alive(), 'it was too fast to be killed: %s',
-          process.log_tail())
-    process.kill()
