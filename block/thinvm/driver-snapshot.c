@@ -58,9 +58,10 @@ void thinvm_id_str(const ThinvmSnapshot *snap, char *buf, size_t size)
     snprintf(buf, size, "%" PRIu64, snap->id);
 }
 
-int coroutine_fn GRAPH_RDLOCK
-thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
-                     ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
+/* Among those that are listed, or among those that are not */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_find(BDRVThinvmState *s, const char *id, const char *name, bool hidden,
+            ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
 {
     uint32_t nb = thinvm_nb_slots(s);
     char id_str[32];
@@ -75,7 +76,7 @@ thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
             return ret;
         }
         thinvm_id_str(snap, id_str, sizeof(id_str));
-        if (!(snap->flags & THINVM_SNAPSHOT_HIDDEN) &&
+        if (!(snap->flags & THINVM_SNAPSHOT_HIDDEN) == !hidden &&
             (!id || !strcmp(id, id_str)) &&
             (!name || !strcmp(name, snap->name))) {
             return 0;
@@ -85,14 +86,24 @@ thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
 }
 
 int coroutine_fn GRAPH_RDLOCK
+thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
+                     ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
+{
+    return thinvm_find(s, id, name, false, snap, slot, errp);
+}
+
+int coroutine_fn GRAPH_RDLOCK
 thinvm_require_snapshot(BDRVThinvmState *s, const char *id, const char *name,
                         ThinvmSnapshot *snap, uint32_t *slot, Error **errp)
 {
     int ret = thinvm_find_snapshot(s, id, name, snap, slot, errp);
 
     if (ret == -ENOENT) {
-        error_setg(errp, "There is no snapshot with %s '%s'",
-                   id ? "id" : "name", id ?: name);
+        bool hidden = thinvm_find(s, id, name, true, snap, slot, NULL) == 0;
+
+        error_setg(errp, "There is no snapshot with %s '%s'%s",
+                   id ? "id" : "name", id ?: name,
+                   hidden ? " any more: it is being deleted" : "");
     }
     return ret;
 }
@@ -110,12 +121,15 @@ thinvm_find_by_either(BDRVThinvmState *s, const char *id_or_name,
 }
 
 int coroutine_fn GRAPH_RDLOCK
-thinvm_snapshot_settle(BDRVThinvmState *s, Error **errp)
+thinvm_snapshot_settle(BDRVThinvmState *s, const char *what, Error **errp)
 {
     int ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
 
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot commit the change");
+        error_setg_errno(errp, -ret, "%s, which becomes durable when the "
+                         "device works again; if this process ends before, it "
+                         "may not have happened", what);
+        thinvm_worker_arm(s);   /* it tries */
     }
     return ret;
 }
@@ -168,9 +182,32 @@ thinvm_cut_vmstate(BDRVThinvmState *s, uint64_t size, Error **errp)
     return ret < 0 ? ret : thinvm_store_execute(s->store, &op, NULL, errp);
 }
 
+/* Who was told that there is no snapshot must not find one */
+static void coroutine_fn GRAPH_RDLOCK
+thinvm_take_back(BDRVThinvmState *s, const ThinvmSnapshot *snap, Error **errp)
+{
+    Error *local_err = NULL;
+    ThinvmDeletion del = { .name.id = snap->id };
+    ThinvmSnapshot found;
+    char id[32];
+
+    thinvm_id_str(snap, id, sizeof(id));
+    if (thinvm_find_snapshot(s, id, NULL, &found, &del.name.slot,
+                             &local_err) < 0 ||
+        thinvm_deletion_hide(s, &del, &local_err) < 0) {
+        error_prepend(errp, "Snapshot %s is there, but may not be durable: ",
+                      id);
+        error_free(local_err);
+        return;
+    }
+    thinvm_worker_collect_soon(s);
+    thinvm_worker_arm(s);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
 {
+    ERRP_GUARD();
     BDRVThinvmState *s = bs->opaque;
     ThinvmSnapshotCo *c = opaque;
     ThinvmSnapshot snap = {
@@ -198,7 +235,11 @@ thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
     pstrcpy(snap.name, sizeof(snap.name), c->info->name);
     ret = thinvm_store_execute(s->store, &op, NULL, errp);
     if (ret >= 0) {
-        ret = thinvm_snapshot_settle(s, errp);
+        ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Cannot make it durable");
+            thinvm_take_back(s, &snap, errp);
+        }
     }
     trace_thinvm_snapshot_create(bs, snap.id, ret);
     if (ret >= 0) {
@@ -258,7 +299,7 @@ thinvm_co_snapshot_goto(BlockDriverState *bs, void *opaque, Error **errp)
     op.physical = thinvm_next_id(s);
     ret = thinvm_store_execute(s->store, &op, NULL, errp);
     if (ret >= 0) {
-        ret = thinvm_snapshot_settle(s, errp);
+        ret = thinvm_snapshot_settle(s, "The disk is back at it", errp);
     }
     trace_thinvm_snapshot_goto(bs, c->snap.id, ret);
     if (ret < 0) {

@@ -27,9 +27,12 @@ thinvm_find_snapshot(BDRVThinvmState *s, const char *id, const char *name,
 int coroutine_fn GRAPH_RDLOCK
 thinvm_require_snapshot(BDRVThinvmState *s, const char *id, const char *name,
                         ThinvmSnapshot *snap, uint32_t *slot, Error **errp);
-/* What was executed is made durable */
+/*
+ * What was executed is made durable.  It is not taken back when that fails;
+ * then @errp says @what is so ("the disk is back at it") and what that means.
+ */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_snapshot_settle(BDRVThinvmState *s, Error **errp);
+thinvm_snapshot_settle(BDRVThinvmState *s, const char *what, Error **errp);
 
 /* snapshot-delete.c */
 
@@ -44,6 +47,10 @@ int thinvm_deletion_prepare(BlockDriverState *bs, const char *id,
 int coroutine_fn GRAPH_RDLOCK
 thinvm_deletion_mark(BlockDriverState *bs, const ThinvmDeletion *del,
                      bool force, Error **errp);
+/* The same, not durable; nothing else is looked at */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_deletion_hide(BDRVThinvmState *s, const ThinvmDeletion *del,
+                     Error **errp);
 /* One step, unless it is gone or waits */
 int coroutine_fn GRAPH_RDLOCK
 thinvm_deletion_step(BlockDriverState *bs, ThinvmDeletion *del, Error **errp);

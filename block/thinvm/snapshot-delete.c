@@ -137,6 +137,13 @@ thinvm_execute_on(BDRVThinvmState *s, ThinvmOpType type,
     return thinvm_store_execute(s->store, &op, NULL, errp);
 }
 
+int coroutine_fn thinvm_deletion_hide(BDRVThinvmState *s,
+                                      const ThinvmDeletion *del, Error **errp)
+{
+    return thinvm_execute_on(s, THINVM_OP_SNAPSHOT_DELETE_STEP, &del->name, 0,
+                             errp);
+}
+
 int coroutine_fn thinvm_deletion_mark(BlockDriverState *bs,
                                       const ThinvmDeletion *del, bool force,
                                       Error **errp)
@@ -156,11 +163,14 @@ int coroutine_fn thinvm_deletion_mark(BlockDriverState *bs,
                                 errp);
     }
     if (ret >= 0) {
-        ret = thinvm_execute_on(s, THINVM_OP_SNAPSHOT_DELETE_STEP, &del->name,
-                                0, errp);
+        ret = thinvm_deletion_hide(s, del, errp);
     }
     if (ret >= 0) {
-        ret = thinvm_snapshot_settle(s, errp);
+        ret = thinvm_snapshot_settle(s, "The snapshot is deleted", errp);
+        if (ret < 0) {
+            /* Nobody can delete it once more */
+            thinvm_worker_collect_soon(s);
+        }
     }
     trace_thinvm_snapshot_delete(bs, del->name.id, ret);
     return ret;
@@ -258,6 +268,9 @@ int coroutine_fn thinvm_collect_step(BlockDriverState *bs, ThinvmCollect *c,
                                           ret);
             c->active = false;
         }
+        if (ret < 0) {
+            *c = (ThinvmCollect) { };   /* who tries again looks at it again */
+        }
         return ret;
     }
     ret = thinvm_collect_find(bs->opaque, c, errp);
@@ -312,7 +325,8 @@ int coroutine_fn thinvm_snapshot_clean_up(BlockDriverState *bs, Error **errp)
     }
     s->collect = (ThinvmCollect) { };
     ret = thinvm_snapshot_collect(bs, &budget, errp);
-    return ret < 0 ? ret : thinvm_snapshot_settle(s, errp);
+    return ret < 0 ? ret :
+           thinvm_snapshot_settle(s, "Its space is free", errp);
 }
 
 /* ------------------------------------------------------------------ */
@@ -356,7 +370,8 @@ int coroutine_fn thinvm_snapshot_protect(BlockDriverState *bs, const char *id,
     at.id = snap.id;
     ret = thinvm_execute_on(s, THINVM_OP_SNAPSHOT_PROTECT, &at, protect, errp);
     if (ret >= 0) {
-        ret = thinvm_snapshot_settle(s, errp);
+        ret = thinvm_snapshot_settle(s, protect ? "The snapshot is protected" :
+                                     "The snapshot is not protected", errp);
     }
     trace_thinvm_snapshot_protect(bs, snap.id, protect, ret);
     return ret;

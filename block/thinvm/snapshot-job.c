@@ -176,7 +176,8 @@ static int coroutine_fn thinvm_job_run(Job *opaque, Error **errp)
     }
     WITH_GRAPH_RDLOCK_GUARD() {
         if (ret >= 0 && thinvm_job_may_go_on(job, NULL) == 0) {
-            ret = thinvm_snapshot_settle(job->bs->opaque, errp);
+            ret = thinvm_snapshot_settle(job->bs->opaque,
+                                         "The snapshot is deleted", errp);
         }
     }
     if (ret >= 0 && done) {

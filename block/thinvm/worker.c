@@ -37,6 +37,7 @@ struct ThinvmWorker {
     bool tick;      /* the timer has fired */
     bool kicked;    /* the store wants something */
     bool collect;   /* snapshots may be waiting for their deletion */
+    bool collect_again;     /* that failed: with the next tick */
 };
 
 /* Steps of a deletion between two looks whether the node is to be quiet */
@@ -134,15 +135,20 @@ static bool thinvm_worker_may_collect(ThinvmWorker *w)
 static void coroutine_fn GRAPH_RDLOCK thinvm_worker_collect(ThinvmWorker *w)
 {
     unsigned budget = THINVM_COLLECT_STEPS;
+    int ret;
 
     if (!thinvm_worker_may_collect(w)) {
         return;
     }
     qatomic_set(&w->collect, false);
-    if (thinvm_snapshot_collect(w->s->bs, &budget, NULL) >= 0 && !budget) {
+    ret = thinvm_snapshot_collect(w->s->bs, &budget, NULL);
+    if (ret >= 0 && !budget) {
         qatomic_set(&w->collect, true);
     }
-    if (budget < THINVM_COLLECT_STEPS) {
+    if (ret < 0 && ret != -EBADMSG) {
+        qatomic_set(&w->collect_again, true);   /* the device may recover */
+    }
+    if (ret < 0 || budget < THINVM_COLLECT_STEPS) {
         thinvm_worker_arm(w->s);        /* to commit the steps */
     }
 }
@@ -157,6 +163,9 @@ static void coroutine_fn thinvm_worker_entry(void *opaque)
         bool tick = qatomic_xchg(&w->tick, false);
         bool kicked = qatomic_xchg(&w->kicked, false);
 
+        if (tick && qatomic_xchg(&w->collect_again, false)) {
+            qatomic_set(&w->collect, true);
+        }
         if (!tick && !kicked && !thinvm_worker_may_collect(w)) {
             break;
         }
