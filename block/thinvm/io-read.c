@@ -21,6 +21,9 @@
  */
 #define MAX_HOLE    (64 * KiB)
 
+/* Times that a follower looks again when a read has failed */
+#define MAX_FAILURES    16
+
 /* A piece of a request that one I/O serves */
 typedef struct ReadPiece {
     AioTask task;
@@ -285,9 +288,9 @@ read_following(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
     BDRVThinvmState *s = bs->opaque;
     ThinvmStore *st;
     ThinvmLook look;
-    unsigned token;
+    unsigned token, failures = 0;
     bool repeat;
-    int ret;
+    int ret, end;
 
     do {
         repeat = false;
@@ -297,15 +300,17 @@ read_following(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
         if (ret == 0) {
             ret = read_once(bs, st, tree, offset, bytes, qiov, qiov_offset,
                             flags);
-        }
-        if (ret == 0) {
-            ret = thinvm_mode_end_read(bs, &look, &repeat);
+            failures += ret < 0;
+            /* it fails where the owner has cut off what it moved elsewhere */
+            end = thinvm_mode_end_read(bs, &look, &repeat);
+            ret = ret < 0 ? ret : end;
+            repeat = repeat && end == 0 && failures < MAX_FAILURES;
         }
         thinvm_store_request_end(st, token);
         if (repeat) {
             trace_thinvm_read_repeat(bs, tree, offset, bytes);
         }
-    } while (ret == 0 && repeat);
+    } while (repeat);
 
     return ret;
 }

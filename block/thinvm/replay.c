@@ -608,11 +608,9 @@ static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
     if (ret == 0) {
         ret = follow_records(st, ring, &pos, &end, errp);
     }
-    if (ret == -EBADMSG) {
-        *afresh = base_moved(st, 0);
-        return ret;
-    }
     if (ret < 0) {
+        /* A page that is gone; or that lay where the device was cut off */
+        *afresh = base_moved(st, 0);
         if (errp && !*errp) {
             error_setg_errno(errp, -ret, "Could not read the journal");
         }

@@ -522,13 +522,20 @@ void thinvm_store_kick(ThinvmStore *st)
 /*
  * A page that proves damaged may just be gone: freed and reused since we were
  * told to read it.  So ask again a few times, in a follower from a fresh
- * start; if the answer stays the same it is damage.
+ * start; if the answer stays the same it is damage.  To a follower a page that
+ * cannot be read may be gone as well: with the end of the device, which the
+ * owner has cut off.
  */
-static bool coroutine_fn may_retry(ThinvmStore *st, ThinvmState *s,
+static bool coroutine_fn may_retry(ThinvmStore *st, ThinvmState *s, int ret,
                                    unsigned *attempts)
 {
-    return (*attempts)++ < THINVM_PAGE_ATTEMPTS &&
-           (thinvm_store_may_write(st) == 0 || thinvm_follow_restart(st, s));
+    bool owner = thinvm_store_may_write(st) == 0;
+
+    if ((ret != -EBADMSG && (owner || ret == -EINVAL)) ||
+        (*attempts)++ >= THINVM_PAGE_ATTEMPTS) {
+        return false;
+    }
+    return owner || thinvm_follow_restart(st, s);
 }
 
 static int coroutine_fn lookup_general(ThinvmStore *st, int tree,
@@ -556,7 +563,7 @@ static int coroutine_fn lookup_general(ThinvmStore *st, int tree,
                                        error_get_pretty(local_err));
             error_free(local_err);
         }
-        if (ret == -EBADMSG && may_retry(st, s, &attempts)) {
+        if (ret < 0 && may_retry(st, s, ret, &attempts)) {
             thinvm_state_lock(s);
             thinvm_needs_destroy(s, &needs);
             thinvm_state_unlock(s);

@@ -321,7 +321,7 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
         bool changed = false, repeat;
         uint64_t changes;
         unsigned token;
-        int ret;
+        int ret, end = 0;
 
         /* joined before: a state that is replaced stays as long */
         token = thinvm_store_request_begin(st);
@@ -331,15 +331,16 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
             image_dawdle = turns;
             ret = image_read(sim, st, guest, buf);
         }
-        if (ret == 0 && image_fault != IMAGE_FAULT_FOLLOW) {
-            ret = thinvm_store_catch_up(st, &changed, NULL);
+        /* also when reading fails: perhaps it was moved, and cut off there */
+        if (image_fault != IMAGE_FAULT_FOLLOW) {
+            end = thinvm_store_catch_up(st, &changed, NULL);
         }
         /* by whomever: our own catch-up may have found nothing left to do */
         repeat = image_fault == IMAGE_FAULT_HIDDEN ? changed :
                  changes != thinvm_store_changes(st);
         thinvm_store_request_end(st, token);
-        if (ret < 0 || !repeat) {
-            return ret;
+        if (end < 0 || !repeat) {
+            return ret < 0 ? ret : end;
         }
     }
 }
