@@ -300,3 +300,60 @@ def moves(ctx):
     first.expect(SUCCESS, 'stop')
     scene.no_owner()
     require_clean(ctx, scene.lun)
+
+
+@test(seconds=500, slow=True)
+def does_not_arrive(ctx):
+    """A migrate_from that fails: its QEMU cannot start, its guest does not
+    come in time, its source dies meanwhile.  Whatever the cluster does then,
+    the guest runs once, where its disk is, or nowhere."""
+    scene = Scene(ctx)
+    first, second = scene.agents
+    guest = scene.guest
+    vm = scene.started(first)
+    guest.start_writing()
+    guest.wait_writes(300)
+
+    def fails(words, **options):
+        reason = second.expect(GENERIC, 'migrate_from',
+                               migrate_source='hosta', **options)
+        check(words in reason, 'it says: %s', reason)
+        check(not scene.pid(second), 'a QEMU is left on the target')
+        second.expect(NOT_RUNNING, 'monitor')
+
+    # The target cannot start; the sender finds nobody, and the guest goes on.
+    first.expect(SUCCESS, 'migrate_to', migrate_target='hostb')
+    qemu, second.parameters['qemu'] = second.parameters['qemu'], '/bin/false'
+    fails('')
+    second.parameters['qemu'] = qemu
+    first.expect(SUCCESS, 'monitor', interval=10)
+    check(vm.status() == 'running', 'the source is %s', vm.status())
+    check(query_thinvm(vm.qmp, 'disk')['owner'], 'the source has no disk')
+    guest.wait_writes(200)
+    second.expect(SUCCESS, 'stop')
+
+    # The source stands still, and its guest does not arrive in time.
+    pid, = scene.pid(first)
+    first.host.run('kill', '-STOP', str(pid))
+    fails('in time', timeout=25)
+    first.host.run('kill', '-CONT', str(pid))
+    guest.wait_writes(200)
+    check(query_thinvm(vm.qmp, 'disk')['owner'], 'the source lost its disk')
+
+    # It dies; the cluster stops both, and starts the guest on the target.
+    first.expect(SUCCESS, 'migrate_to', migrate_target='hostb')
+    first.host.run('kill', '-9', str(pid))
+    fails('in time', timeout=25)
+    second.expect(SUCCESS, 'stop')
+    first.expect(SUCCESS, 'stop')
+    scene.no_owner()
+    found = scan(ctx, guest.model, scene.lun)
+    guest.model.require(found, 'flushed', 'after the source died')
+    second.expect(SUCCESS, 'start')
+    second.expect(SUCCESS, 'monitor', interval=10)
+    check(len(scene.pid(second)) == 1 and not scene.pid(first),
+          'the guest does not run once, on the target')
+    second.parameters['shutdown_timeout'] = 1
+    second.expect(SUCCESS, 'stop')
+    scene.no_owner()
+    require_clean(ctx, scene.lun)
