@@ -646,7 +646,7 @@ static void coroutine_fn test_promise_kept(ThinvmSim *sim)
 
 /* ------------------------------------------------------------------ */
 
-#define LIVES       60
+#define LIVES       90
 #define LIFE_STEPS  100
 #define LIFE_RUNS   40
 #define LIFE_DEVICE (320 * MiB)
