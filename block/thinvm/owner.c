@@ -635,8 +635,11 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     if (ret < 0) {
         thinvm_owner_drop(s);
         thinvm_fence_release(s);
+        return ret;
     }
-    return ret;
+    /* for query-thinvm, by which others find out whom they follow */
+    thinvm_pulse_saw_claim(s, &claim);
+    return 0;
 }
 
 int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
