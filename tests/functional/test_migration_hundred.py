@@ -76,7 +76,8 @@ class Journey(Scene):
         if how == 'device':
             # What else is written may be the guest's, which would be told
             place = Unclaimable(self.lun, 'thinvm_claim_write', True)
-        if how in ('cut', 'cancel'):    # neither is for post-copy
+        # None is for post-copy, whose source has memory that the guest needs
+        if how in ('cut', 'cancel', 'source'):
             kind = {}
         bandwidth, latest = random.choice(PACES)
         self.begin(kind, place, bandwidth=bandwidth)

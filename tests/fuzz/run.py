@@ -94,7 +94,8 @@ def test_sources(name):
     helpers = dict.fromkeys(re.findall(r"thinvm_unit / '(thinvm-\S+\.c)'",
                                        table))
     return [unit / f'{name}.c', *(unit / h for h in helpers
-                                  if 'crash' in name or 'sim' in h)]
+                                  if 'crash' in name or
+                                  h.startswith('thinvm-sim'))]
 
 
 def find_clang():
