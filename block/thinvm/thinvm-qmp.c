@@ -12,9 +12,9 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-thinvm.h"
-#include "qemu/job.h"
 #include "qemu/module.h"
 #include "driver-snapshot.h"
+#include "job.h"
 
 /*
  * What is done with a node waits in the event loop, and meanwhile another may
@@ -165,16 +165,11 @@ void qmp_thinvm_snapshot_delete(const char *job_id, const char *node_name,
                                 bool auto_dismiss, Error **errp)
 {
     BlockDriverState *bs = thinvm_find_writer(node_name, id, name, errp);
-    int flags = JOB_DEFAULT;
+    int flags = thinvm_job_flags(has_auto_finalize, auto_finalize,
+                                 has_auto_dismiss, auto_dismiss);
 
     if (!bs) {
         return;
-    }
-    if (has_auto_finalize && !auto_finalize) {
-        flags |= JOB_MANUAL_FINALIZE;
-    }
-    if (has_auto_dismiss && !auto_dismiss) {
-        flags |= JOB_MANUAL_DISMISS;
     }
     thinvm_snapshot_delete_job(bs, job_id, id, name, force, speed, flags,
                                errp);
@@ -214,16 +209,11 @@ void qmp_thinvm_compact(const char *job_id, const char *node_name,
 {
     BlockDriverState *bs = thinvm_find_owner(node_name, "thinvm-compact",
                                              errp);
-    int flags = JOB_DEFAULT;
+    int flags = thinvm_job_flags(has_auto_finalize, auto_finalize,
+                                 has_auto_dismiss, auto_dismiss);
 
     if (!bs) {
         return;
-    }
-    if (has_auto_finalize && !auto_finalize) {
-        flags |= JOB_MANUAL_FINALIZE;
-    }
-    if (has_auto_dismiss && !auto_dismiss) {
-        flags |= JOB_MANUAL_DISMISS;
     }
     thinvm_compact_job(bs, job_id, speed, flags, errp);
     bdrv_unref(bs);
