@@ -788,8 +788,9 @@ int coroutine_fn thinvm_store_take_metadata(ThinvmStore *st, ThinvmOp *op)
  * base, and the reserves grow by some more.  On a device that is nearly full
  * shorter ones would take each cluster that comes free, and never be enough.
  */
-static int coroutine_fn reserve_extent(ThinvmStore *st, uint64_t wanted,
-                                       uint64_t *first, uint64_t *nb)
+int coroutine_fn thinvm_store_reserve_extent(ThinvmStore *st, uint64_t limit,
+                                             uint64_t wanted, uint64_t *first,
+                                             uint64_t *nb)
 {
     uint64_t least = DIV_ROUND_UP(THINVM_EXTENT_LEAST << THINVM_PAGE_BITS,
                                   1ULL << st->cluster_bits);
@@ -798,7 +799,9 @@ static int coroutine_fn reserve_extent(ThinvmStore *st, uint64_t wanted,
     int ret = -ENOSPC;
 
     for (n = 0; n < ARRAY_SIZE(small); n++) {
-        ret = reserve(st, 0, MAX(wanted, least), true, first, nb);
+        ret = limit ? thinvm_store_reserve_below(st, limit,
+                                                 MAX(wanted, least), first, nb)
+                    : reserve(st, 0, MAX(wanted, least), true, first, nb);
         if (ret < 0 || *nb >= least) {
             break;
         }
@@ -834,7 +837,8 @@ int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st)
     qemu_co_mutex_lock(&st->grow_lock);
     wanted = metadata_wanted(st);
     if (wanted) {
-        ret = reserve_extent(st, wanted, &op.physical, &op.count);
+        ret = thinvm_store_reserve_extent(st, 0, wanted, &op.physical,
+                                          &op.count);
         if (ret == -ENOSPC) {
             note_no_extent(st);
         } else if (ret == 0) {

@@ -42,8 +42,6 @@
 #define THINVM_COMPACT_STRETCH  (4 * MiB)
 /* Passes at most; the second one is for what the first one freed */
 #define THINVM_COMPACT_PASSES   16
-/* Places that are too short for metadata, in the search for one */
-#define THINVM_COMPACT_SEARCH   32
 /* Others hold what is free below the limit, say while it is discarded */
 #define THINVM_COMPACT_WAITS    50
 #define THINVM_COMPACT_WAIT_NS  (20 * SCALE_MS)
@@ -533,33 +531,6 @@ static int coroutine_fn checkpoints(ThinvmStore *st, int nb, Error **errp)
     return ret;
 }
 
-/* Places that are too short for a metadata extent are passed over */
-static int coroutine_fn reserve_extent_below(ThinvmCompact *c, uint64_t wanted,
-                                             uint64_t *first, uint64_t *nb)
-{
-    ThinvmStore *st = c->st;
-    uint64_t least = DIV_ROUND_UP(THINVM_EXTENT_LEAST << THINVM_PAGE_BITS,
-                                  1ULL << st->cluster_bits);
-    ThinvmFreedRange small[THINVM_COMPACT_SEARCH];
-    unsigned n;
-    int ret = -ENOSPC;
-
-    for (n = 0; n < ARRAY_SIZE(small); n++) {
-        ret = thinvm_store_reserve_below(st, c->limit, MAX(wanted, least),
-                                         first, nb);
-        if (ret < 0 || *nb >= least) {
-            break;
-        }
-        small[n] = (ThinvmFreedRange) { *first, *nb };
-        ret = -ENOSPC;
-    }
-    while (n > 0) {
-        n--;
-        thinvm_store_unreserve(st, small[n].first, small[n].nb_clusters);
-    }
-    return ret;
-}
-
 /* Metadata space below the limit: 1; 0: there is no room for it */
 static int coroutine_fn extend_below(ThinvmCompact *c, uint64_t pages)
 {
@@ -571,7 +542,8 @@ static int coroutine_fn extend_below(ThinvmCompact *c, uint64_t pages)
     int ret;
 
     qemu_co_mutex_lock(&st->grow_lock);
-    ret = reserve_extent_below(c, wanted, &op.physical, &op.count);
+    ret = thinvm_store_reserve_extent(st, c->limit, wanted, &op.physical,
+                                      &op.count);
     if (ret == 0) {
         ret = thinvm_store_take_metadata(st, &op);
         if (ret < 0) {

@@ -392,6 +392,13 @@ int coroutine_fn thinvm_store_reserve_below(ThinvmStore *st, uint64_t limit,
 int coroutine_fn thinvm_store_extend_metadata(ThinvmStore *st);
 /* Pages of the shortest metadata extent that is taken */
 #define THINVM_EXTENT_LEAST     16ULL
+/*
+ * Reserve clusters for one, at most @wanted, all below @limit (0: anywhere):
+ * places that are too short are passed over.  As thinvm_store_reserve_below()
+ */
+int coroutine_fn thinvm_store_reserve_extent(ThinvmStore *st, uint64_t limit,
+                                             uint64_t wanted, uint64_t *first,
+                                             uint64_t *nb);
 /* Execute this META_EXTEND, of reserved clusters.  grow_lock is held */
 int coroutine_fn thinvm_store_take_metadata(ThinvmStore *st, ThinvmOp *op);
 /*
