@@ -333,19 +333,6 @@ static void print_places(Tool *t, const Places *p)
     qobject_unref(options);
 }
 
-static bool is_marked(Tool *t, const TemplateDigest *digest)
-{
-    TemplateEntry e;
-
-    for (unsigned i = 0; i < t->stores->len; i++) {
-        if (template_store_find(g_ptr_array_index(t->stores, i), digest, &e) &&
-            e.removed) {
-            return true;
-        }
-    }
-    return false;
-}
-
 static void find_places(Tool *t, const TemplateDigest *digest, Places *p)
 {
     g_autoptr(GPtrArray) nodes = nodes_by_distance(t, digest);
@@ -401,7 +388,7 @@ int tool_locate(Tool *t)
         error_report_err(err);
         return TOOL_FAILED;
     }
-    if (is_marked(t, &digest)) {
+    if (tool_is_marked(t, &digest)) {
         error_report("Template '%s' was removed from node '%s'", t->argv[0],
                      t->node->name);
         return TOOL_FAILED;

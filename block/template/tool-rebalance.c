@@ -26,19 +26,6 @@ typedef struct Rebalance {
     unsigned fetched, dropped, kept;
 } Rebalance;
 
-static bool marked_on_node(Tool *t, const TemplateDigest *digest)
-{
-    TemplateEntry e;
-
-    for (unsigned i = 0; i < t->stores->len; i++) {
-        if (template_store_find(g_ptr_array_index(t->stores, i), digest, &e) &&
-            e.removed) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* ------------------------------------------------------------------ */
 /* Fetching                                                            */
 
@@ -78,7 +65,7 @@ static void fetch_if_missing(Rebalance *r, const TemplateDigest *digest)
         r->status = TOOL_INCOMPLETE;    /* opening it has failed, and said so */
         return;
     }
-    if (!s || marked_on_node(r->t, digest) ||
+    if (!s || tool_is_marked(r->t, digest) ||
         (template_store_find(s, digest, &e) && e.data && e.chunks)) {
         return;
     }

@@ -158,6 +158,19 @@ TemplateStore *tool_local_copy(Tool *t, const TemplateDigest *digest)
     return NULL;
 }
 
+bool tool_is_marked(Tool *t, const TemplateDigest *digest)
+{
+    TemplateEntry e;
+
+    for (unsigned i = 0; i < t->stores->len; i++) {
+        if (template_store_find(g_ptr_array_index(t->stores, i), digest, &e) &&
+            e.removed) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static int compare_digests(gconstpointer a, gconstpointer b)
 {
     return memcmp(a, b, TEMPLATE_DIGEST_SIZE);

@@ -56,6 +56,8 @@ TemplateStore *tool_store_of(Tool *t, const ClusterDisk *disk);
 TemplateStore *tool_first_store(Tool *t, Error **errp);
 /* A whole copy that may be used, on a disk of this node; NULL if none */
 TemplateStore *tool_local_copy(Tool *t, const TemplateDigest *digest);
+/* Was it removed from a disk of this node, where somebody still has it open? */
+bool tool_is_marked(Tool *t, const TemplateDigest *digest);
 
 /*
  * Templates that a command is about: of the command line, or else all that

@@ -45,15 +45,15 @@ static void print_line(const ThinvmSnapshotInfo *info, unsigned depth)
 /* @left: id -> ThinvmSnapshotInfo of those that were not printed yet */
 static void print_below(GHashTable *left, ThinvmSnapshotInfo *root)
 {
-    g_autoptr(GArray) todo = g_array_new(false, false, sizeof(Level));
+    g_autoptr(GArray) stack = g_array_new(false, false, sizeof(Level));
     Level at = { .info = root };
 
-    g_array_append_val(todo, at);
-    while (todo->len) {
-        guint place = todo->len - 1;
+    g_array_append_val(stack, at);
+    while (stack->len) {
+        guint place = stack->len - 1;
 
-        at = g_array_index(todo, Level, place);
-        g_array_set_size(todo, place);
+        at = g_array_index(stack, Level, place);
+        g_array_set_size(stack, place);
         if (!g_hash_table_remove(left, at.info->id)) {
             continue;
         }
@@ -66,7 +66,7 @@ static void print_below(GHashTable *left, ThinvmSnapshotInfo *root)
 
             if (child.info) {
                 /* before its elder ones: the last is printed first */
-                g_array_insert_val(todo, place, child);
+                g_array_insert_val(stack, place, child);
             }
         }
     }
