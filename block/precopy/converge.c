@@ -21,6 +21,7 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/host-utils.h"
 #include "precopy.h"
 #include "trace.h"
 
@@ -33,6 +34,11 @@
 /* Once ready: what has been quiet for so long is sent */
 #define PRECOPY_READY_HORIZON   5000
 #define PRECOPY_PATIENCE_MS     3000
+/* How long a guest that was too fast is held at least */
+#define PRECOPY_LEAST_HOLD      1000
+#define PRECOPY_MOST_HOLD       60000
+/* In flight before the rate is known */
+#define PRECOPY_FIRST_WINDOW    (2 * 1024 * 1024)
 
 void precopy_converge_start(PrecopyJob *s)
 {
@@ -54,16 +60,31 @@ static uint64_t precopy_smooth(uint64_t mean, uint64_t sample)
     return mean ? (3 * mean + sample) / 4 : sample;
 }
 
-static bool precopy_is_faster(const PrecopyConverge *c)
+/* What the link carries, if it has been busy for long enough to tell */
+static void precopy_measure_link(PrecopyJob *s, const PrecopyCounters *n)
 {
-    return c->rate && c->dirty_rate > c->rate / 10 * 9;
+    PrecopyConverge *c = &s->converge;
+    int64_t busy = precopy_busy_ns(s);
+    uint64_t sent = n->sent - c->rate_sent;
+    uint64_t zeroed = n->zeroed - c->rate_zeroed;
+
+    if (busy < PRECOPY_MEASURE_MS * SCALE_MS / 2 || !(sent || zeroed)) {
+        return;
+    }
+    /* Time that went into zeroes says nothing of payload */
+    if (zeroed <= sent) {
+        c->rate = precopy_smooth(c->rate,
+                                 sent * (double)NANOSECONDS_PER_SECOND / busy);
+    }
+    c->rate_sent = n->sent;
+    c->rate_zeroed = n->zeroed;
+    s->busy_ns -= busy;             /* what is in flight begins anew */
 }
 
 void precopy_converge_measure(PrecopyJob *s)
 {
     PrecopyConverge *c = &s->converge;
     int64_t now = precopy_clock_ms();
-    int64_t busy = precopy_busy_ns(s);
     PrecopyCounters n;
 
     if (now - c->rate_since < PRECOPY_MEASURE_MS) {
@@ -74,17 +95,12 @@ void precopy_converge_measure(PrecopyJob *s)
                                    (n.newly_dirty - c->rate_dirtied) * 1000 /
                                    (now - c->rate_since));
     c->guest_rate = precopy_smooth(c->guest_rate,
-                                   (n.guest_written - c->rate_guest) * 1000 /
+                                   (n.guest_touched - c->rate_guest) * 1000 /
                                    (now - c->rate_since));
     c->rate_dirtied = n.newly_dirty;
-    c->rate_guest = n.guest_written;
+    c->rate_guest = n.guest_touched;
     c->rate_since = now;
-    if (busy >= PRECOPY_MEASURE_MS * SCALE_MS / 2 && n.sent > c->rate_sent) {
-        c->rate = precopy_smooth(c->rate, (n.sent - c->rate_sent) *
-                                 (double)NANOSECONDS_PER_SECOND / busy);
-        c->rate_sent = n.sent;
-        s->busy_ns -= busy;         /* what is in flight begins anew */
-    }
+    precopy_measure_link(s, &n);
     precopy_check_faster(s);
 }
 
@@ -106,6 +122,30 @@ uint64_t precopy_bound(PrecopyJob *s)
                PRECOPY_LEAST_BOUND);
 }
 
+/*
+ * What has been put into the link cannot be taken back: who cancels the job
+ * waits for it, and so does a write that goes through.  As much as the link
+ * carries in half a second (a quarter while writes go through) keeps a long
+ * one full, too.
+ */
+int64_t precopy_converge_window(PrecopyJob *s)
+{
+    uint64_t rate = s->converge.rate;
+
+    return rate ? MAX(rate / (s->converge.outpaced ? 4 : 2),
+                      2 * precopy_converge_bytes(s))
+                : PRECOPY_FIRST_WINDOW;
+}
+
+/* Several of them make a window */
+int64_t precopy_converge_bytes(PrecopyJob *s)
+{
+    uint64_t rate = precopy_rate(s);
+    uint64_t bytes = rate ? pow2floor(rate / 8) : PRECOPY_FIRST_WINDOW / 8;
+
+    return MIN(MAX(bytes, PRECOPY_MIN_BYTES), PRECOPY_MAX_BYTES);
+}
+
 static int64_t precopy_time_for(PrecopyJob *s, uint64_t bytes)
 {
     uint64_t rate = precopy_rate(s);
@@ -117,11 +157,24 @@ static int64_t precopy_time_for(PrecopyJob *s, uint64_t bytes)
 /* ------------------------------------------------------------------ */
 /* A guest that is faster than the link                                */
 
+/* One that is too fast again and again is held for longer each time */
+static void precopy_choose_hold(PrecopyConverge *c, bool on)
+{
+    int64_t now = precopy_clock_ms();
+
+    if (on) {
+        c->hold = c->hold && now - c->pace_since < 8 * c->hold
+            ? MIN(2 * c->hold, PRECOPY_MOST_HOLD) : PRECOPY_LEAST_HOLD;
+    }
+    c->pace_since = now;
+}
+
 static void precopy_set_outpaced(PrecopyJob *s, bool on)
 {
     PrecopyConverge *c = &s->converge;
     uint64_t rate = precopy_rate(s);
 
+    precopy_choose_hold(c, on);
     c->outpaced = on;
     switch (s->when_outpaced) {
     case PRECOPY_OUTPACED_WRITE_BLOCKING:
@@ -139,24 +192,14 @@ static void precopy_set_outpaced(PrecopyJob *s, bool on)
     }
 }
 
-/* How long a guest's write that made @bytes dirty is held back */
-int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes)
+/* How long a guest's write is held back: what counts is what it made dirty */
+int64_t precopy_throttle_ns(PrecopyJob *s, int64_t offset, int64_t bytes)
 {
-    return ratelimit_calculate_delay(&s->throttle, bytes);
-}
+    int64_t gran = s->track->granularity;
+    int64_t begin = QEMU_ALIGN_DOWN(offset, gran);
 
-/*
- * A write that goes through waits for all that was put into the link before.
- * Not less than what the link carries in a quarter of a second, so that a
- * long one is kept full.
- */
-int precopy_converge_requests(PrecopyJob *s)
-{
-    uint64_t quarter = precopy_rate(s) / 4 / PRECOPY_MAX_BYTES;
-
-    return s->converge.outpaced && precopy_rate(s)
-        ? MIN(MAX(quarter, PRECOPY_MAX_LIMITED), PRECOPY_MAX_IN_FLIGHT)
-        : PRECOPY_MAX_IN_FLIGHT;
+    return ratelimit_calculate_delay(&s->throttle, ROUND_UP(offset + bytes,
+                                                            gran) - begin);
 }
 
 static bool precopy_stalled(PrecopyJob *s, uint64_t left)
@@ -173,16 +216,37 @@ static bool precopy_stalled(PrecopyJob *s, uint64_t left)
            PRECOPY_PATIENCE_MS + 2 * precopy_time_for(s, left);
 }
 
-/* Not to be waited for: a sweep may take hours */
+static bool precopy_is_faster(PrecopyJob *s)
+{
+    uint64_t rate = precopy_rate(s);
+
+    return rate && s->converge.dirty_rate > rate / 10 * 9;
+}
+
+/* Not to be waited for: a sweep may take hours, and the user may too */
 static void precopy_check_faster(PrecopyJob *s)
 {
     PrecopyConverge *c = &s->converge;
     uint64_t left = precopy_left(s);
 
-    if (!c->outpaced && precopy_is_faster(c) && left > precopy_bound(s)) {
+    if (!c->outpaced && left > precopy_bound(s) &&
+        (precopy_is_faster(s) || precopy_should_end(s))) {
         trace_precopy_outpaced(s, left, c->dirty_rate, c->rate);
         precopy_set_outpaced(s, true);
     }
+}
+
+/*
+ * Whether it may go on as it likes.  One that still writes a lot would be too
+ * fast again at once, and so might be one that writes little since it waits.
+ */
+static bool precopy_may_release(PrecopyJob *s)
+{
+    PrecopyConverge *c = &s->converge;
+
+    return c->outpaced && c->guest_rate < precopy_rate(s) / 4 &&
+           precopy_clock_ms() - c->pace_since >= c->hold &&
+           !precopy_should_end(s);
 }
 
 /* At the end of a sweep */
@@ -194,8 +258,7 @@ static void precopy_check_pace(PrecopyJob *s, uint64_t left, uint64_t bound)
     if (left <= bound / 2) {
         c->least_left = UINT64_MAX;
         c->least_since = precopy_clock_ms();
-        /* One that still writes a lot would be too fast again at once */
-        if (c->outpaced && c->guest_rate < c->rate / 4) {
+        if (precopy_may_release(s)) {
             trace_precopy_in_time(s, left);
             precopy_set_outpaced(s, false);
         }

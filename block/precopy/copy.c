@@ -161,7 +161,8 @@ static void coroutine_fn precopy_copy_entry(void *opaque)
 
     trace_precopy_copy(s, offset, bytes);
     for (done = 0; done < bytes; done += n) {
-        ret = precopy_copy_part(s, offset + done, bytes - done, &n);
+        ret = job_is_cancelled(&s->common.job) ? -ECANCELED :
+              precopy_copy_part(s, offset + done, bytes - done, &n);
         if (ret < 0) {
             precopy_track_mark(s->track, offset + done, bytes - done);
             break;
@@ -192,7 +193,7 @@ PrecopyPick coroutine_fn precopy_copy_next(PrecopyJob *s, PrecopySweep *sweep)
 
     assert(s->in_flight < PRECOPY_MAX_IN_FLIGHT);
     c->job = s;
-    pick = precopy_track_pick(s->track, sweep, PRECOPY_MAX_BYTES,
+    pick = precopy_track_pick(s->track, sweep, precopy_converge_bytes(s),
                               precopy_clock_ms(), &c->op);
     if (pick != PRECOPY_PICK_RUN) {
         return pick;
@@ -205,6 +206,12 @@ PrecopyPick coroutine_fn precopy_copy_next(PrecopyJob *s, PrecopySweep *sweep)
     co = qemu_coroutine_create(precopy_copy_entry, g_steal_pointer(&c));
     qemu_coroutine_enter(co);
     return pick;
+}
+
+bool precopy_is_full(PrecopyJob *s, int max_in_flight)
+{
+    return s->in_flight >= max_in_flight ||
+           s->bytes_in_flight >= precopy_converge_window(s);
 }
 
 void coroutine_fn precopy_wait_slot(PrecopyJob *s)

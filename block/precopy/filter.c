@@ -24,8 +24,9 @@
 #include "system/block-backend.h"
 #include "precopy.h"
 
-/* The longest that a guest's request is held back by "throttle" */
-#define PRECOPY_MAX_DELAY_NS (200 * SCALE_MS)
+/* The longest that "throttle" holds back a request, and who drains the node */
+#define PRECOPY_MAX_DELAY_NS (2 * NANOSECONDS_PER_SECOND)
+#define PRECOPY_DELAY_NS     (100 * SCALE_MS)
 
 typedef enum PrecopyWriteKind {
     PRECOPY_DATA,
@@ -89,14 +90,15 @@ precopy_filter_both(BlockDriverState *bs, PrecopyWriteKind kind,
 }
 
 static void coroutine_fn precopy_filter_delay(BlockDriverState *bs,
-                                              int64_t bytes)
+                                              int64_t offset, int64_t bytes)
 {
     PrecopyFilter *f = bs->opaque;
-    int64_t delay = precopy_throttle_ns(f->job, bytes);
+    int64_t delay = precopy_throttle_ns(f->job, offset, bytes);
 
-    if (delay > 0 && !qatomic_read(&bs->quiesce_counter)) {
-        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME,
-                         MIN(delay, PRECOPY_MAX_DELAY_NS));
+    delay = MIN(delay, PRECOPY_MAX_DELAY_NS);
+    while (delay > 0 && !qatomic_read(&bs->quiesce_counter)) {
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, MIN(delay, PRECOPY_DELAY_NS));
+        delay -= PRECOPY_DELAY_NS;
     }
 }
 
@@ -118,7 +120,7 @@ precopy_filter_write(BlockDriverState *bs, PrecopyWriteKind kind,
     /* Also when it failed: nobody knows what is there now */
     precopy_track_wrote(f->track, offset, bytes, precopy_clock_ms());
     if (f->job) {
-        precopy_filter_delay(bs, bytes);
+        precopy_filter_delay(bs, offset, bytes);
     }
     return ret;
 }

@@ -97,8 +97,7 @@ static void coroutine_fn precopy_breathe(PrecopyJob *s)
     WITH_JOB_LOCK_GUARD() {
         limited = s->common.speed;
     }
-    s->max_in_flight = limited ? PRECOPY_MAX_LIMITED
-                               : precopy_converge_requests(s);
+    s->max_in_flight = limited ? PRECOPY_MAX_LIMITED : PRECOPY_MAX_IN_FLIGHT;
     if (qatomic_xchg(&s->failed, false)) {
         /* Ignored, or the user has resumed the job: not again at once */
         precopy_wait_all(s);
@@ -130,7 +129,7 @@ static void coroutine_fn precopy_become_ready(PrecopyJob *s)
     job_transition_to_ready(&s->common.job);
 }
 
-static bool precopy_should_end(PrecopyJob *s)
+bool precopy_should_end(PrecopyJob *s)
 {
     return qatomic_read(&s->should_complete) ||
            job_cancel_requested(&s->common.job);
@@ -146,7 +145,7 @@ bool coroutine_fn precopy_send_rest(PrecopyJob *s)
     while (!qatomic_read(&s->failed) && !job_is_cancelled(&s->common.job)) {
         PrecopyPick pick;
 
-        if (s->in_flight == PRECOPY_MAX_IN_FLIGHT) {
+        if (precopy_is_full(s, PRECOPY_MAX_IN_FLIGHT)) {
             precopy_wait_slot(s);
             continue;
         }
@@ -218,7 +217,7 @@ static int coroutine_fn precopy_loop(PrecopyJob *s, BlockDriverState *bs)
         }
         precopy_converge_measure(s);
         job_progress_set_remaining(&s->common.job, precopy_left(s));
-        if (s->in_flight >= s->max_in_flight) {
+        if (precopy_is_full(s, s->max_in_flight)) {
             precopy_wait_slot(s);
         } else if (precopy_copy_next(s, &s->converge.sweep) ==
                    PRECOPY_PICK_END && precopy_sweep_end(s, bs)) {

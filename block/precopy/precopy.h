@@ -29,9 +29,10 @@
 #include "hints.h"
 #include "track.h"
 
-/* Requests at once, and bytes in each */
+/* Requests at once, and bytes in each; less on a slow link, see converge.c */
 #define PRECOPY_MAX_IN_FLIGHT 16
 #define PRECOPY_MAX_BYTES     (1024 * 1024)
+#define PRECOPY_MIN_BYTES     (64 * 1024)
 /* With a speed limit, which counts a request when it begins */
 #define PRECOPY_MAX_LIMITED   2
 
@@ -51,12 +52,14 @@ typedef struct PrecopyConverge {
     uint64_t rate;              /* of the link, bytes per second; 0: unknown */
     uint64_t dirty_rate;        /* by the guest, of blocks that were clean */
     uint64_t guest_rate;        /* all that it writes, bytes per second */
-    uint64_t rate_sent;         /* counters at the last measurement */
+    uint64_t rate_sent, rate_zeroed;    /* counters at the last measurement */
     uint64_t rate_dirtied, rate_guest;
     int64_t rate_since;         /* ms */
     uint64_t least_left;        /* the best so far */
     int64_t least_since;        /* ms: when that was */
     bool outpaced;
+    int64_t pace_since;         /* ms: when that was said */
+    int64_t hold;               /* ms: for how long at least */
 } PrecopyConverge;
 
 struct PrecopyJob {
@@ -105,6 +108,8 @@ int coroutine_fn GRAPH_UNLOCKED precopy_scan(PrecopyJob *s);
 void precopy_failed(PrecopyJob *s, bool read, int ret);
 PrecopyPick coroutine_fn precopy_copy_next(PrecopyJob *s,
                                            PrecopySweep *sweep);
+/* Must the next request wait for one that is in flight? */
+bool precopy_is_full(PrecopyJob *s, int max_in_flight);
 void coroutine_fn precopy_wait_slot(PrecopyJob *s);
 void coroutine_fn precopy_wait_all(PrecopyJob *s);
 int coroutine_fn precopy_flush_target(PrecopyJob *s);
@@ -121,14 +126,17 @@ void precopy_converge_measure(PrecopyJob *s);
 uint64_t precopy_bound(PrecopyJob *s);
 /* A sweep is over: begin another, or say that there is nothing to do */
 bool precopy_converge_next(PrecopyJob *s);
-int64_t precopy_throttle_ns(PrecopyJob *s, int64_t bytes);
-/* How many requests should be in flight at most */
-int precopy_converge_requests(PrecopyJob *s);
+int64_t precopy_throttle_ns(PrecopyJob *s, int64_t offset, int64_t bytes);
+/* Bytes that a request should have at most, and all in flight together */
+int64_t precopy_converge_bytes(PrecopyJob *s);
+int64_t precopy_converge_window(PrecopyJob *s);
 
 /* job.c */
 extern const BlockJobDriver precopy_job_driver;
 void precopy_statistics(PrecopyJob *s, PrecopyStatistics *info);
 bool coroutine_fn precopy_send_rest(PrecopyJob *s);
+/* The user does not want it to be ready any longer, but to end */
+bool precopy_should_end(PrecopyJob *s);
 
 /* handover.c */
 int GRAPH_RDLOCK precopy_hand_over(PrecopyJob *s, BlockDriverState *filter);

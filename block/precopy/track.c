@@ -125,6 +125,7 @@ static void track_wrote(PrecopyTrack *t, int64_t offset, int64_t bytes,
     }
     precopy_heat_write(t->heat, first, nb, now);
     t->counters.guest_written += bytes;
+    t->counters.guest_touched += nb * t->granularity;
     if (t->hint_written) {
         t->hint_written(t->hint_opaque, offset, bytes, now);
     }

@@ -78,6 +78,7 @@ typedef struct PrecopyCounters {
     uint64_t written_through;
     uint64_t zeroed;            /* told to the target without payload */
     uint64_t guest_written;
+    uint64_t guest_touched;     /* the same in whole blocks */
     uint64_t newly_dirty;       /* by the guest */
     uint64_t spared_unallocated;
     uint64_t spared_discarded;

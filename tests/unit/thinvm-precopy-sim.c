@@ -65,6 +65,11 @@ bool precopy_hints_trimming(PrecopyHintsUser *user)
     return false;
 }
 
+bool precopy_should_end(PrecopyJob *s)
+{
+    return false;
+}
+
 static void sim_hint(void *opaque, int64_t offset, int64_t now,
                      PrecopyHint *hint)
 {
@@ -211,8 +216,8 @@ static void sim_work(Sim *s)
 
         precopy_converge_measure(s->job);
         switch (precopy_track_pick(s->t, &s->job->converge.sweep,
-                                   PRECOPY_MAX_BYTES, precopy_clock_ms(),
-                                   &op)) {
+                                   precopy_converge_bytes(s->job),
+                                   precopy_clock_ms(), &op)) {
         case PRECOPY_PICK_RUN:
             sim_send(s, &op);
             break;

@@ -9,7 +9,7 @@ from .qmp import QMP
 
 
 class StorageDaemon:
-    def __init__(self, ctx, host='a', extra=(), user=None, env=None):
+    def __init__(self, ctx, host='a', extra=(), user=None):
         self.ctx = ctx
         self.host = host
         self.name = ctx.unique('qsd-' + host)
@@ -17,8 +17,7 @@ class StorageDaemon:
         self.process = Process(ctx, self.name, [
             ctx.bin('qemu-storage-daemon'),
             '--chardev', 'socket,id=qmp,server=on,wait=off,path=' + path,
-            '--monitor', 'chardev=qmp', *extra], user=user, group=user,
-            env=env)
+            '--monitor', 'chardev=qmp', *extra], user=user, group=user)
         self.qmp = QMP(ctx, path, self.process)
         self._nbd = None
 
