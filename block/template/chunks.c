@@ -133,6 +133,17 @@ uint8_t *template_chunks_encode(const TemplateChunks *c, Error **errp)
     return g_steal_pointer(&buf);
 }
 
+bool template_chunks_root(const TemplateChunks *c, TemplateDigest *root,
+                          Error **errp)
+{
+    g_autofree uint8_t *buf = template_chunks_encode(c, errp);
+
+    if (buf) {
+        memcpy(root, buf + OFFSET_HEADER_HASH, sizeof(*root));
+    }
+    return buf;
+}
+
 static bool chunks_check(const TemplateChunks *c, Error **errp)
 {
     if (!is_power_of_2(c->chunk_size) ||

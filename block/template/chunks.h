@@ -39,6 +39,9 @@ uint64_t template_chunks_file_size(const TemplateChunks *c);
 
 /* The file's contents: template_chunks_file_size() bytes */
 uint8_t *template_chunks_encode(const TemplateChunks *c, Error **errp);
+/* The hash of its header, which holds that of all hashes */
+bool template_chunks_root(const TemplateChunks *c, TemplateDigest *root,
+                          Error **errp);
 
 /*
  * From TEMPLATE_CHUNKS_HEADER bytes, without hashes; then from the bytes that

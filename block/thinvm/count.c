@@ -840,3 +840,24 @@ int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
     }
     return ret;
 }
+
+int thinvm_count_all_free(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                          ThinvmNeeds *needs)
+{
+    needs->nb_want = 0;
+    if (first < s->first_cluster ||
+        nb_clusters > s->device_clusters - MIN(first, s->device_clusters)) {
+        return -ENOENT;
+    }
+    while (nb_clusters) {
+        uint64_t found, nb;
+        int ret = find_piece(s, first, true, nb_clusters, &found, &nb, needs);
+
+        if (ret < 0) {
+            return ret == -EAGAIN ? ret : -ENOENT;
+        }
+        first += nb;
+        nb_clusters -= nb;
+    }
+    return 0;
+}

@@ -218,6 +218,13 @@ thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
     return ret < 0 ? ret : 0;
 }
 
+/* What QEMU knows of it: iSCSI targets tell, and so do other drivers */
+static uint64_t coroutine_fn GRAPH_RDLOCK
+thinvm_node_discard_unit(ThinvmDevice *dev)
+{
+    return thinvm_device_bs(dev)->file->bs->bl.pdiscard_alignment;
+}
+
 void thinvm_device_init_node(BDRVThinvmState *s)
 {
     s->device = (ThinvmDevice) {
@@ -228,6 +235,7 @@ void thinvm_device_init_node(BDRVThinvmState *s)
         .co_length = thinvm_node_length,
         .co_grow = thinvm_node_grow,
         .co_grow_bound = thinvm_node_grow_bound,
+        .co_discard_unit = thinvm_node_discard_unit,
         .co_event = thinvm_node_event,
     };
 }

@@ -28,7 +28,6 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
-#include "qapi/qapi-types-block-core.h"
 #include "store-int.h"
 #include "trace.h"
 
@@ -299,48 +298,6 @@ void thinvm_reclaim_destroy(ThinvmStore *st)
 /* ------------------------------------------------------------------ */
 /* Reclaiming                                                          */
 
-static void coroutine_fn discard_ranges(ThinvmStore *st, GArray *ranges)
-{
-    for (guint i = 0; i < ranges->len; i++) {
-        ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
-
-        if (qatomic_read(&st->poisoned)) {
-            return;             /* the clusters may be somebody else's */
-        }
-        /* It is a hint; when it fails nothing is lost but space below */
-        thinvm_device_event(st->dev, BLKDBG_THINVM_DISCARD);
-        st->dev->co_pdiscard(st->dev, r->first << st->cluster_bits,
-                             r->nb_clusters << st->cluster_bits);
-    }
-}
-
-static int compare_ranges(const void *a, const void *b)
-{
-    const ThinvmFreedRange *ra = a, *rb = b;
-
-    return ra->first < rb->first ? -1 : ra->first > rb->first;
-}
-
-/* One discard, and one step of the engine, for neighbours */
-static void join_ranges(GArray *ranges)
-{
-    guint n = 0;
-
-    qsort(ranges->data, ranges->len, sizeof(ThinvmFreedRange), compare_ranges);
-    for (guint i = 1; i < ranges->len; i++) {
-        ThinvmFreedRange *last = &g_array_index(ranges, ThinvmFreedRange, n);
-        ThinvmFreedRange *r = &g_array_index(ranges, ThinvmFreedRange, i);
-
-        if (last->first + last->nb_clusters == r->first) {
-            last->nb_clusters += r->nb_clusters;
-        } else {
-            n++;
-            g_array_index(ranges, ThinvmFreedRange, n) = *r;
-        }
-    }
-    g_array_set_size(ranges, MIN(ranges->len, n + 1));
-}
-
 static void unbusy_ranges(ThinvmState *s, GArray *ranges, guint from, guint to)
 {
     for (guint i = from; i < to; i++) {
@@ -396,11 +353,15 @@ static ThinvmQuarantine *coroutine_fn release_owned(ThinvmStore *st,
         quarantine_free(more);
     }
     if (q) {
-        join_ranges(q->ranges);
+        thinvm_discard_join(q->ranges);
         if (discard) {
-            discard_ranges(st, q->ranges);
+            qatomic_inc(&st->nb_discarding);
+            thinvm_discard_ranges(st, q->ranges);
         }
         unbusy_by_pieces(s, q->ranges);
+        if (discard) {
+            qatomic_dec(&st->nb_discarding);
+        }
     }
     return q;
 }
@@ -611,7 +572,8 @@ static bool has_unflushed_quarantine(ThinvmStore *st)
 /*
  * Others may hold up what would be free then.  They may also be waiting for
  * us, say for an overlapping range, so the time is bounded; and there is no
- * point in it when everybody who is left waits here.
+ * point in it when everybody who is left waits here.  What the device is
+ * discarding just now comes free in any case.
  */
 static bool coroutine_fn wait_for_others(ThinvmStore *st, unsigned *waits)
 {
@@ -619,8 +581,9 @@ static bool coroutine_fn wait_for_others(ThinvmStore *st, unsigned *waits)
 
     WITH_QEMU_LOCK_GUARD(&st->lock) {
         worth = *waits < THINVM_RESERVE_WAITS &&
-                !QSIMPLEQ_EMPTY(&st->quarantine) &&
-                requests_running(st) > st->reserve_waiting + 1;
+                (qatomic_read(&st->nb_discarding) ||
+                 (!QSIMPLEQ_EMPTY(&st->quarantine) &&
+                  requests_running(st) > st->reserve_waiting + 1));
         st->reserve_waiting += worth;
     }
     if (!worth) {

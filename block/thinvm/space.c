@@ -277,6 +277,17 @@ int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
     return 0;
 }
 
+int thinvm_space_take(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                      ThinvmNeeds *needs)
+{
+    int ret = thinvm_count_all_free(s, first, nb_clusters, needs);
+
+    if (ret == 0) {
+        thinvm_space_set_busy(s, first, nb_clusters);
+    }
+    return ret;
+}
+
 /* ------------------------------------------------------------------ */
 /* Metadata space                                                      */
 

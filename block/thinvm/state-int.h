@@ -337,6 +337,10 @@ int thinvm_count_find_free(ThinvmState *s, uint64_t from, uint64_t max,
                            uint64_t *first, uint64_t *nb_clusters,
                            ThinvmNeeds *needs);
 
+/* Are all of these free, and not busy?  0, -EAGAIN, -ENOENT */
+int thinvm_count_all_free(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                          ThinvmNeeds *needs);
+
 /* ---- space.c ---- */
 void thinvm_space_init(ThinvmState *s);
 void thinvm_space_destroy(ThinvmState *s);

@@ -284,6 +284,9 @@ void thinvm_state_adopt_counters(ThinvmState *s, ThinvmState *old);
 int thinvm_space_reserve(ThinvmState *s, uint64_t goal, uint64_t max,
                          uint64_t *first, uint64_t *nb_clusters,
                          ThinvmNeeds *needs);
+/* Make just these busy, all of which must be free.  0, -EAGAIN, -ENOENT */
+int thinvm_space_take(ThinvmState *s, uint64_t first, uint64_t nb_clusters,
+                      ThinvmNeeds *needs);
 void thinvm_space_unbusy(ThinvmState *s, uint64_t first, uint64_t nb_clusters);
 /* What is held ready for reservations to come is given back: others write now */
 void thinvm_space_stop_reserving(ThinvmState *s);

@@ -85,45 +85,6 @@ struct ThinvmCompact {
 /* ------------------------------------------------------------------ */
 /* Questions to the engine, with the pages read                        */
 
-typedef int (*CompactStep)(ThinvmState *s, void *opaque, ThinvmNeeds *needs);
-
-static int coroutine_fn run_step(ThinvmStore *st, CompactStep step,
-                                 void *opaque, Error **errp)
-{
-    ThinvmState *s = thinvm_store_state(st);
-    unsigned attempts = 0;
-    ThinvmNeeds needs;
-    int ret;
-
-    thinvm_needs_init(&needs);
-    for (;;) {
-        Error *local_err = NULL;
-
-        thinvm_state_lock(s);
-        ret = step(s, opaque, &needs);
-        thinvm_state_unlock(s);
-        if (ret != -EAGAIN) {
-            break;
-        }
-        ret = thinvm_store_read_wanted(st, s, &needs, &local_err);
-        if (ret == -EBADMSG && attempts++ < THINVM_PAGE_ATTEMPTS) {
-            /* it may be gone by now: ask again */
-            error_free(local_err);
-            thinvm_state_lock(s);
-            thinvm_needs_destroy(s, &needs);
-            thinvm_state_unlock(s);
-            thinvm_needs_init(&needs);
-        } else if (ret < 0) {
-            error_propagate(errp, local_err);
-            break;
-        }
-    }
-    thinvm_state_lock(s);
-    thinvm_needs_destroy(s, &needs);
-    thinvm_state_unlock(s);
-    return ret;
-}
-
 static int step_high_water(ThinvmState *s, void *opaque, ThinvmNeeds *needs)
 {
     return thinvm_state_high_water(s, opaque, needs);
@@ -133,7 +94,7 @@ int coroutine_fn thinvm_store_high_water(ThinvmStore *st, uint64_t *bytes)
 {
     unsigned token = thinvm_store_request_begin(st);
     uint64_t end = 0;
-    int ret = run_step(st, step_high_water, &end, NULL);
+    int ret = thinvm_store_ask(st, step_high_water, &end, NULL);
 
     thinvm_store_request_end(st, token);
     *bytes = end << st->cluster_bits;
@@ -165,7 +126,7 @@ static int coroutine_fn look(ThinvmCompact *c, uint64_t holder, uint64_t guest,
     Look l = { .c = c, .holder = holder, .r = r };
 
     *r = (ThinvmRelocation) { .guest = guest };
-    return run_step(c->st, step_look, &l, errp);
+    return thinvm_store_ask(c->st, step_look, &l, errp);
 }
 
 typedef struct Count {
@@ -184,7 +145,7 @@ static int coroutine_fn get_count(ThinvmCompact *c, uint64_t cluster,
                                   uint16_t *count, Error **errp)
 {
     Count q = { .cluster = cluster };
-    int ret = run_step(c->st, step_count, &q, errp);
+    int ret = thinvm_store_ask(c->st, step_count, &q, errp);
 
     *count = q.count;
     return ret;
@@ -606,7 +567,7 @@ static int coroutine_fn plan(ThinvmCompact *c, Error **errp)
     }
     ret = settle(c->st, errp);
     if (ret == 0) {
-        ret = run_step(c->st, step_high_water, &high, errp);
+        ret = thinvm_store_ask(c->st, step_high_water, &high, errp);
     }
     if (ret < 0) {
         return ret;
@@ -732,7 +693,7 @@ static int coroutine_fn rewrite(ThinvmCompact *c, Error **errp)
         ret = checkpoints(c->st, 1, errp);
     }
     if (ret == 0) {
-        ret = run_step(c->st, step_rewrite, c, errp);
+        ret = thinvm_store_ask(c->st, step_rewrite, c, errp);
     }
     if (ret == 0 || ret == -ENOSPC) {
         c->phase = COMPACT_RELEASE;
@@ -756,7 +717,7 @@ static int coroutine_fn release(ThinvmCompact *c, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    while ((ret = run_step(st, step_release, &range, errp)) == 0) {
+    while ((ret = thinvm_store_ask(st, step_release, &range, errp)) == 0) {
         g_array_append_val(ranges, range);
         c->progress = true;
     }
@@ -764,13 +725,15 @@ static int coroutine_fn release(ThinvmCompact *c, Error **errp)
     if (ret == -ENOENT || ret == -ENOSPC) {
         ret = ranges->len ? checkpoints(st, 2, errp) : 0;
     }
+    if (ret == 0) {
+        thinvm_discard_join(ranges);
+        if (st->discard) {
+            thinvm_discard_ranges(st, ranges);
+        }
+    }
     for (guint i = 0; i < ranges->len && ret == 0; i++) {
         range = g_array_index(ranges, ThinvmFreedRange, i);
         trace_thinvm_compact_release(st, range.first, range.nb_clusters);
-        if (st->discard && !qatomic_read(&st->poisoned)) {
-            st->dev->co_pdiscard(st->dev, range.first << st->cluster_bits,
-                                 range.nb_clusters << st->cluster_bits);
-        }
         thinvm_store_unreserve(st, range.first, range.nb_clusters);
     }
     c->phase = COMPACT_PLAN;
@@ -860,7 +823,7 @@ static int coroutine_fn shrink_once(ThinvmStore *st, uint64_t size,
     thinvm_space_stop_reserving(s);
     thinvm_state_unlock(s);
     if (ret == 0) {
-        ret = run_step(st, step_high_water, &high, errp);
+        ret = thinvm_store_ask(st, step_high_water, &high, errp);
     }
     if (ret < 0) {
         return ret;

@@ -203,6 +203,7 @@ struct ThinvmStore {
     uint64_t quarantined_ranges;                    /* qatomic to read */
     QSIMPLEQ_HEAD(, ThinvmRetiredState) retired;    /* st->lock */
     unsigned reserve_waiting;   /* requests that wait for others to leave */
+    unsigned nb_discarding;     /* qatomic: batches on their way to be free */
     bool discard;
     CoMutex grow_lock;
     bool extension_due;         /* the worker's to do; qatomic */
@@ -265,6 +266,14 @@ int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
                                           ThinvmNeeds *needs, Error **errp);
 /* Times that a request asks again for a page that proves wrong */
 #define THINVM_PAGE_ATTEMPTS    8
+/*
+ * Ask the engine, under the state lock, until the answer is not -EAGAIN: the
+ * pages that it wants are read meanwhile.  By the owner, or within a request.
+ */
+typedef int (*ThinvmQuestion)(ThinvmState *s, void *opaque,
+                              ThinvmNeeds *needs);
+int coroutine_fn thinvm_store_ask(ThinvmStore *st, ThinvmQuestion question,
+                                  void *opaque, Error **errp);
 /* 0, -EROFS, -EIO (poisoned) */
 int thinvm_store_may_write(ThinvmStore *st);
 void thinvm_store_kick(ThinvmStore *st);
@@ -406,5 +415,14 @@ int coroutine_fn thinvm_store_take_metadata(ThinvmStore *st, ThinvmOp *op);
  * also under the state lock; true: kick it then.
  */
 bool thinvm_store_extend_later(ThinvmStore *st);
+
+/* ---- discard.c: arrays of ThinvmFreedRange ---- */
+/* In order, and neighbours are one */
+void thinvm_discard_join(GArray *ranges);
+/*
+ * Pass discards of @ranges (joined, busy) down.  Free clusters that complete
+ * what the device can discard become busy and are added to @ranges.
+ */
+void coroutine_fn thinvm_discard_ranges(ThinvmStore *st, GArray *ranges);
 
 #endif

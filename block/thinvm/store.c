@@ -120,6 +120,43 @@ int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
     return ret;
 }
 
+int coroutine_fn thinvm_store_ask(ThinvmStore *st, ThinvmQuestion question,
+                                  void *opaque, Error **errp)
+{
+    ThinvmState *s = thinvm_store_state(st);
+    unsigned attempts = 0;
+    ThinvmNeeds needs;
+    int ret;
+
+    thinvm_needs_init(&needs);
+    for (;;) {
+        Error *local_err = NULL;
+
+        thinvm_state_lock(s);
+        ret = question(s, opaque, &needs);
+        thinvm_state_unlock(s);
+        if (ret != -EAGAIN) {
+            break;
+        }
+        ret = thinvm_store_read_wanted(st, s, &needs, &local_err);
+        if (ret == -EBADMSG && attempts++ < THINVM_PAGE_ATTEMPTS) {
+            /* it may be gone by now: ask again */
+            error_free(local_err);
+            thinvm_state_lock(s);
+            thinvm_needs_destroy(s, &needs);
+            thinvm_state_unlock(s);
+            thinvm_needs_init(&needs);
+        } else if (ret < 0) {
+            error_propagate(errp, local_err);
+            break;
+        }
+    }
+    thinvm_state_lock(s);
+    thinvm_needs_destroy(s, &needs);
+    thinvm_state_unlock(s);
+    return ret;
+}
+
 /* ------------------------------------------------------------------ */
 /* Life                                                                */
 

@@ -44,6 +44,11 @@ struct ThinvmDevice {
      * function: no bound.
      */
     uint64_t coroutine_fn (*co_grow_bound)(ThinvmDevice *dev);
+    /*
+     * Bytes, aligned to as many, that a discard must have to give space back.
+     * 0, or no such function: any will do.
+     */
+    uint64_t coroutine_fn (*co_discard_unit)(ThinvmDevice *dev);
     /* Comes before each I/O: a point to inject faults at and to trace
        (BLKDBG_*); may be NULL */
     void coroutine_fn (*co_event)(ThinvmDevice *dev, int event);

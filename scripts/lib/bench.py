@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import bench_checkpoint
+import bench_depths
 import bench_guest
 import bench_instructions
 import bench_machine
@@ -41,8 +42,8 @@ from bench_workloads import (MIB, USUAL, VARIANTS, WORKLOADS, Failure, Images,
                              bench_arguments, can_do, most_requests, run)
 
 # What can be measured: see the modules bench_*.py
-KINDS = ('requests', 'moments', 'checkpoint', 'queues', 'nbd', 'memory',
-         'guest')
+KINDS = ('requests', 'depths', 'moments', 'checkpoint', 'queues', 'nbd',
+         'memory', 'guest')
 
 
 class Bench:
@@ -77,8 +78,7 @@ class Bench:
             factor = min(self.args.seconds / seconds, 20)
             count = min(most, int(count * max(factor, 1.5)))
 
-    def measure(self, label):
-        workload = WORKLOADS[label]
+    def measure(self, label, workload):
         names = [n for n in self.args.formats
                  if can_do(VARIANTS[n], workload)]
         if 'thinvm' not in names:
@@ -175,8 +175,8 @@ def parse_args():
                    '(default: %(default)s)')
     p.add_argument('--json', type=Path, metavar='FILE',
                    help='write all numbers there')
-    p.add_argument('--svg', type=Path, metavar='FILE',
-                   help='draw the ratios there')
+    p.add_argument('--svg', type=Path, metavar='DIRECTORY',
+                   help='draw requests and depths there')
     p.add_argument('--list', action='store_true', help='list the workloads')
     p.add_argument('--quick', action='store_true',
                    help='small and short, two minutes at most: shows that it '
@@ -211,6 +211,8 @@ def check_args(p, args):
                 '--build')
     if args.aio == 'native' and args.cache not in ('none', 'directsync'):
         args.aio = 'threads'
+    if args.svg and not args.svg.is_dir():
+        p.error(f'--svg {args.svg}: there is no such directory')
     if args.instructions and not shutil.which('valgrind'):
         p.error('--instructions needs valgrind, which is not installed')
     args.names = [n for n, w in WORKLOADS.items()
@@ -226,6 +228,7 @@ def others(args, directory):
     images = Images(args.build / 'bin' / 'qemu-img', directory,
                     args.size * MIB)
     ways = {
+        'depths': lambda: bench_depths.measure(args, Bench(args, directory)),
         'moments': lambda: bench_moments.measure(args, directory),
         'checkpoint': lambda: bench_checkpoint.measure(args, directory),
         'queues': lambda: bench_queues.measure(args, images),
@@ -253,7 +256,7 @@ def work(args, directory):
                       'instructions': bench.count_instructions(label)}
             print(bench_report.instructions_line(args, result), flush=True)
         else:
-            result = bench.measure(label)
+            result = bench.measure(label, WORKLOADS[label])
             if not result:
                 continue
             print(bench_report.line(args, result), flush=True)
@@ -284,9 +287,12 @@ def main():
             'seconds': args.seconds, 'cache': args.cache, 'aio': args.aio,
             'workloads': results, 'no_time_for': left, **more}, indent=2) + '\n',
             encoding='utf-8')
-    if args.svg:
-        args.svg.write_text(bench_report.svg(args, results),
-                            encoding='utf-8')
+    if args.svg and results:
+        (args.svg / 'speed-requests.svg').write_text(
+            bench_report.svg(args, results), encoding='utf-8')
+    if args.svg and more.get('depths'):
+        (args.svg / 'speed-depths.svg').write_text(
+            bench_depths.svg(args, more['depths']), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -3,11 +3,13 @@
 # A disk behind an NBD export of qemu-storage-daemon, with fio as its client;
 # also a disk of 1 TiB that is fully mapped (preallocation=metadata; the raw
 # one is sparse, as what lies below the others' clusters is), whose metadata
-# of the default cache size must do.
+# of the default cache size must do; and one of 1 TiB that has a block written
+# in each 32 MiB as well, the most metadata that so little data can have.
 
 import json
 import statistics
 
+from bench_memory import touch_all
 from bench_moments import Daemon
 from bench_workloads import MIB, TIB, VARIANTS, Workload, run
 
@@ -16,14 +18,22 @@ JOBS = (('randread', 1), ('randread', 32), ('randwrite', 1),
         ('randwrite', 32))
 
 
-def huge(args, directory, name):
-    """1 TiB, made once."""
+def huge(args, directory, name, split):
+    """1 TiB, made once; @split: with a block written in each 32 MiB."""
     variant = VARIANTS[name]
-    path = directory / f'huge.{name}'
+    path = directory / f'{"split" if split else "huge"}.{name}'
     if not path.exists():
         more = () if variant.fmt == 'raw' else ('-o', 'preallocation=metadata')
         run(args.build / 'bin' / 'qemu-img', 'create', '-q', '-f',
             variant.fmt, *variant.create, *more, path, TIB)
+        if split:
+            daemon = Daemon(args.build, directory)
+            try:
+                daemon.open(path, variant)
+                touch_all(daemon, 'write', TIB)
+                daemon.close()
+            finally:
+                daemon.quit()
     return path
 
 
@@ -53,6 +63,8 @@ def measure(args, images, directory):
     """Prints a table, returns what --json is to keep."""
     names = [n for n in args.formats if not VARIANTS[n].options]
     disks = {f'{args.size} MiB': args.size * MIB, '1 TiB': TIB}
+    if not args.quick:
+        disks['1 TiB, leaves'] = TIB
     results = []
     print(f'{"requests per second over NBD":34}' +
           ''.join(f'{n:>12}' for n in names) +
@@ -64,8 +76,8 @@ def measure(args, images, directory):
             slow = {n: [] for n in names}
             for number in range(args.runs):
                 for name in names if number % 2 else reversed(names):
-                    path = (huge(args, directory, name) if size == TIB
-                            else images.prepare(name, FULL))
+                    path = (huge(args, directory, name, 'leaves' in label)
+                            if size == TIB else images.prepare(name, FULL))
                     rate, last = once(args, directory, name, path, size, kind,
                                       depth)
                     rates[name].append(rate)

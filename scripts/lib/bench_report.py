@@ -57,7 +57,8 @@ def svg(args, results):
     results = [r for r in results if 'requests_per_second' in r]
     row, bar, left, unit = 14 * len(args.formats) + 16, 12, 270, 260
     height = row * len(results) + 50
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 780}" '
+    out = ['<!-- SPDX-License-Identifier: GPL-2.0-or-later -->',
+           f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 780}" '
            f'height="{height}" font-family="sans-serif" font-size="12">',
            '<rect width="100%" height="100%" fill="white"/>']
     for i, name in enumerate(args.formats):

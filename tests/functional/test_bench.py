@@ -36,6 +36,20 @@ def requests(ctx):
 
 
 @test()
+def by_depth(ctx):
+    """The table by depth, and the picture of it."""
+    figures = bench(ctx, '--what', 'depths', '--svg', ctx.dir)
+    for request in ('read', 'overwrite', 'write new'):
+        depths = [d['depth'] for d in figures['depths']
+                  if d['request'] == request]
+        check(depths == [1, 8, 64], '%s was measured at depths %s', request,
+              depths)
+    with open(ctx.path('speed-depths.svg'), encoding='utf-8') as f:
+        check(f.read().count('<polyline') == 9,
+              'three kinds of request of three formats have no nine curves')
+
+
+@test()
 def other_kinds(ctx):
     figures = bench(ctx, '--what', 'moments,queues,checkpoint')
     check(not figures['workloads'], 'requests were measured unasked')

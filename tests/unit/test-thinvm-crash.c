@@ -48,6 +48,11 @@ typedef struct Options {
     bool every, no_shrink, verbose, shrink;
 } Options;
 
+/* Of the devices */
+static const uint64_t discard_units[] = {
+    0, 4 * IMAGE_CLUSTER, 3 * IMAGE_CLUSTER,
+};
+
 /* As in SimFault, then as in ImageFault */
 static const char *const fault_names[] = {
     "flush", "tear", "discard", "fence", "epoch", "order", "follow", "copy",
@@ -547,6 +552,8 @@ static void live(uint64_t seed, uint64_t variant, unsigned steps, bool every)
              variant, reigns);
     l->sim = sim_new(seed ^ variant << 40, DEVICE_SIZE,
                      l->tight ? DEVICE_SIZE + MiB : DEVICE_MAX);
+    sim_set_discard_unit(l->sim,
+                         discard_units[seed % ARRAY_SIZE(discard_units)]);
     sim_start(l->sim, birth_entry, l);
     sim_run(l->sim);
     sim_set_fault(l->sim, device_fault);

@@ -69,7 +69,7 @@ struct ThinvmSim {
     GPtrArray *waiting;         /* Waiting, on the coroutines' stacks */
     unsigned running;           /* coroutines that have not finished */
     uint64_t count[32];         /* by kind */
-    uint64_t discarded;
+    uint64_t discarded, discard_unit;
     void (*hook)(void *opaque);
     void *hook_opaque;
 
@@ -549,7 +549,15 @@ static int coroutine_fn sim_co_flush(ThinvmDevice *dev)
 static int coroutine_fn sim_co_pdiscard(ThinvmDevice *dev, uint64_t offset,
                                         uint64_t bytes)
 {
+    uint64_t unit = MAX(1, access_of(dev)->sim->discard_unit);
+
+    g_assert(offset % unit == 0 && bytes % unit == 0);
     return device_io(dev, SIM_DISCARD, offset, bytes, NULL);
+}
+
+static uint64_t coroutine_fn sim_co_discard_unit(ThinvmDevice *dev)
+{
+    return access_of(dev)->sim->discard_unit;
 }
 
 static int64_t coroutine_fn sim_co_length(ThinvmDevice *dev)
@@ -574,6 +582,7 @@ ThinvmDevice *sim_attach(ThinvmSim *sim)
         .co_pdiscard = sim_co_pdiscard,
         .co_length = sim_co_length,
         .co_grow = sim_co_grow,
+        .co_discard_unit = sim_co_discard_unit,
     };
     g_ptr_array_add(sim->accesses, a);
     return &a->device;
@@ -595,6 +604,11 @@ static void cache_drop(ThinvmSim *sim)
         QSIMPLEQ_REMOVE_HEAD(&sim->cache, next);
         g_free(c);
     }
+}
+
+void sim_set_discard_unit(ThinvmSim *sim, uint64_t bytes)
+{
+    sim->discard_unit = bytes;
 }
 
 static ThinvmSim *sim_alloc(uint64_t seed, uint64_t max_length)
@@ -725,6 +739,7 @@ ThinvmSim *sim_cut(ThinvmSim *sim, uint64_t seed, SimCut kind)
 
     cut->seed = sim->seed;
     cut->fault = sim->fault;
+    cut->discard_unit = sim->discard_unit;
     view_copy(&cut->durable, &sim->durable, sim->max_length);
     settle(cut, sim, kind);
     view_copy(&cut->visible, &cut->durable, cut->max_length);

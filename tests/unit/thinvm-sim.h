@@ -121,6 +121,8 @@ void sim_set_lossy(ThinvmSim *sim, uint64_t start, uint64_t end);
 void sim_set_hook(ThinvmSim *sim, void (*hook)(void *opaque), void *opaque);
 /* I/Os of these kinds that have taken effect */
 uint64_t sim_count(ThinvmSim *sim, unsigned kinds);
+/* It takes space back in units of @bytes only, and says so.  Default 0: any */
+void sim_set_discard_unit(ThinvmSim *sim, uint64_t bytes);
 /* Discards that touched anything so far, in bytes */
 uint64_t sim_discarded(ThinvmSim *sim);
 

@@ -19,6 +19,7 @@ from .context import TOP, Failure, Process, check
 from .guest import (MODULES, connect_port, cpio_entry, find_kernel,
                     kernel_module)
 from .qmp import QMP
+from .scsihost import modules_in_order
 
 GUEST = os.path.join(TOP, 'tests', 'functional', 'guest')
 INIT = [os.path.join(GUEST, name) for name in ('files.c', 'load.c')]
@@ -53,7 +54,8 @@ def initramfs(ctx, with_agent=True):
         with open(path, 'rb') as file:
             members.append(cpio_entry(name, stat.S_IFREG | 0o755,
                                        file.read()))
-    for number, name in enumerate(MODULES + ('dm-mod',)):
+    for number, name in enumerate(modules_in_order(
+            modules, MODULES + ('dm-mod', 'virtio_scsi', 'sd_mod'))):
         data = kernel_module(modules, name)
         if data:
             members.append(cpio_entry('modules/%02d-%s' % (number, name),
@@ -156,7 +158,7 @@ class FilesGuest:
     that belongs to an object thinvm-hints of the machine."""
 
     def __init__(self, ctx, disks, extra=(), hints_object=None, memory=256,
-                 boot=None):
+                 boot=None, env=None):
         """@disks: (raw image, serial number)...; @hints_object: its id;
         @boot: what initramfs() has made"""
         kernel, initrd = boot or initramfs(ctx)
@@ -191,7 +193,7 @@ class FilesGuest:
             argv += ['-chardev', 'socket,id=agent,path=' + paths['hints'],
                      '-object', 'thinvm-hints,id=%s,chardev=agent' %
                      hints_object]
-        self.process = Process(ctx, name, argv + list(extra))
+        self.process = Process(ctx, name, argv + list(extra), env=env)
         self.qmp = QMP(ctx, paths['qmp'], self.process)
         self.hints = None if hints_object else Line(ctx, paths['hints'],
                                                     self.process)

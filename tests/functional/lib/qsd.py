@@ -9,7 +9,7 @@ from .qmp import QMP
 
 
 class StorageDaemon:
-    def __init__(self, ctx, host='a', extra=(), user=None):
+    def __init__(self, ctx, host='a', extra=(), user=None, env=None):
         self.ctx = ctx
         self.host = host
         self.name = ctx.unique('qsd-' + host)
@@ -17,7 +17,8 @@ class StorageDaemon:
         self.process = Process(ctx, self.name, [
             ctx.bin('qemu-storage-daemon'),
             '--chardev', 'socket,id=qmp,server=on,wait=off,path=' + path,
-            '--monitor', 'chardev=qmp', *extra], user=user, group=user)
+            '--monitor', 'chardev=qmp', *extra], user=user, group=user,
+            env=env)
         self.qmp = QMP(ctx, path, self.process)
         self._nbd = None
 

@@ -24,7 +24,7 @@ MODULES = ('virtio_pci', 'virtio_blk', 'virtio_console', 'virtio_scsi',
 INIT = os.path.join(TOP, 'tests', 'functional', 'guest', 'scsihost.sh')
 
 
-def _in_order(tree, wanted):
+def modules_in_order(tree, wanted):
     """The modules and what they need, each behind what it needs."""
     needs = {}
     with open(os.path.join(tree, 'modules.dep')) as file:
@@ -74,7 +74,7 @@ def _archive(path, programs):
         add(source, 'bin/' + name)
     for library in _libraries(programs.values()):
         add(os.path.realpath(library), library)
-    for number, name in enumerate(_in_order(tree, MODULES)):
+    for number, name in enumerate(modules_in_order(tree, MODULES)):
         data = kernel_module(tree, name)
         if data:
             members['modules/%02d-%s' % (number, name)] = (0o100644, data)

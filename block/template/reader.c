@@ -1,0 +1,450 @@
+/*
+ * thinvm template store: requests, and the chunks that serve them
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * See reader.h.  A chunk is read once for all requests that wait for it, kept
+ * while anybody copies from it, and then as long as there is room.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "block/aio.h"
+#include "block/thread-pool.h"
+#include "qemu/bitops.h"
+#include "qemu/coroutine.h"
+#include "qemu/cutils.h"
+#include "qemu/iov.h"
+#include "qemu/memalign.h"
+#include "reader.h"
+
+#define DEFAULT_CLUSTER         "/etc/thinvm/templates.conf"
+
+typedef struct Waiter {
+    Coroutine *co;
+    QSIMPLEQ_ENTRY(Waiter) next;
+} Waiter;
+
+struct ReaderChunk {
+    uint64_t n;
+    uint8_t *data;                  /* once it has been read */
+    int ret;
+    bool done;
+    unsigned users;
+    QSIMPLEQ_HEAD(, Waiter) waiters;
+    QTAILQ_ENTRY(ReaderChunk) link; /* queue or unused */
+};
+
+/* ------------------------------------------------------------------ */
+/* Chunks in memory                                                    */
+
+/* All with the lock */
+
+static void chunk_free(gpointer opaque)
+{
+    ReaderChunk *c = opaque;
+
+    qemu_vfree(c->data);
+    g_free(c);
+}
+
+static void chunk_forget(TemplateReader *r, ReaderChunk *c)
+{
+    if (c->data) {
+        r->memory -= r->chunks->chunk_size;
+    }
+    g_hash_table_remove(r->in_memory, &c->n);
+}
+
+static void chunk_unuse(TemplateReader *r, ReaderChunk *c)
+{
+    if (--c->users) {
+        return;
+    }
+    if (c->ret < 0) {
+        chunk_forget(r, c);
+        return;
+    }
+    QTAILQ_INSERT_TAIL(&r->unused, c, link);
+    while (r->memory > r->o.cache_size && !QTAILQ_EMPTY(&r->unused)) {
+        c = QTAILQ_FIRST(&r->unused);
+        QTAILQ_REMOVE(&r->unused, c, link);
+        chunk_forget(r, c);
+    }
+}
+
+static void *reader_thread(void *opaque);
+
+static void start_thread(TemplateReader *r)
+{
+    if (!r->idle_threads && r->nb_threads < READER_THREADS_MAX) {
+        qemu_thread_create(&r->threads[r->nb_threads++], "template-read",
+                           reader_thread, r, QEMU_THREAD_JOINABLE);
+    }
+}
+
+static ReaderChunk *chunk_use(TemplateReader *r, uint64_t n)
+{
+    ReaderChunk *c = g_hash_table_lookup(r->in_memory, &n);
+
+    if (!c) {
+        c = g_new0(ReaderChunk, 1);
+        c->n = n;
+        QSIMPLEQ_INIT(&c->waiters);
+        g_hash_table_insert(r->in_memory, &c->n, c);
+        QTAILQ_INSERT_TAIL(&r->queue, c, link);
+        start_thread(r);
+        qemu_cond_signal(&r->work);
+    } else if (!c->users) {
+        QTAILQ_REMOVE(&r->unused, c, link);
+    }
+    c->users++;
+    return c;
+}
+
+/* ------------------------------------------------------------------ */
+/* Threads                                                             */
+
+static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data,
+                       int ret)
+{
+    Waiter *w;
+
+    c->ret = ret;
+    c->done = true;
+    if (ret < 0) {
+        qemu_vfree(data);
+    } else {
+        c->data = data;
+        r->memory += r->chunks->chunk_size;
+    }
+    while ((w = QSIMPLEQ_FIRST(&c->waiters))) {
+        QSIMPLEQ_REMOVE_HEAD(&c->waiters, next);
+        aio_co_wake(w->co);
+    }
+}
+
+static void *reader_thread(void *opaque)
+{
+    TemplateReader *r = opaque;
+    ReaderChunk *c;
+
+    qemu_mutex_lock(&r->lock);
+    while (!r->stopping) {
+        uint8_t *data;
+        int ret;
+
+        c = QTAILQ_FIRST(&r->queue);
+        if (!c) {
+            r->idle_threads++;
+            qemu_cond_wait(&r->work, &r->lock);
+            r->idle_threads--;
+            continue;
+        }
+        QTAILQ_REMOVE(&r->queue, c, link);
+        qemu_mutex_unlock(&r->lock);
+        data = qemu_memalign(qemu_real_host_page_size(),
+                             r->chunks->chunk_size);
+        ret = reader_fetch(r, c->n, data);
+        qemu_mutex_lock(&r->lock);
+        chunk_done(r, c, data, ret);
+    }
+    qemu_mutex_unlock(&r->lock);
+    return NULL;
+}
+
+/* ------------------------------------------------------------------ */
+/* Requests                                                            */
+
+typedef struct Piece {
+    uint64_t n;                     /* chunk */
+    uint32_t at, bytes;             /* in it */
+} Piece;
+
+static Piece piece_at(const TemplateReader *r, uint64_t offset, uint64_t bytes)
+{
+    uint32_t size = r->chunks->chunk_size;
+    Piece p = { .n = offset / size, .at = offset % size };
+
+    p.bytes = MIN(bytes, template_chunk_bytes(r->chunks, p.n) - p.at);
+    return p;
+}
+
+static bool chunk_is_zero(const TemplateReader *r, uint64_t n)
+{
+    return template_chunk_bytes(r->chunks, n) == r->chunks->chunk_size &&
+           template_digest_equal(&r->chunks->hashes[n], &r->zeroes);
+}
+
+bool template_reader_is_zero(TemplateReader *r, uint64_t offset,
+                             uint64_t bytes, uint64_t *same)
+{
+    uint32_t size = r->chunks->chunk_size;
+    uint64_t n = offset / size;
+    uint64_t last = MIN((offset + bytes - 1) / size, r->chunks->nb_chunks - 1);
+    bool zero = chunk_is_zero(r, n);
+
+    do {
+        n++;
+    } while (n <= last && chunk_is_zero(r, n) == zero);
+    *same = MIN(bytes, n * size - offset);
+    return zero;
+}
+
+typedef struct DirectRead {
+    LocalCopy *copy;
+    uint8_t *buf;
+    uint64_t offset;
+    uint32_t bytes;
+} DirectRead;
+
+static int direct_read(void *opaque)
+{
+    DirectRead *d = opaque;
+
+    return template_pread(d->copy->fd, d->buf, d->bytes, d->offset) ? 0 : -EIO;
+}
+
+/*
+ * A part of a chunk of the local copy that has been verified.  False if it
+ * has not, or if the disk cannot read it.
+ */
+static bool coroutine_fn co_read_direct(TemplateReader *r, const Piece *p,
+                                        QEMUIOVector *qiov, size_t qiov_offset)
+{
+    DirectRead d = {
+        .copy = reader_local(r),
+        .offset = p->n * r->chunks->chunk_size + p->at,
+        .bytes = p->bytes,
+    };
+    bool ok = false;
+
+    if (d.copy && r->o.verify == THINVM_TEMPLATE_VERIFY_ONCE &&
+        test_bit(p->n, d.copy->verified) && !test_bit(p->n, d.copy->wrong)) {
+        d.buf = qemu_memalign(qemu_real_host_page_size(), p->bytes);
+        ok = thread_pool_submit_co(direct_read, &d) == 0;
+        if (ok) {
+            qemu_iovec_from_buf(qiov, qiov_offset, d.buf, p->bytes);
+            stat64_add(&r->stats.local_bytes, p->bytes);
+        }
+        qemu_vfree(d.buf);
+    }
+    local_copy_unref(d.copy);
+    return ok;
+}
+
+static int coroutine_fn co_read_chunk(TemplateReader *r, const Piece *p,
+                                      QEMUIOVector *qiov, size_t qiov_offset)
+{
+    Waiter w = { .co = qemu_coroutine_self() };
+    ReaderChunk *c;
+    int ret;
+
+    qemu_mutex_lock(&r->lock);
+    c = chunk_use(r, p->n);
+    if (!c->done) {
+        QSIMPLEQ_INSERT_TAIL(&c->waiters, &w, next);
+        qemu_mutex_unlock(&r->lock);
+        qemu_coroutine_yield();
+        qemu_mutex_lock(&r->lock);
+    } else {
+        stat64_add(&r->stats.cached_bytes, p->bytes);
+    }
+    ret = c->ret;
+    qemu_mutex_unlock(&r->lock);
+    if (ret == 0) {
+        qemu_iovec_from_buf(qiov, qiov_offset, c->data + p->at, p->bytes);
+    }
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        chunk_unuse(r, c);
+    }
+    return ret;
+}
+
+int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
+                                         uint64_t bytes, QEMUIOVector *qiov,
+                                         size_t qiov_offset)
+{
+    int ret = 0;
+
+    while (bytes && offset < r->chunks->length && ret == 0) {
+        Piece p = piece_at(r, offset, bytes);
+
+        if (chunk_is_zero(r, p.n)) {
+            qemu_iovec_memset(qiov, qiov_offset, 0, p.bytes);
+            stat64_add(&r->stats.zero_bytes, p.bytes);
+        } else if (!co_read_direct(r, &p, qiov, qiov_offset)) {
+            ret = co_read_chunk(r, &p, qiov, qiov_offset);
+        }
+        offset += p.bytes;
+        qiov_offset += p.bytes;
+        bytes -= p.bytes;
+    }
+    /* The block layer rounds lengths up */
+    qemu_iovec_memset(qiov, qiov_offset, 0, bytes);
+    return ret;
+}
+
+/* ------------------------------------------------------------------ */
+/* Open and close                                                      */
+
+static bool open_cluster(TemplateReader *r, Error **errp)
+{
+    const char *name = r->o.node ?: g_get_host_name();
+
+    r->cluster = cluster_load(r->o.cluster ?: DEFAULT_CLUSTER, errp);
+    if (!r->cluster) {
+        return false;
+    }
+    r->self = cluster_find_node(r->cluster, name);
+    if (!r->self) {
+        error_setg(errp, "Cluster description '%s' has no '[node %s]': name "
+                   "this node by option 'node'",
+                   r->o.cluster ?: DEFAULT_CLUSTER, name);
+        return false;
+    }
+    r->placement = placement_new(r->cluster, errp);
+    return r->placement;
+}
+
+/* Without those that cannot be opened: others may have a copy */
+static void open_stores(TemplateReader *r)
+{
+    for (unsigned i = 0; i < r->cluster->disks->len; i++) {
+        ClusterDisk *disk = g_ptr_array_index(r->cluster->disks, i);
+        TemplateStore *s = disk->node == r->self
+                           ? template_store_open(disk, NULL) : NULL;
+
+        if (s) {
+            g_ptr_array_add(r->stores, s);
+        }
+    }
+}
+
+static bool find_template(TemplateReader *r, Error **errp)
+{
+    r->local = local_copy_open(r->stores, &r->o.digest, &r->chunks);
+    if (!r->local) {
+        error_setg(errp, "Node '%s' has no copy of the template that can be "
+                   "read", r->self->name);
+        return false;
+    }
+    r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
+    r->replicas = replicas_new(r);
+    r->current = g_ptr_array_index(r->replicas, 0);
+    return true;
+}
+
+static bool prepare_hashes(TemplateReader *r, Error **errp)
+{
+    g_autofree uint8_t *zeroes = g_malloc0(r->chunks->chunk_size);
+
+    return template_sha256(zeroes, r->chunks->chunk_size, &r->zeroes, errp) &&
+           template_chunks_root(r->chunks, &r->root, errp);
+}
+
+static guint hash_number(gconstpointer p)
+{
+    return *(const uint64_t *)p;
+}
+
+static gboolean equal_numbers(gconstpointer a, gconstpointer b)
+{
+    return *(const uint64_t *)a == *(const uint64_t *)b;
+}
+
+TemplateReader *template_reader_new(const char *node_name,
+                                    const ReaderOptions *o, Error **errp)
+{
+    TemplateReader *r = g_new0(TemplateReader, 1);
+
+    r->node_name = g_strdup(node_name);
+    r->o = *o;
+    r->o.cluster = g_strdup(o->cluster);
+    r->o.node = g_strdup(o->node);
+    qemu_mutex_init(&r->lock);
+    qemu_cond_init(&r->work);
+    QTAILQ_INIT(&r->queue);
+    QTAILQ_INIT(&r->unused);
+    r->in_memory = g_hash_table_new_full(hash_number, equal_numbers, NULL,
+                                         chunk_free);
+    r->stores = g_ptr_array_new_with_free_func(
+                    (GDestroyNotify)template_store_close);
+    if (!open_cluster(r, errp)) {
+        template_reader_free(r);
+        return NULL;
+    }
+    open_stores(r);
+    if (!find_template(r, errp) || !prepare_hashes(r, errp)) {
+        template_reader_free(r);
+        return NULL;
+    }
+    return r;
+}
+
+void template_reader_free(TemplateReader *r)
+{
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        r->stopping = true;
+        qemu_cond_broadcast(&r->work);
+    }
+    for (unsigned i = 0; i < r->nb_threads; i++) {
+        qemu_thread_join(&r->threads[i]);
+    }
+    g_hash_table_unref(r->in_memory);
+    if (r->replicas) {
+        g_ptr_array_unref(r->replicas);
+    }
+    local_copy_unref(r->local);
+    template_chunks_free(r->chunks);
+    g_ptr_array_unref(r->stores);
+    placement_free(r->placement);
+    cluster_free(r->cluster);
+    qemu_cond_destroy(&r->work);
+    qemu_mutex_destroy(&r->lock);
+    g_free(r->o.cluster);
+    g_free(r->o.node);
+    g_free(r->node_name);
+    g_free(r);
+}
+
+/* ------------------------------------------------------------------ */
+/* What it does                                                        */
+
+ThinvmTemplateStatistics *template_reader_statistics(TemplateReader *r)
+{
+    ThinvmTemplateStatistics *s = g_new(ThinvmTemplateStatistics, 1);
+
+    *s = (ThinvmTemplateStatistics) {
+        .local_bytes = stat64_get(&r->stats.local_bytes),
+        .remote_bytes = stat64_get(&r->stats.remote_bytes),
+        .zero_bytes = stat64_get(&r->stats.zero_bytes),
+        .cached_bytes = stat64_get(&r->stats.cached_bytes),
+        .verified_chunks = stat64_get(&r->stats.verified_chunks),
+        .wrong_chunks = stat64_get(&r->stats.wrong_chunks),
+        .failures = stat64_get(&r->stats.failures),
+        .moves = stat64_get(&r->stats.moves),
+        .waits = stat64_get(&r->stats.waits),
+    };
+    return s;
+}
+
+ThinvmTemplateInfo *template_reader_info(TemplateReader *r)
+{
+    ThinvmTemplateInfo *info = g_new0(ThinvmTemplateInfo, 1);
+    char text[TEMPLATE_DIGEST_TEXT];
+
+    info->node_name = g_strdup(r->node_name);
+    template_digest_format(&r->o.digest, text);
+    info->digest = g_strdup(text);
+    template_digest_format(&r->root, text);
+    info->hashes = g_strdup(text);
+    info->length = r->chunks->length;
+    info->chunk_size = r->chunks->chunk_size;
+    info->statistics = template_reader_statistics(r);
+    QEMU_LOCK_GUARD(&r->lock);
+    info->trust = r->trust;
+    info->source = r->current ? g_strdup(r->current->place) : NULL;
+    info->replicas = replicas_describe(r);
+    return info;
+}
