@@ -133,13 +133,18 @@ uint8_t *template_chunks_encode(const TemplateChunks *c, Error **errp)
     return g_steal_pointer(&buf);
 }
 
+void template_chunks_header_root(const uint8_t *header, TemplateDigest *root)
+{
+    memcpy(root, header + OFFSET_HEADER_HASH, sizeof(*root));
+}
+
 bool template_chunks_root(const TemplateChunks *c, TemplateDigest *root,
                           Error **errp)
 {
     g_autofree uint8_t *buf = template_chunks_encode(c, errp);
 
     if (buf) {
-        memcpy(root, buf + OFFSET_HEADER_HASH, sizeof(*root));
+        template_chunks_header_root(buf, root);
     }
     return buf;
 }

@@ -40,6 +40,7 @@ uint64_t template_chunks_file_size(const TemplateChunks *c);
 /* The file's contents: template_chunks_file_size() bytes */
 uint8_t *template_chunks_encode(const TemplateChunks *c, Error **errp);
 /* The hash of its header, which holds that of all hashes */
+void template_chunks_header_root(const uint8_t *header, TemplateDigest *root);
 bool template_chunks_root(const TemplateChunks *c, TemplateDigest *root,
                           Error **errp);
 

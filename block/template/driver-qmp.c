@@ -50,7 +50,7 @@ void qmp_thinvm_template_bring_over(const char *node_name, bool has_speed,
     BDRVTemplateState *s = template_find(node_name, errp);
 
     if (s) {
-        error_setg(errp, "Node '%s' reads a copy on this node already",
-                   node_name);
+        template_reader_bring_over(s->reader, has_speed, speed,
+                                   has_stop && stop, errp);
     }
 }

@@ -220,6 +220,13 @@ template_co_block_status(BlockDriverState *bs, bool want_zero,
     return zero ? BDRV_BLOCK_ZERO : BDRV_BLOCK_DATA;
 }
 
+static void GRAPH_RDLOCK template_cancel_in_flight(BlockDriverState *bs)
+{
+    BDRVTemplateState *s = bs->opaque;
+
+    template_reader_cancel(s->reader);
+}
+
 /* ------------------------------------------------------------------ */
 /* Properties                                                          */
 
@@ -279,6 +286,7 @@ static BlockDriver bdrv_thinvm_template = {
     .bdrv_co_getlength          = template_co_getlength,
     .bdrv_co_preadv_part        = template_co_preadv_part,
     .bdrv_co_block_status       = template_co_block_status,
+    .bdrv_cancel_in_flight      = template_cancel_in_flight,
     .bdrv_get_specific_stats    = template_get_specific_stats,
 };
 

@@ -12,7 +12,6 @@
 #include "qapi/error.h"
 #include "block/block-common.h"
 #include "qemu/bitmap.h"
-#include "qemu/error-report.h"
 #include "reader.h"
 
 /* Where the file driver has its locks: what it does, what others may not */
@@ -44,11 +43,10 @@ static bool still_there(TemplateStore *s, const TemplateDigest *digest,
 }
 
 static LocalCopy *open_on(TemplateStore *s, const TemplateDigest *digest,
-                          TemplateChunks **chunks)
+                          TemplateChunks **chunks, Error **errp)
 {
     g_autoptr(TemplateChunks) c = NULL;
     TemplateEntry e;
-    Error *err = NULL;
     LocalCopy *copy;
     int fd;
 
@@ -56,15 +54,14 @@ static LocalCopy *open_on(TemplateStore *s, const TemplateDigest *digest,
         e.leaving) {
         return NULL;
     }
-    c = template_store_read_chunks(s, digest, &err);
-    fd = c ? template_store_open_data(s, digest, false, &err) : -1;
+    c = template_store_read_chunks(s, digest, errp);
+    fd = c ? template_store_open_data(s, digest, false, errp) : -1;
     if (fd < 0) {
-        warn_report_err(err);
         return NULL;
     }
     if (!lock_for_reading(fd) || !still_there(s, digest, fd, c->length)) {
-        warn_report("Disk '%s': the copy is not used: it has another length, "
-                    "or was removed, or somebody writes it", s->disk->name);
+        error_setg(errp, "Disk '%s': the copy has another length, or is being "
+                   "removed or written", s->disk->name);
         close(fd);
         return NULL;
     }
@@ -77,19 +74,33 @@ static LocalCopy *open_on(TemplateStore *s, const TemplateDigest *digest,
         .verified = bitmap_new(c->nb_chunks),
         .wrong = bitmap_new(c->nb_chunks),
     };
-    *chunks = g_steal_pointer(&c);
+    if (chunks) {
+        *chunks = g_steal_pointer(&c);
+    }
     return copy;
 }
 
 LocalCopy *local_copy_open(GPtrArray *stores, const TemplateDigest *digest,
-                           TemplateChunks **chunks)
+                           TemplateChunks **chunks, Error **errp)
 {
+    Error *err = NULL;
     LocalCopy *copy = NULL;
 
     for (unsigned i = 0; !copy && i < stores->len; i++) {
-        copy = open_on(g_ptr_array_index(stores, i), digest, chunks);
+        error_free(err);
+        err = NULL;
+        copy = open_on(g_ptr_array_index(stores, i), digest, chunks, &err);
     }
+    error_propagate(errp, err);
     return copy;
+}
+
+bool local_copy_replaced(const LocalCopy *copy)
+{
+    struct stat mine, there;
+
+    return stat(copy->path, &there) == 0 && fstat(copy->fd, &mine) == 0 &&
+           (mine.st_ino != there.st_ino || mine.st_dev != there.st_dev);
 }
 
 LocalCopy *local_copy_ref(LocalCopy *copy)

@@ -35,24 +35,33 @@ static int open_tmp(TemplateStore *s, const char *name)
                   O_CLOEXEC, 0600);
 }
 
-static bool lock_part(int fd, const char *name)
+static bool lock_part(int fd, const char *name, bool wait)
 {
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
         return true;
+    }
+    if (!wait) {
+        return false;
     }
     info_report("waiting for another run, which writes '%s'", name);
     return RETRY_ON_EINTR(flock(fd, LOCK_EX)) == 0;
 }
 
-/* Locked, and still the file of that name */
-static int open_and_lock(TemplateStore *s, const char *name)
+/* Locked, and still the file of that name; -1, EWOULDBLOCK: others have it */
+static int open_and_lock(TemplateStore *s, const char *name, bool wait)
 {
     struct stat st;
     int fd;
 
     while ((fd = open_tmp(s, name)) >= 0) {
-        if (!lock_part(fd, name) || fstat(fd, &st) < 0 ||
-            !S_ISREG(st.st_mode)) {
+        if (!lock_part(fd, name, wait)) {
+            int saved = errno;
+
+            close(fd);
+            errno = saved;
+            return -1;
+        }
+        if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
             close(fd);
             errno = EINVAL;
             return -1;
@@ -80,12 +89,16 @@ static uint64_t read_progress(TemplatePart *p)
     return done % TEMPLATE_CHUNK_SIZE || done > st.st_size ? 0 : done;
 }
 
-static TemplatePart *part_open(TemplatePart *p, Error **errp)
+static TemplatePart *part_open(TemplatePart *p, bool *busy, Error **errp)
 {
     TemplateStore *s = p->store;
 
-    p->fd = open_and_lock(s, p->name);
+    p->fd = open_and_lock(s, p->name, !busy);
     if (p->fd < 0) {
+        if (busy && errno == EWOULDBLOCK) {
+            *busy = true;
+            return NULL;
+        }
         part_error(s, "open", p->name, errp);
         return NULL;
     }
@@ -102,7 +115,7 @@ static TemplatePart *part_open(TemplatePart *p, Error **errp)
 
 TemplatePart *template_part_begin(TemplateStore *s,
                                   const TemplateDigest *expected, bool replace,
-                                  Error **errp)
+                                  bool *busy, Error **errp)
 {
     TemplatePart *p;
     TemplateEntry entry;
@@ -120,7 +133,7 @@ TemplatePart *template_part_begin(TemplateStore *s,
         p->name = g_strdup_printf("add-%d-%08x.part", (int)getpid(),
                                   g_random_int());
     }
-    if (!part_open(p, errp)) {
+    if (!part_open(p, busy, errp)) {
         template_part_end(p, true);
         return NULL;
     }
@@ -185,7 +198,7 @@ bool template_write_chunks_tmp(TemplateStore *s, const TemplateChunks *c,
     }
     *name = g_strdup_printf("chunks-%d-%08x.part", (int)getpid(),
                             g_random_int());
-    fd = open_and_lock(s, *name);
+    fd = open_and_lock(s, *name, true);
     ok = fd >= 0 && fchmod(fd, 0444) == 0 &&
          template_pwrite(fd, buf, template_chunks_file_size(c), 0) &&
          fsync(fd) == 0;

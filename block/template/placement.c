@@ -168,3 +168,50 @@ ClusterDisk *placement_on_node(const Placement *p,
     }
     return NULL;
 }
+
+/* ------------------------------------------------------------------ */
+/* Distance                                                            */
+
+static bool same_site(const ClusterNode *a, const ClusterNode *b)
+{
+    return a->site && b->site && !strcmp(a->site, b->site);
+}
+
+static void add_node(GPtrArray *nodes, ClusterNode *node,
+                     const ClusterNode *self)
+{
+    if (node != self && !g_ptr_array_find(nodes, node, NULL)) {
+        g_ptr_array_add(nodes, node);
+    }
+}
+
+GPtrArray *placement_nodes_by_distance(const Placement *p,
+                                       const Cluster *cluster,
+                                       const TemplateDigest *digest,
+                                       const ClusterNode *self)
+{
+    g_autoptr(GPtrArray) disks = placement_disks(p, digest);
+    g_autoptr(GPtrArray) nodes = g_ptr_array_new();
+    GPtrArray *sorted = g_ptr_array_new();
+    unsigned first = g_str_hash(self->name);
+
+    for (unsigned i = 0; i < disks->len; i++) {
+        ClusterDisk *disk = g_ptr_array_index(disks,
+                                              (first + i) % disks->len);
+
+        add_node(nodes, disk->node, self);
+    }
+    for (unsigned i = 0; i < cluster->nodes->len; i++) {
+        add_node(nodes, g_ptr_array_index(cluster->nodes, i), self);
+    }
+    for (int near = 1; near >= 0; near--) {
+        for (unsigned i = 0; i < nodes->len; i++) {
+            ClusterNode *node = g_ptr_array_index(nodes, i);
+
+            if (same_site(node, self) == near) {
+                g_ptr_array_add(sorted, node);
+            }
+        }
+    }
+    return sorted;
+}

@@ -27,4 +27,14 @@ ClusterDisk *placement_on_node(const Placement *p,
                                const TemplateDigest *digest,
                                const ClusterNode *node);
 
+/*
+ * The other nodes, nearest first: those of the same site; among them those
+ * that it belongs on, beginning at another one for each asker, so that they
+ * share the load.
+ */
+GPtrArray *placement_nodes_by_distance(const Placement *p,
+                                       const Cluster *cluster,
+                                       const TemplateDigest *digest,
+                                       const ClusterNode *self);
+
 #endif

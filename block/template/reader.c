@@ -19,6 +19,8 @@
 #include "reader.h"
 
 #define DEFAULT_CLUSTER         "/etc/thinvm/templates.conf"
+/* A thread without work for so long lets go of its connection */
+#define THREAD_IDLE_MS          10000
 
 typedef struct Waiter {
     Coroutine *co;
@@ -124,9 +126,25 @@ static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data,
     }
 }
 
+/* Until there is work; the keeper has a connection for times without any */
+static void thread_rest(TemplateReader *r, ReaderLink *link)
+{
+    bool woken;
+
+    r->idle_threads++;
+    woken = qemu_cond_timedwait(&r->work, &r->lock, THREAD_IDLE_MS);
+    r->idle_threads--;
+    if (!woken && link->link) {
+        qemu_mutex_unlock(&r->lock);
+        reader_disconnect(link);
+        qemu_mutex_lock(&r->lock);
+    }
+}
+
 static void *reader_thread(void *opaque)
 {
     TemplateReader *r = opaque;
+    ReaderLink link = { };
     ReaderChunk *c;
 
     qemu_mutex_lock(&r->lock);
@@ -136,20 +154,19 @@ static void *reader_thread(void *opaque)
 
         c = QTAILQ_FIRST(&r->queue);
         if (!c) {
-            r->idle_threads++;
-            qemu_cond_wait(&r->work, &r->lock);
-            r->idle_threads--;
+            thread_rest(r, &link);
             continue;
         }
         QTAILQ_REMOVE(&r->queue, c, link);
         qemu_mutex_unlock(&r->lock);
         data = qemu_memalign(qemu_real_host_page_size(),
                              r->chunks->chunk_size);
-        ret = reader_fetch(r, c->n, data);
+        ret = reader_fetch(r, &link, c->n, data);
         qemu_mutex_lock(&r->lock);
         chunk_done(r, c, data, ret);
     }
     qemu_mutex_unlock(&r->lock);
+    reader_disconnect(&link);
     return NULL;
 }
 
@@ -233,6 +250,13 @@ static bool coroutine_fn co_read_direct(TemplateReader *r, const Piece *p,
     return ok;
 }
 
+static bool is_refuted(TemplateReader *r)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    return r->trust == THINVM_TEMPLATE_TRUST_REFUTED;
+}
+
 static int coroutine_fn co_read_chunk(TemplateReader *r, const Piece *p,
                                       QEMUIOVector *qiov, size_t qiov_offset)
 {
@@ -265,7 +289,7 @@ int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
                                          uint64_t bytes, QEMUIOVector *qiov,
                                          size_t qiov_offset)
 {
-    int ret = 0;
+    int ret = is_refuted(r) ? -EIO : 0;
 
     while (bytes && offset < r->chunks->length && ret == 0) {
         Piece p = piece_at(r, offset, bytes);
@@ -321,28 +345,6 @@ static void open_stores(TemplateReader *r)
     }
 }
 
-static bool find_template(TemplateReader *r, Error **errp)
-{
-    r->local = local_copy_open(r->stores, &r->o.digest, &r->chunks);
-    if (!r->local) {
-        error_setg(errp, "Node '%s' has no copy of the template that can be "
-                   "read", r->self->name);
-        return false;
-    }
-    r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
-    r->replicas = replicas_new(r);
-    r->current = g_ptr_array_index(r->replicas, 0);
-    return true;
-}
-
-static bool prepare_hashes(TemplateReader *r, Error **errp)
-{
-    g_autofree uint8_t *zeroes = g_malloc0(r->chunks->chunk_size);
-
-    return template_sha256(zeroes, r->chunks->chunk_size, &r->zeroes, errp) &&
-           template_chunks_root(r->chunks, &r->root, errp);
-}
-
 static guint hash_number(gconstpointer p)
 {
     return *(const uint64_t *)p;
@@ -351,6 +353,20 @@ static guint hash_number(gconstpointer p)
 static gboolean equal_numbers(gconstpointer a, gconstpointer b)
 {
     return *(const uint64_t *)a == *(const uint64_t *)b;
+}
+
+static bool start(TemplateReader *r, Error **errp)
+{
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        for (unsigned i = r->replicas->len; i-- > 0; ) {
+            Replica *p = g_ptr_array_index(r->replicas, i);
+
+            r->current = p->usable && p->known ? p : r->current;
+        }
+    }
+    reader_keeper_start(r);
+    return !r->o.bring_over || r->local ||
+           template_reader_bring_over(r, true, r->o.speed, false, errp);
 }
 
 TemplateReader *template_reader_new(const char *node_name,
@@ -364,18 +380,26 @@ TemplateReader *template_reader_new(const char *node_name,
     r->o.node = g_strdup(o->node);
     qemu_mutex_init(&r->lock);
     qemu_cond_init(&r->work);
+    qemu_cond_init(&r->keep);
+    qemu_cond_init(&r->changed);
+    qemu_cond_init(&r->bring.cond);
     QTAILQ_INIT(&r->queue);
     QTAILQ_INIT(&r->unused);
     r->in_memory = g_hash_table_new_full(hash_number, equal_numbers, NULL,
                                          chunk_free);
     r->stores = g_ptr_array_new_with_free_func(
                     (GDestroyNotify)template_store_close);
+    if (event_notifier_init(&r->stop, false) < 0) {
+        error_setg(errp, "No descriptor is left");
+        template_reader_free(r);
+        return NULL;
+    }
     if (!open_cluster(r, errp)) {
         template_reader_free(r);
         return NULL;
     }
     open_stores(r);
-    if (!find_template(r, errp) || !prepare_hashes(r, errp)) {
+    if (!reader_find(r, errp) || !start(r, errp)) {
         template_reader_free(r);
         return NULL;
     }
@@ -387,7 +411,13 @@ void template_reader_free(TemplateReader *r)
     WITH_QEMU_LOCK_GUARD(&r->lock) {
         r->stopping = true;
         qemu_cond_broadcast(&r->work);
+        qemu_cond_broadcast(&r->keep);
+        qemu_cond_broadcast(&r->changed);
+        qemu_cond_broadcast(&r->bring.cond);
     }
+    event_notifier_set(&r->stop);
+    reader_bring_over_join(r);
+    reader_keeper_join(r);
     for (unsigned i = 0; i < r->nb_threads; i++) {
         qemu_thread_join(&r->threads[i]);
     }
@@ -400,6 +430,10 @@ void template_reader_free(TemplateReader *r)
     g_ptr_array_unref(r->stores);
     placement_free(r->placement);
     cluster_free(r->cluster);
+    event_notifier_cleanup(&r->stop);
+    qemu_cond_destroy(&r->bring.cond);
+    qemu_cond_destroy(&r->changed);
+    qemu_cond_destroy(&r->keep);
     qemu_cond_destroy(&r->work);
     qemu_mutex_destroy(&r->lock);
     g_free(r->o.cluster);
@@ -446,5 +480,14 @@ ThinvmTemplateInfo *template_reader_info(TemplateReader *r)
     info->trust = r->trust;
     info->source = r->current ? g_strdup(r->current->place) : NULL;
     info->replicas = replicas_describe(r);
+    info->bring_over = reader_bring_over_describe(r);
     return info;
+}
+
+void template_reader_cancel(TemplateReader *r)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    r->cancelled++;
+    qemu_cond_broadcast(&r->changed);
 }

@@ -6,13 +6,25 @@
  * What the driver thinvm-template (driver.c) is made of:
  *
  *   reader.c    requests, and the chunks in memory that they are served from
+ *   hashes.c    what the chunks must be
  *   replica.c   which copy a chunk is read from
+ *   keeper.c    finds copies that come back, or come nearer
+ *   bring.c     brings the template to a disk of this node
  *   local.c     a copy on a disk of this node
+ *   link.c      a connection to another node
  *
  * A reader has no children in the block graph and needs no event loop: chunks
  * are read by threads of its own, whatever context a request comes from and
  * however long a node is silent.  All of a reader is under its lock, which no
  * I/O is done under.
+ *
+ * Invariants, with T1 to T3 of template.h:
+ *  R1. Nothing that was read is passed on before its hash was compared, but
+ *      for chunks of a local copy that were compared earlier (verify=once).
+ *  R2. No thread waits for another node without a limit, nor longer than a
+ *      moment once the reader is being closed.
+ *  R3. While a copy is read by its path or connection it is in use for those
+ *      who would remove it.
  */
 
 #ifndef BLOCK_TEMPLATE_READER_H
@@ -20,9 +32,12 @@
 
 #include "qapi/qapi-types-thinvm.h"
 #include "qemu/coroutine.h"
+#include "qemu/event_notifier.h"
 #include "qemu/iov.h"
 #include "qemu/stats64.h"
+#include "qemu/lockable.h"
 #include "qemu/thread.h"
+#include "link.h"
 #include "store.h"
 #include "placement.h"
 
@@ -52,27 +67,57 @@ typedef struct LocalCopy {
 } LocalCopy;
 
 /*
- * The first one that is whole and may be used, and its hashes; NULL without
- * an error if there is none.
+ * The first one that is whole and may be used, and, unless NULL, its hashes.
+ * NULL without an error if there is none, with one if there is one that is
+ * not right.
  */
 LocalCopy *local_copy_open(GPtrArray *stores, const TemplateDigest *digest,
-                           TemplateChunks **chunks);
+                           TemplateChunks **chunks, Error **errp);
+/* Has another file come in its place? */
+bool local_copy_replaced(const LocalCopy *copy);
 LocalCopy *local_copy_ref(LocalCopy *copy);
 void local_copy_unref(LocalCopy *copy);
 
 /* ------------------------------------------------------------------ */
 /* Other copies, and what is known of them                             */
 
+#define REPLICA_WRONG_MAX       64
+
 typedef struct Replica {
     ClusterNode *node;
     bool local;
     char *place;
-    bool usable;
+    bool usable;                    /* as far as is known */
+    bool known;                     /* it has answered */
     char *problem;
+    int64_t tried_at, retry_at;     /* while it is not usable */
+    uint32_t backoff_ms;
+    uint64_t probe_chunk;           /* by which it is tried then */
+    LinkTask *probe;                /* the keeper's */
+    int64_t probe_end;
+    uint64_t wrong[REPLICA_WRONG_MAX];      /* the last ones */
+    unsigned nb_wrong;
     uint64_t bytes, wrong_chunks, failures;
 } Replica;
 
+/* A thread's connection to one of them */
+typedef struct ReaderLink {
+    Replica *replica;
+    Link *link;
+} ReaderLink;
+
 typedef struct ReaderChunk ReaderChunk;
+
+typedef struct BringOver {
+    QemuThread thread;
+    bool started, ended;            /* the thread; to be joined */
+    bool stop;
+    QemuCond cond;
+    ThinvmTemplateBringOverState state;
+    TemplateStore *store;
+    uint64_t done, speed;
+    char *problem;
+} BringOver;
 
 typedef struct TemplateReader {
     char *node_name;
@@ -85,10 +130,15 @@ typedef struct TemplateReader {
     TemplateChunks *chunks;
     TemplateDigest root;            /* the hash of their hashes */
     TemplateDigest zeroes;          /* the hash of a whole chunk of them */
+    EventNotifier stop;             /* ends what threads wait for */
 
     QemuMutex lock;
     QemuCond work;                  /* for threads without any */
+    QemuCond keep;                  /* for the keeper */
+    QemuCond changed;               /* a copy has become usable */
     bool stopping;
+    unsigned cancelled;             /* times that requests were */
+    unsigned waiting;               /* fetches that find no copy */
     ThinvmTemplateTrust trust;
     LocalCopy *local;
     GPtrArray *replicas;            /* nearest first; [0]: of this node */
@@ -98,8 +148,10 @@ typedef struct TemplateReader {
     QTAILQ_HEAD(, ReaderChunk) queue;       /* to be read */
     QTAILQ_HEAD(, ReaderChunk) unused;      /* oldest first */
     uint64_t memory;                /* of those */
-    QemuThread threads[READER_THREADS_MAX];
+    QemuThread threads[READER_THREADS_MAX], keeper;
     unsigned nb_threads, idle_threads;
+    bool keeper_started;
+    BringOver bring;
 
     struct {
         Stat64 local_bytes, remote_bytes, zero_bytes, cached_bytes;
@@ -120,14 +172,70 @@ bool template_reader_is_zero(TemplateReader *r, uint64_t offset,
 ThinvmTemplateStatistics *template_reader_statistics(TemplateReader *r);
 ThinvmTemplateInfo *template_reader_info(TemplateReader *r);
 
+/* Let requests that wait for a copy fail */
+void template_reader_cancel(TemplateReader *r);
+
+/* ------------------------------------------------------------------ */
+/* hashes.c                                                            */
+
+/* Find the template, and what its chunks must be */
+bool reader_find(TemplateReader *r, Error **errp);
+
 /* ------------------------------------------------------------------ */
 /* replica.c                                                           */
 
+/* "sha256:..." of @r's template, and @suffix */
+char *reader_export_name(const TemplateReader *r, const char *suffix);
 GPtrArray *replicas_new(const TemplateReader *r);
 ThinvmTemplateReplicaList *replicas_describe(TemplateReader *r);
-LocalCopy *reader_local(TemplateReader *r);
 
-/* Read chunk @n from whichever copy has it right, in a thread */
-int reader_fetch(TemplateReader *r, uint64_t n, uint8_t *buf);
+LocalCopy *reader_local(TemplateReader *r);
+/* From now on; NULL is none.  Takes the reference. */
+void reader_set_local(TemplateReader *r, LocalCopy *copy, const char *reason);
+
+/* With the lock: what is known of @p has changed */
+void replica_set_usable(TemplateReader *r, Replica *p, const char *reason);
+void replica_set_problem(TemplateReader *r, Replica *p, const char *problem,
+                         uint64_t chunk);
+/* The contents are not what other nodes said: nothing is read any more */
+void reader_refute(TemplateReader *r, const char *why);
+
+bool reader_is_right(TemplateReader *r, uint64_t n, const uint8_t *buf);
+LinkPatience reader_patience(const TemplateReader *r);
+bool reader_connect(TemplateReader *r, ReaderLink *l, Replica *p,
+                    Error **errp);
+bool reader_link_check(const TemplateReader *r, const Link *link,
+                       Error **errp);
+void reader_disconnect(ReaderLink *l);
+
+/*
+ * Read chunk @n from whichever copy has it right, in a thread.  Waits if there
+ * is none.  @buf has room for a whole chunk.
+ */
+int reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n, uint8_t *buf);
+
+/* ------------------------------------------------------------------ */
+/* keeper.c                                                            */
+
+void reader_keeper_start(TemplateReader *r);
+void reader_keeper_join(TemplateReader *r);
+
+/* ------------------------------------------------------------------ */
+/* bring.c                                                             */
+
+bool template_reader_bring_over(TemplateReader *r, bool has_speed,
+                                uint64_t speed, bool stop, Error **errp);
+/* With the lock; NULL if it was never started */
+ThinvmTemplateBringOver *reader_bring_over_describe(TemplateReader *r);
+/* After stopping has been set */
+void reader_bring_over_join(TemplateReader *r);
+
+/* ------------------------------------------------------------------ */
+/* driver-event.c: from any thread                                     */
+
+void reader_event_source(TemplateReader *r, const char *source,
+                         const char *reason);
+void reader_event_damaged(TemplateReader *r, const char *place,
+                          uint64_t offset, uint64_t bytes);
 
 #endif

@@ -100,6 +100,14 @@ char *template_store_path(const TemplateStore *s, const TemplateDigest *digest)
     return g_build_filename(s->disk->path, name, NULL);
 }
 
+char *template_store_chunks_path(const TemplateStore *s,
+                                 const TemplateDigest *digest)
+{
+    g_autofree char *name = template_file_name(digest, CHUNKS_SUFFIX);
+
+    return g_build_filename(s->disk->path, name, NULL);
+}
+
 /* ------------------------------------------------------------------ */
 /* Which disk is this?                                                 */
 

@@ -54,6 +54,8 @@ bool template_store_look(TemplateStore *s, const TemplateDigest *digest,
 
 char *template_store_path(const TemplateStore *s,
                           const TemplateDigest *digest);
+char *template_store_chunks_path(const TemplateStore *s,
+                                 const TemplateDigest *digest);
 /* A descriptor to read by (or to repair by), or -1 */
 int template_store_open_data(TemplateStore *s, const TemplateDigest *digest,
                              bool writable, Error **errp);
@@ -95,11 +97,11 @@ typedef struct TemplatePart {
 /*
  * With a digest, what an earlier run left is gone on with; if another run is
  * at it now, this waits for its end, and NULL without an error means that it
- * has succeeded.
+ * has succeeded.  With @busy it does not wait, but sets that.
  */
 TemplatePart *template_part_begin(TemplateStore *s,
                                   const TemplateDigest *expected, bool replace,
-                                  Error **errp);
+                                  bool *busy, Error **errp);
 bool template_part_read(TemplatePart *p, void *buf, uint32_t bytes,
                         uint64_t offset, Error **errp);
 bool template_part_write(TemplatePart *p, const void *buf, uint32_t bytes,

@@ -33,10 +33,25 @@ static const char *state_of(Tool *t, const TemplateStore *s,
            ? "here" : "misplaced";
 }
 
-static void list_entry(Tool *t, const TemplateStore *s,
+/* What option "hashes" of the driver is to be; NULL if it cannot be told */
+static char *root_of(TemplateStore *s, const TemplateDigest *digest)
+{
+    g_autoptr(TemplateChunks) c = template_store_read_chunks(s, digest, NULL);
+    TemplateDigest root;
+    char text[TEMPLATE_DIGEST_TEXT];
+
+    if (!c || !template_chunks_root(c, &root, NULL)) {
+        return NULL;
+    }
+    template_digest_format(&root, text);
+    return g_strdup(text);
+}
+
+static void list_entry(Tool *t, TemplateStore *s,
                        const TemplateEntry *e, QList *json)
 {
     const char *state = state_of(t, s, e);
+    g_autofree char *root = NULL;
     char text[TEMPLATE_DIGEST_TEXT];
     QDict *row;
 
@@ -55,6 +70,10 @@ static void list_entry(Tool *t, const TemplateStore *s,
     qdict_put_str(row, "state", state);
     qdict_put_int(row, "size", e->size);
     qdict_put_int(row, "allocated", e->allocated);
+    root = root_of(s, &e->digest);
+    if (root) {
+        qdict_put_str(row, "hashes", root);
+    }
     qlist_append(json, row);
 }
 
@@ -216,52 +235,6 @@ int tool_list(Tool *t)
 /* ------------------------------------------------------------------ */
 /* locate                                                              */
 
-static bool same_site(const ClusterNode *a, const ClusterNode *b)
-{
-    return a->site && b->site && !strcmp(a->site, b->site);
-}
-
-static void add_node(GPtrArray *nodes, ClusterNode *node,
-                     const ClusterNode *self)
-{
-    if (node != self && !g_ptr_array_find(nodes, node, NULL)) {
-        g_ptr_array_add(nodes, node);
-    }
-}
-
-/*
- * Whom to ask, nearest first: those of the same site; among them those that it
- * belongs on, beginning at another one for each asker, so that they share the
- * load.
- */
-static GPtrArray *nodes_by_distance(Tool *t, const TemplateDigest *digest)
-{
-    g_autoptr(GPtrArray) disks = placement_disks(t->placement, digest);
-    g_autoptr(GPtrArray) nodes = g_ptr_array_new();
-    GPtrArray *sorted = g_ptr_array_new();
-    unsigned first = g_str_hash(t->node->name);
-
-    for (unsigned i = 0; i < disks->len; i++) {
-        ClusterDisk *disk = g_ptr_array_index(disks,
-                                              (first + i) % disks->len);
-
-        add_node(nodes, disk->node, t->node);
-    }
-    for (unsigned i = 0; i < t->cluster->nodes->len; i++) {
-        add_node(nodes, g_ptr_array_index(t->cluster->nodes, i), t->node);
-    }
-    for (int near = 1; near >= 0; near--) {
-        for (unsigned i = 0; i < nodes->len; i++) {
-            ClusterNode *node = g_ptr_array_index(nodes, i);
-
-            if (same_site(node, t->node) == near) {
-                g_ptr_array_add(sorted, node);
-            }
-        }
-    }
-    return sorted;
-}
-
 static QDict *local_options(TemplateStore *s, const TemplateDigest *digest)
 {
     g_autofree char *path = template_store_path(s, digest);
@@ -335,7 +308,8 @@ static void print_places(Tool *t, const Places *p)
 
 static void find_places(Tool *t, const TemplateDigest *digest, Places *p)
 {
-    g_autoptr(GPtrArray) nodes = nodes_by_distance(t, digest);
+    g_autoptr(GPtrArray) nodes =
+        placement_nodes_by_distance(t->placement, t->cluster, digest, t->node);
     TemplateStore *local = tool_local_copy(t, digest);
 
     if (local) {
@@ -379,6 +353,38 @@ static bool locate(Tool *t, const TemplateDigest *digest)
     return found;
 }
 
+/* For the driver that finds it by itself, where it is opened */
+static void print_driver(Tool *t, const TemplateDigest *digest)
+{
+    TemplateStore *local = tool_local_copy(t, digest);
+    g_autofree char *root = local ? root_of(local, digest) : NULL;
+    g_autoptr(GString) json = NULL;
+    QDict *options = qdict_new();
+    char text[TEMPLATE_DIGEST_TEXT];
+
+    template_digest_format(digest, text);
+    qdict_put_str(options, "driver", "thinvm-template");
+    qdict_put_str(options, "digest", text);
+    if (root) {
+        qdict_put_str(options, "hashes", root);
+    }
+    if (t->given_config) {
+        g_autofree char *path = g_canonicalize_filename(t->given_config, NULL);
+
+        qdict_put_str(options, "cluster", path);
+    }
+    if (t->given_node) {
+        qdict_put_str(options, "node", t->given_node);
+    }
+    if (t->node_name) {
+        qdict_put_str(options, "node-name", t->node_name);
+    }
+    qdict_put_bool(options, "read-only", true);
+    json = qobject_to_json(QOBJECT(options));
+    printf("%s\n", json->str);
+    qobject_unref(options);
+}
+
 int tool_locate(Tool *t)
 {
     TemplateDigest digest;
@@ -392,6 +398,10 @@ int tool_locate(Tool *t)
         error_report("Template '%s' was removed from node '%s'", t->argv[0],
                      t->node->name);
         return TOOL_FAILED;
+    }
+    if (t->driver) {
+        print_driver(t, &digest);
+        return TOOL_OK;
     }
     if (!locate(t, &digest)) {
         error_report("No node that could be asked has template '%s'",

@@ -4,7 +4,8 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * A server of this node's templates for the others: QEMU's NBD server, with
- * one read-only export for each copy, by its name.  The disks are looked at
+ * two read-only exports for each copy: its contents by its name, and its
+ * hashes by that with a suffix.  The disks are looked at
  * every second: what has come is exported, what is marked is let go of when
  * no client is connected to it, and then, if it was removed, deleted.
  *
@@ -32,8 +33,12 @@
 typedef struct Export {
     TemplateStore *store;
     TemplateDigest digest;
-    char *id;
+    const char *suffix;         /* of its name; one of suffixes[] */
+    char *id, *path;
+    ino_t ino;                  /* of its file */
 } Export;
+
+static const char *const suffixes[] = { "", ".chunks" };
 
 typedef struct Server {
     Tool *t;
@@ -57,15 +62,17 @@ static void export_free(gpointer opaque)
     Export *e = opaque;
 
     g_free(e->id);
+    g_free(e->path);
     g_free(e);
 }
 
-static Export *find_export(Server *s, const TemplateDigest *digest)
+static Export *find_export(Server *s, const TemplateDigest *digest,
+                           const char *suffix)
 {
     for (unsigned i = 0; i < s->exports->len; i++) {
         Export *e = g_ptr_array_index(s->exports, i);
 
-        if (template_digest_equal(&e->digest, digest)) {
+        if (e->suffix == suffix && template_digest_equal(&e->digest, digest)) {
             return e;
         }
     }
@@ -97,16 +104,27 @@ static bool add_export(const char *id, const char *name, const char *path,
     return added;
 }
 
-static void begin(Server *s, TemplateStore *store,
-                  const TemplateDigest *digest)
+static ino_t inode_of(const char *path)
 {
-    g_autofree char *path = template_store_path(store, digest);
-    g_autofree char *id = template_file_name(digest, "");
-    char name[TEMPLATE_DIGEST_TEXT];
+    struct stat st;
+
+    return lstat(path, &st) == 0 ? st.st_ino : 0;
+}
+
+static void begin(Server *s, TemplateStore *store,
+                  const TemplateDigest *digest, const char *suffix)
+{
+    g_autofree char *path = *suffix ? template_store_chunks_path(store, digest)
+                                    : template_store_path(store, digest);
+    g_autofree char *id = template_file_name(digest, suffix);
+    g_autofree char *name = NULL;
+    char text[TEMPLATE_DIGEST_TEXT];
+    ino_t ino = inode_of(path);
     Error *err = NULL;
     Export *e;
 
-    template_digest_format(digest, name);
+    template_digest_format(digest, text);
+    name = g_strconcat(text, suffix, NULL);
     if (!add_export(id, name, path, &err)) {
         if (g_hash_table_add(s->failed, g_strdup(path))) {
             warn_reportf_err(err, "'%s' is not exported: ", path);
@@ -120,7 +138,10 @@ static void begin(Server *s, TemplateStore *store,
     *e = (Export) {
         .store = store,
         .digest = *digest,
+        .suffix = suffix,
         .id = g_steal_pointer(&id),
+        .path = g_steal_pointer(&path),
+        .ino = ino,
     };
     g_ptr_array_add(s->exports, e);
 }
@@ -138,10 +159,21 @@ static void add_new(Server *s, TemplateStore *store)
     for (unsigned i = 0; entries && i < entries->len; i++) {
         TemplateEntry *entry = &g_array_index(entries, TemplateEntry, i);
 
-        if (wanted(entry) && !find_export(s, &entry->digest)) {
-            begin(s, store, &entry->digest);
+        for (unsigned j = 0; wanted(entry) && j < ARRAY_SIZE(suffixes); j++) {
+            if (!find_export(s, &entry->digest, suffixes[j])) {
+                begin(s, store, &entry->digest, suffixes[j]);
+            }
         }
     }
+}
+
+/* It may have been repaired by putting another file in its place */
+static bool outdated(const Export *e)
+{
+    TemplateEntry entry;
+
+    template_store_find(e->store, &e->digest, &entry);
+    return !wanted(&entry) || inode_of(e->path) != e->ino;
 }
 
 /* Those that have a client are left, and looked at again the next time */
@@ -149,14 +181,13 @@ static void drop_old(Server *s)
 {
     for (unsigned i = 0; i < s->exports->len; ) {
         Export *e = g_ptr_array_index(s->exports, i);
-        TemplateEntry entry;
+        bool old = outdated(e);
 
-        template_store_find(e->store, &e->digest, &entry);
-        if (!wanted(&entry) && blk_exp_find(e->id)) {
+        if (old && blk_exp_find(e->id)) {
             qmp_block_export_del(e->id, true, BLOCK_EXPORT_REMOVE_MODE_SAFE,
                                  NULL);
         }
-        if (!wanted(&entry) && !blk_exp_find(e->id)) {
+        if (old && !blk_exp_find(e->id)) {
             g_ptr_array_remove_index(s->exports, i);
         } else {
             i++;
@@ -184,7 +215,8 @@ static void serve(Server *s)
     s->timer = timer_new_ms(QEMU_CLOCK_REALTIME, scan, s);
     scan(s);
     info_report("node '%s' serves %u templates on %s", s->t->node->name,
-                s->exports->len, s->t->node->nbd_text);
+                s->exports->len / (unsigned)ARRAY_SIZE(suffixes),
+                s->t->node->nbd_text);
     while (!stopping) {
         main_loop_wait(false);
     }

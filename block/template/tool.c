@@ -36,7 +36,7 @@ static const Command commands[] = {
     { "init", tool_init, "", 0, 0 },
     { "add", tool_add, "dfip", 1, 1 },
     { "list", tool_list, "Cj", 0, 0, true },
-    { "locate", tool_locate, "aFNu", 1, 1 },
+    { "locate", tool_locate, "aDFNu", 1, 1 },
     { "remove", tool_remove, "", 1, 1 },
     { "verify", tool_verify, "pr", 0, DIGESTS_MAX, true },
     { "repair", tool_repair, "p", 0, DIGESTS_MAX, true },
@@ -64,9 +64,10 @@ static void help(void)
 "                       where an earlier run was interrupted\n"
 "  list [--json] [--cluster]\n"
 "                       what this node has, or (--cluster) who has what\n"
-"  locate [--failover] [--node-name NAME] [--uri | --all] DIGEST\n"
+"  locate [--driver | --failover] [--node-name NAME] [--uri | --all] DIGEST\n"
 "                       the nearest copy, as an argument for --blockdev\n"
-"                       (--failover: with all others behind it; --uri: as a\n"
+"                       (--driver: of the driver that finds it itself;\n"
+"                       --failover: with all others behind it; --uri: as a\n"
 "                       path or NBD URI; --all: every place)\n"
 "  remove DIGEST        delete it from this node; while it is in use, mark\n"
 "                       it to be deleted\n"
@@ -295,6 +296,7 @@ enum {
     OPTION_CLUSTER = 'C',
     OPTION_JSON = 'j',
     OPTION_ALL = 'a',
+    OPTION_DRIVER = 'D',
     OPTION_FAILOVER = 'F',
     OPTION_NODE_NAME = 'N',
     OPTION_URI = 'u',
@@ -307,6 +309,7 @@ static const struct option long_options[] = {
     { "all", no_argument, NULL, OPTION_ALL },
     { "cluster", no_argument, NULL, OPTION_CLUSTER },
     { "digest", required_argument, NULL, OPTION_DIGEST },
+    { "driver", no_argument, NULL, OPTION_DRIVER },
     { "failover", no_argument, NULL, OPTION_FAILOVER },
     { "format", required_argument, NULL, OPTION_FORMAT },
     { "image-opts", no_argument, NULL, OPTION_IMAGE_OPTS },
@@ -330,6 +333,9 @@ static void set_option(Tool *t, int option)
         break;
     case OPTION_DIGEST:
         t->digest = optarg;
+        break;
+    case OPTION_DRIVER:
+        t->driver = true;
         break;
     case OPTION_FAILOVER:
         t->failover = true;
@@ -504,10 +510,10 @@ int main(int argc, char **argv)
                                  NULL)) != -1) {
         switch (option) {
         case 'c':
-            config = optarg;
+            config = t.given_config = optarg;
             break;
         case 'n':
-            node = optarg;
+            node = t.given_node = optarg;
             break;
         case 'h':
             help();

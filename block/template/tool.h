@@ -28,8 +28,10 @@ typedef struct Tool {
     char **argv;
 
     /* Options, of which each command has some */
-    bool all, cluster_wide, failover, image_opts, json, keep, progress, uri;
+    bool all, cluster_wide, driver, failover, image_opts, json, keep, progress;
+    bool uri;
     const char *digest, *format, *node_name, *range;
+    const char *given_config, *given_node;      /* NULL: the defaults */
 } Tool;
 
 int tool_init(Tool *t);

@@ -207,7 +207,7 @@ bool template_receive(TemplateStore *s, BlockBackend *blk,
         return false;
     }
     t.length = length;
-    t.part = template_part_begin(s, expected, replace, errp);
+    t.part = template_part_begin(s, expected, replace, NULL, errp);
     if (!t.part) {
         *existed = true;
         *digest = expected ? *expected : (TemplateDigest) { };

@@ -1,0 +1,306 @@
+/*
+ * thinvm template store: what a template's chunks must be
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * See reader.h.  The digest is of the whole: it does not tell what a single
+ * chunk must be, so the list of their hashes must come from somewhere.  A disk
+ * of this node has it beside the copy; it was made here, from contents that
+ * were right.  Other nodes are asked for theirs, and it is
+ *
+ *  - compared with the hash that option "hashes" gives: then no other node
+ *    need be believed anything; or else
+ *  - compared between all that answer, which shows damage and a single liar,
+ *    but not a liar who is alone.  What they agreed on is put to the test when
+ *    the whole has come to this node (bring.c, keeper.c).
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "block/block-common.h"
+#include "qemu/error-report.h"
+#include "qemu/memalign.h"
+#include "qemu/timer.h"
+#include "reader.h"
+
+#define CHUNKS_SUFFIX       ".chunks"
+#define POLL_US             2000
+#define GRACE_MS            200
+
+/* What a node has said */
+typedef struct Answer {
+    Replica *replica;
+    LinkTask *task;
+    Link *link;
+    uint8_t *header;                /* NULL: it has none, or a wrong one */
+    TemplateChunks *chunks;         /* without the hashes */
+    TemplateDigest root;
+} Answer;
+
+static int64_t now_ms(void)
+{
+    return qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+}
+
+/* ------------------------------------------------------------------ */
+/* Asking                                                              */
+
+static void answer_clear(gpointer opaque)
+{
+    Answer *a = opaque;
+
+    if (a->task) {
+        link_task_finish(a->task, NULL, NULL);
+    }
+    link_free(a->link);
+    qemu_vfree(a->header);
+    template_chunks_free(a->chunks);
+    g_free(a);
+}
+
+static bool decode_header(TemplateReader *r, Answer *a, Error **errp)
+{
+    a->chunks = template_chunks_decode_header(a->header, errp);
+    if (!a->chunks) {
+        return false;
+    }
+    if (!template_digest_equal(&a->chunks->digest, &r->o.digest)) {
+        error_setg(errp, "its hashes are of another template");
+        return false;
+    }
+    template_chunks_header_root(a->header, &a->root);
+    return true;
+}
+
+/* It has answered, or there is no more time */
+static void answer_take(TemplateReader *r, Answer *a)
+{
+    bool connected = link_task_connected(a->task);
+    Error *err = NULL;
+
+    a->link = link_task_finish(g_steal_pointer(&a->task), &a->header, &err);
+    if (!a->link || !decode_header(r, a, &err)) {
+        /* It may have the contents without their hashes */
+        bool usable = connected && !a->chunks;
+        Replica *p = a->replica;
+
+        qemu_vfree(a->header);
+        a->header = NULL;
+        QEMU_LOCK_GUARD(&r->lock);
+        replica_set_problem(r, p, error_get_pretty(err), 0);
+        p->usable = usable;
+        error_free(err);
+        return;
+    }
+    QEMU_LOCK_GUARD(&r->lock);
+    a->replica->known = true;
+}
+
+static GPtrArray *ask_all(TemplateReader *r)
+{
+    GPtrArray *answers = g_ptr_array_new_with_free_func(answer_clear);
+    g_autofree char *name = reader_export_name(r, CHUNKS_SUFFIX);
+
+    for (unsigned i = 1; i < r->replicas->len; i++) {
+        Answer *a = g_new0(Answer, 1);
+
+        a->replica = g_ptr_array_index(r->replicas, i);
+        a->task = link_task_start(a->replica->node, name, 0,
+                                  TEMPLATE_CHUNKS_HEADER, r->o.timeout_ms);
+        g_ptr_array_add(answers, a);
+    }
+    return answers;
+}
+
+/* ------------------------------------------------------------------ */
+/* Choosing                                                            */
+
+/* The hashes themselves, from the node that gave this answer */
+static bool read_hashes(TemplateReader *r, Answer *a)
+{
+    uint64_t bytes = a->chunks->nb_chunks * TEMPLATE_DIGEST_SIZE;
+    LinkPatience patience = reader_patience(r);
+    uint64_t size = TEMPLATE_CHUNKS_HEADER + bytes;
+    Error *err = NULL;
+    uint8_t *buf;
+    bool ok;
+
+    if (link_size(a->link) != size &&
+        link_size(a->link) != ROUND_UP(size, BDRV_SECTOR_SIZE)) {
+        warn_report("Template node '%s': node '%s': the list of hashes has %"
+                    PRIu64 " bytes instead of %" PRIu64, r->node_name,
+                    a->replica->node->name, link_size(a->link), size);
+        return false;
+    }
+    buf = qemu_memalign(LINK_ALIGNMENT, ROUND_UP(bytes, LINK_ALIGNMENT));
+    ok = link_read(a->link, TEMPLATE_CHUNKS_HEADER, bytes, buf, &patience,
+                   &err) &&
+         template_chunks_decode_hashes(a->chunks, a->header, buf, &err);
+    if (ok) {
+        r->chunks = g_steal_pointer(&a->chunks);
+    } else {
+        warn_reportf_err(err, "Template node '%s': node '%s': the list of "
+                         "hashes: ", r->node_name, a->replica->node->name);
+    }
+    qemu_vfree(buf);
+    return ok;
+}
+
+static bool is_wanted(TemplateReader *r, const Answer *a)
+{
+    return a->header && (!r->o.has_hashes ||
+                         template_digest_equal(&a->root, &r->o.hashes));
+}
+
+/* From the nearest that has them; the others' say the same */
+static bool take_hashes(TemplateReader *r, GPtrArray *answers)
+{
+    for (unsigned i = 0; i < answers->len; i++) {
+        Answer *a = g_ptr_array_index(answers, i);
+
+        if (is_wanted(r, a) && read_hashes(r, a)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool do_agree(GPtrArray *answers, Error **errp)
+{
+    const Answer *first = NULL;
+
+    for (unsigned i = 0; i < answers->len; i++) {
+        const Answer *a = g_ptr_array_index(answers, i);
+
+        if (a->header && first &&
+            !template_digest_equal(&a->root, &first->root)) {
+            error_setg(errp, "Nodes '%s' and '%s' do not agree on the hashes "
+                       "of the template's chunks: say by option 'hashes' which "
+                       "are right ('thinvm-template list --json' tells it, on "
+                       "a node that has the template)",
+                       first->replica->node->name, a->replica->node->name);
+            return false;
+        }
+        first = first ?: a->header ? a : NULL;
+    }
+    return true;
+}
+
+static void set_not_found(TemplateReader *r, Error **errp)
+{
+    g_autofree char *name = reader_export_name(r, "");
+    g_autoptr(GString) why = g_string_new("");
+
+    for (unsigned i = 1; i < r->replicas->len; i++) {
+        Replica *p = g_ptr_array_index(r->replicas, i);
+
+        if (p->problem) {
+            g_string_append_printf(why, "Node '%s': %s\n", p->node->name,
+                                   p->problem);
+        }
+    }
+    if (r->o.has_hashes) {
+        error_setg(errp, "No node that could be asked has template '%s' with "
+                   "the hashes that option 'hashes' names", name);
+    } else {
+        error_setg(errp, "No node that could be asked has template '%s'",
+                   name);
+    }
+    error_append_hint(errp, "%s", why->str);
+}
+
+/* Take what has come; @wanted: there is a list among it that will do */
+static bool any_missing(TemplateReader *r, GPtrArray *answers, bool *wanted)
+{
+    bool missing = false;
+
+    for (unsigned i = 0; i < answers->len; i++) {
+        Answer *a = g_ptr_array_index(answers, i);
+
+        if (a->task && link_task_wait(a->task, 0)) {
+            answer_take(r, a);
+        }
+        missing = missing || a->task;
+        *wanted = *wanted || is_wanted(r, a);
+    }
+    return missing;
+}
+
+/*
+ * Where they must agree, all are waited for; else, once there is one, only for
+ * those that are about as quick.
+ */
+static void collect(TemplateReader *r, GPtrArray *answers)
+{
+    int64_t deadline = now_ms() + r->o.timeout_ms;
+    bool wanted = false, quick = false;
+
+    while (any_missing(r, answers, &wanted) && now_ms() < deadline) {
+        if (wanted && r->o.has_hashes && !quick) {
+            quick = true;
+            deadline = MIN(deadline, now_ms() + GRACE_MS);
+        }
+        g_usleep(POLL_US);
+    }
+    for (unsigned i = 0; i < answers->len; i++) {
+        Answer *a = g_ptr_array_index(answers, i);
+
+        if (a->task) {
+            answer_take(r, a);
+        }
+    }
+}
+
+static bool find_remote(TemplateReader *r, Error **errp)
+{
+    g_autoptr(GPtrArray) answers = NULL;
+
+    if (r->o.strict && !r->o.has_hashes) {
+        error_setg(errp, "Node '%s' has no copy of the template, and with "
+                   "'strict' the hashes of others' are taken only with option "
+                   "'hashes'", r->self->name);
+        return false;
+    }
+    answers = ask_all(r);
+    r->trust = r->o.has_hashes ? THINVM_TEMPLATE_TRUST_GIVEN
+                               : THINVM_TEMPLATE_TRUST_AGREED;
+    collect(r, answers);
+    if (!r->o.has_hashes && !do_agree(answers, errp)) {
+        return false;
+    }
+    if (!take_hashes(r, answers)) {
+        set_not_found(r, errp);
+        return false;
+    }
+    return true;
+}
+
+/* ------------------------------------------------------------------ */
+
+static bool prepare(TemplateReader *r, Error **errp)
+{
+    g_autofree uint8_t *zeroes = g_malloc0(r->chunks->chunk_size);
+
+    return template_sha256(zeroes, r->chunks->chunk_size, &r->zeroes, errp) &&
+           template_chunks_root(r->chunks, &r->root, errp);
+}
+
+bool reader_find(TemplateReader *r, Error **errp)
+{
+    Error *err = NULL;
+
+    r->local = local_copy_open(r->stores, &r->o.digest, &r->chunks, &err);
+    if (err) {
+        warn_report_err(err);
+    }
+    r->replicas = replicas_new(r);
+    r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
+    if ((!r->local && !find_remote(r, errp)) || !prepare(r, errp)) {
+        return false;
+    }
+    if (r->o.has_hashes && !template_digest_equal(&r->root, &r->o.hashes)) {
+        error_setg(errp, "Option 'hashes' does not fit the copy on this node");
+        return false;
+    }
+    return true;
+}
