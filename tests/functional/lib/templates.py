@@ -11,11 +11,14 @@ import json
 import os
 import random
 import socket
+import struct
 import threading
 
 from .bootcache import Meter
 from .context import Process, check, wait_for
 from .image import MiB, File, json_of
+from .nbd import NBDClient
+from .qmp import QMPError
 from .qsd import StorageDaemon
 
 
@@ -133,18 +136,22 @@ class StoreCluster:
                  not process.alive(), 60, '%s serves' % node)
         process.check_alive()
 
-    def serve_by_daemon(self, node, contents):
-        """By a storage daemon: one export, as anybody may make it."""
+    def serve_by_daemon(self, node, contents, chunks=False):
+        """By a storage daemon, as anybody may; with the hashes if wanted."""
         daemon = StorageDaemon(self.ctx, node)
-        daemon.qmp.cmd_raw('blockdev-add', {
-            'driver': 'raw', 'node-name': 'template', 'read-only': True,
-            'file': {'driver': 'file', 'filename': self.copy(node, contents),
-                     'read-only': True}})
         daemon.qmp.cmd_raw('nbd-server-start', {
-            'addr': {'type': 'unix', 'data': {'path': self.socket(node)}}})
-        daemon.qmp.cmd_raw('block-export-add', {
-            'type': 'nbd', 'id': 'x', 'node-name': 'template',
-            'name': contents.digest})
+            'addr': {'type': 'unix', 'data': {'path': self.socket(node)}},
+            'max-connections': 0})
+        for number, suffix in enumerate(['', '.chunks'][:1 + chunks]):
+            path = self.copy(node, contents, suffix or '.raw')
+            daemon.qmp.cmd_raw('blockdev-add', {
+                'driver': 'raw', 'node-name': 'n%d' % number,
+                'read-only': True, 'file': {
+                    'driver': 'file', 'filename': path, 'read-only': True}})
+            daemon.qmp.cmd_raw('block-export-add', {
+                'type': 'nbd', 'id': 'x%d' % number,
+                'node-name': 'n%d' % number,
+                'name': contents.digest + suffix})
         return daemon
 
     def blockdev(self, node, contents, *options):
@@ -211,3 +218,163 @@ class SilentServer:
         self.sock.bind(path)
         self.sock.listen(8)
         ctx.cleanup(self.sock.close)
+
+
+class Reader(StorageDaemon):
+    """A QEMU on @node that has the template open by the driver, and a client
+    that reads it."""
+
+    def __init__(self, ctx, cluster, node, contents, **options):
+        super().__init__(ctx, 'on-' + node)
+        self.contents = contents
+        self.qmp.cmd_raw('blockdev-add', self.options(
+            cluster, node, contents, **options))
+        path = self.export_nbd('template', writable=False)
+        self.client = NBDClient(ctx, path, 'template')
+
+    @staticmethod
+    def options(cluster, node, contents, **more):
+        return {'driver': 'thinvm-template', 'digest': contents.digest,
+                'cluster': cluster.config, 'node': node, 'read-only': True,
+                'node-name': 'template',
+                **{key.replace('_', '-'): value
+                   for key, value in more.items()}}
+
+    def info(self):
+        return self.qmp.cmd('query-thinvm-template', node_name='template')[0]
+
+    def statistics(self):
+        return self.info()['statistics']
+
+    def source(self):
+        """The node that it reads from."""
+        info = self.info()
+        return next((row['cluster-node'] for row in info['replicas']
+                     if row['place'] == info.get('source')), None)
+
+    def wait_source(self, node, seconds=60):
+        wait_for(lambda: self.source() == node, seconds,
+                 'it reads from %s, but from %s' % (node, self.source()))
+
+    def verify(self, offset, length):
+        data = self.client.read(offset, length)
+        check(data == self.contents.data[offset:offset + length],
+              'wrong data from %d on', offset)
+
+    def verify_all(self, step=MiB):
+        size = len(self.contents.data)
+        for offset in range(0, size, step):
+            self.verify(offset, min(step, size - offset))
+
+    def bring_over(self, **options):
+        self.qmp.cmd('thinvm-template-bring-over', node_name='template',
+                     **options)
+
+    def brought(self):
+        """How far the background copy is: its state, its bytes."""
+        info = self.info().get('bring-over', {})
+        check(info.get('state') != 'failed', 'it failed: %s', info)
+        return info.get('state'), info.get('bytes')
+
+    def wait_brought(self, seconds=120):
+        wait_for(lambda: self.brought()[0] == 'done', seconds,
+                 'it has been brought over')
+
+
+def open_fails(ctx, cluster, node, contents, words, **options):
+    """Opening by the driver must fail, and say @words."""
+    daemon = StorageDaemon(ctx, 'on-' + node)
+    try:
+        daemon.qmp.cmd_raw('blockdev-add', Reader.options(
+            cluster, node, contents, **options))
+    except QMPError as err:
+        check(words in str(err), 'it does not say "%s": %s', words, err)
+    else:
+        check(False, 'it was opened')
+    daemon.quit()
+
+
+class FakeServer:
+    """An NBD server that misbehaves as it is told to.
+
+    @exports: name -> contents.  A read of export @name from @offset on gets
+    what .answer(name, offset, data) gives: other bytes, fewer, or None for
+    silence.  .size(name, size) is what it says about lengths."""
+
+    def __init__(self, ctx, path, exports):
+        self.exports = exports
+        self.answer = lambda name, offset, data: data
+        self.size = lambda name, size: size
+        self.greeting = struct.pack('>QQH', 0x4e42444d41474943,
+                                    0x49484156454F5054, 3)
+        self.reads = 0
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.bind(path)
+        self._sock.listen(64)
+        ctx.cleanup(self._sock.close)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,),
+                             daemon=True).start()
+
+    def _serve(self, sock):
+        try:
+            with sock:
+                self._talk(sock)
+        except (OSError, EOFError):
+            pass
+
+    @staticmethod
+    def _recv(sock, length):
+        data = b''
+        while len(data) < length:
+            part = sock.recv(length - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def _talk(self, sock):
+        sock.sendall(self.greeting)
+        self._recv(sock, 4)
+        name = None
+        while name is None:
+            _, option, length = struct.unpack('>QII', self._recv(sock, 16))
+            payload = self._recv(sock, length)
+            name = self._option(sock, option, payload)
+        data = self.exports[name]
+        while True:
+            _, _, command, cookie, offset, length = struct.unpack(
+                '>IHHQQI', self._recv(sock, 28))
+            if command != 0:
+                return
+            self.reads += 1
+            answer = self.answer(name, offset, data[offset:offset + length])
+            if answer is None:
+                sock.recv(1)            # until the other end gives up
+                return
+            sock.sendall(struct.pack('>IIQ', 0x67446698, 0, cookie) + answer)
+
+    def _option(self, sock, option, payload):
+        """The name of the export that was chosen, if one was."""
+        def reply(kind, data=b''):
+            sock.sendall(struct.pack('>QIII', 0x3e889045565a9, option, kind,
+                                     len(data)) + data)
+        if option != 7:                 # NBD_OPT_GO
+            reply(0x80000001)
+            return None
+        length, = struct.unpack('>I', payload[:4])
+        name = payload[4:4 + length].decode()
+        if name not in self.exports:
+            reply(0x80000006)
+            return None
+        reply(3, struct.pack('>HQH', 0, self.size(
+            name, len(self.exports[name])), 3))
+        reply(1)
+        return name

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The driver thinvm-template: a template by its name, wherever it is.
+
+Every byte is compared with what the template was made from.  Nodes are
+servers of their own, which are killed, stopped, damaged, and lie.
+"""
+
+import json
+import os
+import signal
+import threading
+
+from lib.context import check, wait_for
+from lib.image import MiB
+from lib.nbd import NBDClient
+from lib.qsd import StorageDaemon, wait_job
+from lib.templates import (Contents, FakeServer, Gate, Reader, StoreCluster,
+                           damage, open_fails)
+from lib.testing import test
+
+
+def three_nodes(ctx, contents, serve=('a', 'b')):
+    """a and b have the template; c has a disk, and does not."""
+    cluster = StoreCluster(ctx, {'a': 1, 'b': 1, 'c': 1}, ssd=False)
+    for node in ('a', 'b'):
+        cluster.add(node, contents)
+    for node in serve:
+        cluster.serve(node)
+    return cluster
+
+
+def other(node):
+    return 'b' if node == 'a' else 'a'
+
+
+def event_of(reader, name, seconds=30, **data):
+    return reader.qmp.wait_event(name, seconds, lambda found: all(
+        found.get(key) == value for key, value in data.items()))['data']
+
+
+def hashes_of(cluster, node):
+    return cluster.list(node)[0]['hashes']
+
+
+@test()
+def local(ctx):
+    """The copy of this node: in use while it is open; a chunk that is damaged
+    is read from another node, told of, and read here again once it has been
+    repaired."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=())
+    damage(cluster.copy('a', contents), 2 * MiB + 5)
+    reader = Reader(ctx, cluster, 'a', contents, retry=1, verify='always')
+    check(reader.info()['trust'] == 'local' and reader.source() == 'a',
+          'opened as %s', reader.info())
+    check(reader.client.size == len(contents.data), 'it has %d bytes',
+          reader.client.size)
+    reader.verify(0, 2 * MiB)
+    try:
+        reader.client.read(2 * MiB, 4096)
+        check(False, 'a damaged chunk was read, and no other copy is there')
+    except OSError:
+        pass
+    where = event_of(reader, 'THINVM_TEMPLATE_DAMAGED', offset=2 * MiB)
+    check(where['place'] == cluster.copy('a', contents) and
+          where['bytes'] == MiB, 'told: %s', where)
+    cluster.serve('b')
+    reader.verify_all()
+    check(reader.source() == 'a', 'one chunk moved it to %s', reader.source())
+    check(0 < reader.statistics()['remote-bytes'] <= 2 * MiB,
+          'from the other node: %s', reader.statistics())
+    check('in use' in cluster.run('b', 'remove', contents.digest),
+          'a copy that is served was removed')
+    check('mended from' in cluster.run('a', 'repair', contents.digest),
+          'not repaired')
+    cluster.servers['b'].kill()
+    reader.verify(3 * MiB, MiB)
+    # Read from elsewhere as long as the others live, which they do not
+    wait_for(lambda: reader.client.read(2 * MiB + 4096 * 7, 4096) ==
+             contents.data[2 * MiB + 4096 * 7:2 * MiB + 4096 * 8], 30,
+             'the repaired chunk is read')
+    check('in use' in cluster.run('a', 'remove', contents.digest),
+          'a copy that is read was removed')
+    reader.verify_all()
+    reader.quit()
+    cluster.run('a', 'list')
+    cluster.run('a', 'repair')
+    check(cluster.states('a') == [(contents.digest, 'a0', 'removed')] or
+          cluster.states('a')[0][2] == 'going', 'after: %s',
+          cluster.states('a'))
+
+
+def read_until(reader, stop, problems):
+    """A client of its own that reads all the time, and compares."""
+    client = NBDClient(reader.ctx, reader.export_nbd_path, 'template')
+    data = reader.contents.data
+    offset = 0
+    try:
+        while not stop.is_set():
+            length = min(192 * 1024, len(data) - offset)
+            if client.read(offset, length) != data[offset:offset + length]:
+                raise ValueError('wrong data at %d' % offset)
+            offset = (offset + 777 * 512) % (len(data) // 512 * 512)
+    except (OSError, ValueError, ConnectionError) as err:
+        problems.append(err)
+
+
+class Load:
+    """Clients that read until it is left; no read may fail."""
+
+    def __init__(self, reader, count=3):
+        self.stop = threading.Event()
+        self.problems = []
+        self.threads = [threading.Thread(target=read_until, args=(
+            reader, self.stop, self.problems)) for _ in range(count)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+        check(not self.problems, 'a client saw: %s', self.problems)
+
+
+@test()
+def failover(ctx):
+    """Servers are killed, stopped, and come back, while clients read: the
+    reading goes on from another one, and returns to the nearer one."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=())
+    daemons = {node: cluster.serve_by_daemon(node, contents, chunks=True)
+               for node in ('a', 'b')}
+    reader = Reader(ctx, cluster, 'c', contents, timeout=1000, cache_size=0)
+    reader.export_nbd_path = reader.nbd_url().partition('socket=')[2]
+    near = reader.source()
+    check(near in daemons and reader.info()['trust'] == 'agreed',
+          'opened as %s', reader.info())
+    with Load(reader):
+        wait_for(lambda: reader.statistics()['remote-bytes'] > 8 * MiB, 60,
+                 'it reads')
+        daemons[near].kill()
+        event_of(reader, 'THINVM_TEMPLATE_SOURCE')
+        reader.wait_source(other(near))
+        before = reader.statistics()['remote-bytes']
+        wait_for(lambda: reader.statistics()['remote-bytes'] >
+                 before + 8 * MiB, 60, 'it goes on')
+        os.unlink(cluster.socket(near))
+        daemons[near] = cluster.serve_by_daemon(near, contents, chunks=True)
+        reader.wait_source(near)
+        # It hangs, but its connections stay
+        daemons[near].process.popen.send_signal(signal.SIGSTOP)
+        reader.wait_source(other(near))
+        daemons[near].process.popen.send_signal(signal.SIGCONT)
+        reader.wait_source(near)
+        # Nobody, for a while
+        for daemon in daemons.values():
+            daemon.kill()
+        wait_for(lambda: 'source' not in reader.info(), 60, 'it has none')
+        os.unlink(cluster.socket('a'))
+        daemons['a'] = cluster.serve_by_daemon('a', contents, chunks=True)
+        reader.wait_source('a')
+    reader.verify_all()
+    check(reader.statistics()['moves'] >= 4, 'moves: %s', reader.statistics())
+    reader.quit()
+
+
+@test()
+def none(ctx):
+    """No copy at all: opening says what each node said; a request waits as
+    long as it was told, and gets an error."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=())
+    open_fails(ctx, cluster, 'c', contents, 'No node that could be asked')
+    open_fails(ctx, cluster, 'c', contents, 'with \'strict\'', strict=True)
+    open_fails(ctx, cluster, 'x', contents, 'has no \'[node x]\'')
+    cluster.serve('a')
+    reader = Reader(ctx, cluster, 'c', contents, retry=2, timeout=500)
+    reader.verify(0, MiB)
+    cluster.servers['a'].kill()
+    try:
+        reader.client.read(8 * MiB, MiB)
+        check(False, 'read without any copy')
+    except OSError:
+        pass
+    reader.verify(0, MiB)               # still in memory
+    os.unlink(cluster.socket('a'))
+    cluster.serve('a')
+    wait_for(lambda: reader.source() == 'a', 60, 'it is back')
+    reader.verify_all()
+    check(reader.statistics()['waits'] >= 1, 'it did not wait')
+
+
+@test()
+def damaged_remote(ctx):
+    """A chunk that is wrong on the nearest node is read from the next one,
+    and told of; the rest still comes from the nearest."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents)
+    reader = Reader(ctx, cluster, 'c', contents,
+                    hashes=hashes_of(cluster, 'a'))
+    near = reader.source()
+    check(reader.info()['trust'] == 'given', 'trust: %s', reader.info())
+    damage(cluster.copy(near, contents), 9 * MiB + 11)
+    reader.verify_all(64 * 1024)
+    told = event_of(reader, 'THINVM_TEMPLATE_DAMAGED', offset=9 * MiB)
+    rows = {row['cluster-node']: row for row in reader.info()['replicas']}
+    check(told['place'] == rows[near]['place'] and
+          rows[near]['wrong-chunks'] == 1, 'told: %s %s', told, rows)
+    check(rows[other(near)]['bytes'] == MiB and reader.source() == near,
+          'the rest: %s', rows)
+    # The hashes that a disk has are what is wrong
+    open_fails(ctx, cluster, 'a', contents, 'does not fit', hashes='0' * 64)
+    open_fails(ctx, cluster, 'c', contents, "option 'hashes' names",
+               hashes='0' * 64)
+
+
+def gated(ctx, cluster, node):
+    """A gate before the server of @node."""
+    real = ctx.path('real.nbd')
+    os.rename(cluster.socket(node), real)
+    gate = Gate(ctx, real, 0)
+    gate.open()
+    os.symlink(gate.path, cluster.socket(node))
+    return gate
+
+
+@test()
+def brought_over(ctx):
+    """The template is brought to this node while it is read: slowly first,
+    with two at it at a time, through a kill -9; then it is read here."""
+    contents = Contents(ctx, size=80 * MiB)
+    cluster = StoreCluster(ctx, {'a': 1, 'c': 1}, ssd=False)
+    cluster.add('a', contents)
+    server = cluster.serve_by_daemon('a', contents, chunks=True)
+    gate = gated(ctx, cluster, 'a')
+    reader = Reader(ctx, cluster, 'c', contents, bring_over=True,
+                    bring_over_speed=4 * MiB, timeout=60000)
+    wait_for(lambda: (reader.brought()[1] or 0) >= 4 * MiB, 60, 'it is slow')
+    second = Reader(ctx, cluster, 'c', contents, bring_over=True,
+                    timeout=60000)
+    wait_for(lambda: second.brought()[0] == 'waiting', 60, 'it waits')
+    check(not cluster.files('c'), 'to be seen: %s', cluster.files('c'))
+    gate.shut(65 * MiB)
+    reader.bring_over(stop=True)
+    wait_for(lambda: second.brought()[1] >= 64 * MiB, 60,
+             'the other one is at it')
+    progress = '%s/tmp/%s.progress' % (cluster.path('c'),
+                                       contents.digest.replace(':', '-'))
+    wait_for(lambda: int.from_bytes(open(progress, 'rb').read(), 'little') ==
+             64 * MiB, 60, 'progress is noted')
+    second.kill()
+    check(cluster.parts('c') and not cluster.files('c'), 'left: %s %s',
+          cluster.parts('c'), cluster.files('c'))
+    before = gate.bytes
+    gate.open()
+    reader.bring_over(speed=0)
+    reader.wait_brought()
+    reader.wait_source('c')
+    again = gate.bytes - before
+    check(again < 30 * MiB, '%d bytes were fetched again', again)
+    check(reader.info()['trust'] == 'local', 'trust: %s', reader.info())
+    server.kill()
+    reader.verify_all()
+    reader.verify_all(100 * 1024)
+    check('no damage' in cluster.run('c', 'verify'), 'damaged')
+    check(not cluster.parts('c'), 'left behind: %s', cluster.parts('c'))
+    check('in use' in cluster.run('c', 'remove', contents.digest),
+          'removed while it is read')
+    reader.quit()
+
+
+@test()
+def comes_by_itself(ctx):
+    """A copy that somebody else puts on this node is read from then on."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents)
+    reader = Reader(ctx, cluster, 'c', contents)
+    reader.verify(0, MiB)
+    cluster.add('c', contents)
+    reader.wait_source('c')
+    event_of(reader, 'THINVM_TEMPLATE_SOURCE',
+             source=cluster.copy('c', contents))
+    for node in ('a', 'b'):
+        cluster.servers[node].kill()
+    reader.verify_all()
+    check(reader.info()['trust'] == 'local', 'trust: %s', reader.info())
+
+
+def lie_in(data, offset):
+    return data[:offset] + b'lie' + data[offset + 3:]
+
+
+@test()
+def hostile(ctx):
+    """A node that says other lengths, other data, nothing, or nonsense, harms
+    nobody while there is another one."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents)
+    hashes = hashes_of(cluster, 'a')
+    probe = Reader(ctx, cluster, 'c', contents)
+    near = probe.source()
+    probe.quit()
+    cluster.servers[near].kill()
+    os.unlink(cluster.socket(near))
+    with open(cluster.copy(near, contents, '.chunks'), 'rb') as file:
+        chunks = file.read()
+    chunks += bytes(-len(chunks) % 512)
+    fake = FakeServer(ctx, cluster.socket(near), {
+        contents.digest: bytes(contents.data),
+        contents.digest + '.chunks': chunks})
+    good = fake.answer, fake.size, fake.greeting
+
+    def only_data(change):
+        return lambda name, offset, data: (
+            data if name.endswith('.chunks') else change(data))
+
+    ways = [
+        {'answer': only_data(lambda data: lie_in(data, 100))},
+        {'answer': only_data(lambda data: None)},
+        {'answer': only_data(lambda data: data[:1000])},
+        {'answer': only_data(lambda data: bytes(len(data)))},
+        {'answer': lambda name, offset, data: None},
+        {'answer': lambda name, offset, data: lie_in(data, 4000)},
+        {'size': lambda name, size: size - 512},
+        {'size': lambda name, size: 1 << 62},
+        {'size': lambda name, size: 0},
+        {'greeting': b'HTTP/1.1 400 Bad Request\r\n\r\n'},
+        {'greeting': b''},
+    ]
+    for way in ways:
+        fake.answer, fake.size, fake.greeting = good
+        for key, value in way.items():
+            setattr(fake, key, value)
+        reader = Reader(ctx, cluster, 'c', contents, hashes=hashes,
+                        timeout=500, retry=20)
+        reader.verify_all()
+        reader.quit()
+    check(fake.reads > 20, 'it was asked only %d times', fake.reads)
+
+
+def false_list(contents, cluster, data):
+    """What a liar says the hashes are: right for other contents, under this
+    template's name."""
+    import hashlib
+    with open(cluster.copy('a', contents, '.chunks'), 'rb') as file:
+        header = bytearray(file.read()[:4096])
+    hashes = b''.join(hashlib.sha256(data[at:at + MiB]).digest()
+                      for at in range(0, len(data), MiB))
+    header[64:96] = hashlib.sha256(hashes).digest()
+    header[4064:] = hashlib.sha256(header[:4064]).digest()
+    chunks = bytes(header) + hashes
+    return chunks + bytes(-len(chunks) % 512)
+
+
+@test()
+def liar(ctx):
+    """Hashes that are not the template's: refused where they are known or
+    contradicted; a liar who is alone is found out when all has been brought
+    over, and nothing of it gets into the store."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=('a',))
+    false = bytes(lie_in(contents.data, 3 * MiB + 7))
+    FakeServer(ctx, cluster.socket('b'), {
+        contents.digest: false,
+        contents.digest + '.chunks': false_list(contents, cluster, false)})
+    open_fails(ctx, cluster, 'c', contents, 'do not agree')
+    open_fails(ctx, cluster, 'c', contents, "with 'strict'", strict=True)
+    hashes = hashes_of(cluster, 'a')
+    reader = Reader(ctx, cluster, 'c', contents, hashes=hashes, strict=True)
+    reader.verify_all()
+    reader.quit()
+    cluster.servers['a'].kill()
+    open_fails(ctx, cluster, 'c', contents, "option 'hashes' names",
+               hashes=hashes, timeout=500)
+    reader = Reader(ctx, cluster, 'c', contents)
+    check(reader.info()['trust'] == 'agreed', 'trust: %s', reader.info())
+    reader.verify(0, MiB)
+    reader.bring_over()
+    wait_for(lambda: reader.info()['bring-over']['state'] == 'failed', 60,
+             'it was found out')
+    check(reader.info()['trust'] == 'refuted', 'trust: %s', reader.info())
+    for offset in (0, 8 * MiB):
+        try:
+            reader.client.read(offset, 4096)
+            check(False, 'it still reads what is false')
+        except OSError:
+            pass
+    check(not cluster.files('c') and not cluster.parts('c'),
+          'in the store: %s %s', cluster.files('c'), cluster.parts('c'))
+
+
+@test()
+def below_others(ctx):
+    """Below the boot cache and linked clones; by its short name; moved
+    between I/O threads, drained and reopened while it is read."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents)
+    options = Reader.options(cluster, 'c', contents)
+    del options['node-name'], options['read-only']
+    clone = ctx.path('clone.img')
+    ctx.run(ctx.bin('qemu-img'), 'create', '-f', 'thinvm', '-F', 'raw', '-b',
+            'json:' + json.dumps({'driver': 'raw', 'file': options}), clone)
+    out = ctx.path('out.raw')
+    ctx.run(ctx.bin('qemu-img'), 'convert', '-O', 'raw', clone, out)
+    with open(out, 'rb') as file:
+        check(file.read() == contents.data, 'the clone reads something else')
+    # Its description is looked for where it is by default
+    text = ctx.run(ctx.bin('qemu-img'), 'info',
+                   'thinvm-template:' + contents.digest, ok=(1,))
+    check('/etc/thinvm/templates.conf' in text or 'No node' in text,
+          'the short name: %s', text)
+
+    reader = Reader(ctx, cluster, 'c', contents)
+    reader.export_nbd_path = reader.nbd_url().partition('socket=')[2]
+    qmp = reader.qmp
+    cache = {'driver': 'bootcache', 'file': 'template', 'read-only': True,
+             'template-id': contents.digest, 'socket': ctx.path('cache')}
+    qmp.cmd_raw('blockdev-add', {**cache, 'node-name': 'publisher',
+                                 'role': 'publisher'})
+    qmp.cmd_raw('blockdev-add', {**cache, 'node-name': 'cache'})
+    qmp.cmd_raw('blockdev-add', {
+        'driver': 'thinvm', 'node-name': 'clone', 'backing': 'cache',
+        'file': {'driver': 'file', 'filename': clone}})
+    reader.export_nbd('clone')
+    client = NBDClient(ctx, reader.export_nbd_path, 'clone')
+    client.write(MiB, b'own' * 512)
+    for number in range(2):
+        qmp.cmd_raw('object-add', {'qom-type': 'iothread',
+                                   'id': 'thread%d' % number})
+    qmp.cmd_raw('blockdev-add', Reader.options(
+        cluster, 'c', contents) | {'node-name': 'moved'})
+    qmp.cmd_raw('blockdev-add', {
+        'driver': 'null-co', 'read-zeroes': True, 'node-name': 'sink',
+        'size': len(contents.data)})
+    with Load(reader):
+        for number in range(6):
+            qmp.cmd_raw('x-blockdev-set-iothread', {
+                'node-name': 'moved',
+                'iothread': 'thread%d' % (number % 2)})
+            qmp.cmd_raw('x-blockdev-set-iothread', {'node-name': 'moved',
+                                                    'iothread': None})
+            qmp.cmd_raw('blockdev-reopen', {'options': [Reader.options(
+                cluster, 'c', contents)]})
+            data = client.read(0, 2 * MiB)
+            check(data[:MiB] == contents.data[:MiB] and
+                  data[MiB:MiB + 3] == b'own', 'the clone reads otherwise')
+    qmp.cmd_raw('blockdev-mirror', {
+        'job-id': 'mirror', 'device': 'moved', 'target': 'sink',
+        'sync': 'full'})
+    wait_job(qmp, 'mirror')
+    stats = [row for row in qmp.cmd('query-blockstats', query_nodes=True)
+             if row.get('node-name') == 'template'][0]
+    check(stats['driver-specific']['driver'] == 'thinvm-template' and
+          stats['driver-specific']['verified-chunks'] > 0, 'stats: %s', stats)
+    reader.quit()
