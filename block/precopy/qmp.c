@@ -62,7 +62,7 @@ static bool precopy_options(const BlockdevPrecopy *arg, PrecopyOptions *o,
         .on_source_error = arg->has_on_source_error ? arg->on_source_error
                                                 : BLOCKDEV_ON_ERROR_REPORT,
         .on_target_error = arg->has_on_target_error ? arg->on_target_error
-                                                : BLOCKDEV_ON_ERROR_REPORT,
+                                                : BLOCKDEV_ON_ERROR_ENOSPC,
         .when_outpaced = arg->has_when_outpaced ? arg->when_outpaced
                                             : PRECOPY_OUTPACED_WRITE_BLOCKING,
         .downtime_limit = arg->has_downtime_limit ? arg->downtime_limit

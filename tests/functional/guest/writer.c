@@ -28,7 +28,7 @@
  *                               is not zero, "B lane index" for one that
  *                               holds neither zeroes nor a whole block of
  *                               ours, then "verified"
- *   fill lanes= blocks= base= limit=
+ *   fill lanes= blocks= base= limit=     (up to 64 lanes)
  *                               all bytes of MiB base + I (I below blocks)
  *                               become I % 251 + 1, in sequence by all lanes,
  *                               limit MiB a second at most (0: any), then a
@@ -70,6 +70,7 @@
 
 #define OUR_BLOCK 4096          /* bytes written by one operation */
 #define MAX_LANES 16
+#define MAX_FILL_LANES 64
 #define MAX_DISKS 2
 #define BLOCK_MAGIC 0x6b6c622d6d766e74ULL
 #define REPORT_USEC 3000
@@ -305,7 +306,7 @@ static bool open_disks(uint64_t disks)
 }
 
 /* Reads "key=value" pairs into a run; false if one is unknown. */
-static bool parse_run(char *args, struct run *r)
+static bool parse_run(char *args, uint64_t max_lanes, struct run *r)
 {
     const struct {
         const char *key;
@@ -343,8 +344,8 @@ static bool parse_run(char *args, struct run *r)
             return false;
         }
     }
-    if (!r->lanes || r->lanes > MAX_LANES || !r->blocks) {
-        say("X lanes must be 1 to %d, blocks at least 1", MAX_LANES);
+    if (!r->lanes || r->lanes > max_lanes || !r->blocks) {
+        say("X lanes must be 1 to %d, blocks at least 1", (int)max_lanes);
         return false;
     }
     if (!r->disks || r->disks > MAX_DISKS) {
@@ -376,7 +377,7 @@ static void cmd_write(char *args)
         say("X already writing");
         return;
     }
-    if (!parse_run(args, &wanted)) {
+    if (!parse_run(args, MAX_LANES, &wanted)) {
         return;
     }
     run = wanted;
@@ -439,7 +440,7 @@ static void cmd_verify(char *args)
     struct run r;
     uint8_t *buf;
 
-    if (!parse_run(args, &r)) {
+    if (!parse_run(args, MAX_LANES, &r)) {
         return;
     }
     if (posix_memalign((void **)&buf, OUR_BLOCK, OUR_BLOCK)) {
@@ -498,7 +499,7 @@ static void *fill_main(void *opaque)
 
 static void *fill_control(void *opaque)
 {
-    pthread_t lanes[MAX_LANES];
+    pthread_t lanes[MAX_FILL_LANES];
 
     for (uint64_t i = 0; i < filling.lanes; i++) {
         pthread_create(&lanes[i], NULL, fill_main, NULL);
@@ -519,7 +520,7 @@ static void cmd_fill(char *args)
 {
     pthread_t control;
 
-    if (!parse_run(args, &filling)) {
+    if (!parse_run(args, MAX_FILL_LANES, &filling)) {
         return;
     }
     clock_gettime(CLOCK_MONOTONIC, &fill_began);
