@@ -31,6 +31,7 @@ from pathlib import Path
 import bench_checkpoint
 import bench_depths
 import bench_guest
+import bench_huge
 import bench_instructions
 import bench_machine
 import bench_memory
@@ -42,8 +43,8 @@ from bench_workloads import (MIB, USUAL, VARIANTS, WORKLOADS, Failure, Images,
                              bench_arguments, can_do, most_requests, run)
 
 # What can be measured: see the modules bench_*.py
-KINDS = ('requests', 'depths', 'moments', 'checkpoint', 'queues', 'nbd',
-         'memory', 'guest')
+KINDS = ('requests', 'depths', 'huge', 'moments', 'checkpoint', 'queues',
+         'nbd', 'memory', 'guest')
 
 
 class Bench:
@@ -192,8 +193,9 @@ def check_args(p, args):
     args.what = args.what.split(',')
     if set(args.what) - set(KINDS):
         p.error(f'--what {",".join(args.what)}: there are {", ".join(KINDS)}')
-    if {'nbd', 'memory'} & set(args.what) and not shutil.which('fio'):
-        p.error('--what nbd and memory need fio, which is not installed')
+    if ({'nbd', 'memory', 'huge'} & set(args.what) and
+            not shutil.which('fio')):
+        p.error('--what nbd, memory and huge need fio, which is missing')
     args.formats = args.formats.split(',')
     unknown = set(args.formats) - set(VARIANTS)
     if unknown:
@@ -229,6 +231,7 @@ def others(args, directory):
                     args.size * MIB)
     ways = {
         'depths': lambda: bench_depths.measure(args, Bench(args, directory)),
+        'huge': lambda: bench_huge.measure(args, directory),
         'moments': lambda: bench_moments.measure(args, directory),
         'checkpoint': lambda: bench_checkpoint.measure(args, directory),
         'queues': lambda: bench_queues.measure(args, images),

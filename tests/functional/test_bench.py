@@ -51,7 +51,7 @@ def by_depth(ctx):
 
 @test()
 def other_kinds(ctx):
-    figures = bench(ctx, '--what', 'moments,queues,checkpoint')
+    figures = bench(ctx, '--what', 'moments,queues,checkpoint,huge')
     check(not figures['workloads'], 'requests were measured unasked')
     seen = {m['what'] for m in figures['moments']}
     check({'create', 'open', 'first write', 'close', 'discard'} <= seen,
@@ -60,6 +60,9 @@ def other_kinds(ctx):
         check(queues['scaling']['thinvm']['1'] == 1 and
               queues['scaling']['thinvm']['2'] > 0,
               'queues scale by %s', queues['scaling'])
+    check({h['moment'] for h in figures['huge']} == {'first', 'again'} and
+          all(h['thinvm_against']['qcow2'] > 0 for h in figures['huge']),
+          'of 1 TiB there is %s', figures['huge'])
     run, = figures['checkpoint']
     check(run['checkpoints'] > 0 and run['writes_during'] > 0,
           'no checkpoint was met: %s', run)
