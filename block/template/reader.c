@@ -79,7 +79,7 @@ static void *reader_thread(void *opaque);
 
 static void start_thread(TemplateReader *r)
 {
-    if (!r->idle_threads && r->nb_threads < READER_THREADS_MAX) {
+    if (r->nb_queued > r->idle_threads && r->nb_threads < READER_THREADS_MAX) {
         qemu_thread_create(&r->threads[r->nb_threads++], "template-read",
                            reader_thread, r, QEMU_THREAD_JOINABLE);
     }
@@ -95,6 +95,7 @@ static ReaderChunk *chunk_use(TemplateReader *r, uint64_t n)
         QSIMPLEQ_INIT(&c->waiters);
         g_hash_table_insert(r->in_memory, &c->n, c);
         QTAILQ_INSERT_TAIL(&r->queue, c, link);
+        r->nb_queued++;
         start_thread(r);
         qemu_cond_signal(&r->work);
     } else if (!c->users) {
@@ -158,6 +159,7 @@ static void *reader_thread(void *opaque)
             continue;
         }
         QTAILQ_REMOVE(&r->queue, c, link);
+        r->nb_queued--;
         qemu_mutex_unlock(&r->lock);
         data = qemu_memalign(qemu_real_host_page_size(),
                              r->chunks->chunk_size);

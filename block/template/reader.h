@@ -90,6 +90,7 @@ typedef struct Replica {
     bool usable;                    /* as far as is known */
     bool known;                     /* it has answered */
     char *problem;
+    int64_t usable_since;
     int64_t tried_at, retry_at;     /* while it is not usable */
     uint32_t backoff_ms;
     uint64_t probe_chunk;           /* by which it is tried then */
@@ -147,9 +148,9 @@ typedef struct TemplateReader {
     GHashTable *in_memory;          /* ReaderChunk, by number */
     QTAILQ_HEAD(, ReaderChunk) queue;       /* to be read */
     QTAILQ_HEAD(, ReaderChunk) unused;      /* oldest first */
-    uint64_t memory;                /* of those */
+    uint64_t memory;                /* of all that have been read */
     QemuThread threads[READER_THREADS_MAX], keeper;
-    unsigned nb_threads, idle_threads;
+    unsigned nb_threads, idle_threads, nb_queued;
     bool keeper_started;
     BringOver bring;
 

@@ -24,6 +24,7 @@
 
 #define BACKOFF_MIN_MS      500
 #define BACKOFF_MAX_MS      (60 * 1000)
+#define STEADY_MS           (60 * 1000)
 /* Between two looks at all copies, while there is none */
 #define WAIT_MS             1000
 
@@ -138,10 +139,10 @@ void replica_set_usable(TemplateReader *r, Replica *p, const char *reason)
 
     p->usable = true;
     p->known = true;
-    p->backoff_ms = 0;
     g_clear_pointer(&p->problem, g_free);
     if (!was) {
         p->nb_wrong = 0;
+        p->usable_since = now_ms();
     }
     update_current(r, reason);
     qemu_cond_broadcast(&r->changed);
@@ -155,8 +156,11 @@ void replica_set_problem(TemplateReader *r, Replica *p, const char *problem,
     g_free(p->problem);
     p->problem = g_strdup(problem);
     if (p->usable) {
-        p->backoff_ms = 0;
         p->probe_chunk = chunk;
+    }
+    /* One that works only now and then is asked less and less */
+    if (p->usable && now_ms() - p->usable_since > STEADY_MS) {
+        p->backoff_ms = 0;
     }
     p->usable = false;
     p->known = false;
@@ -185,8 +189,9 @@ void reader_set_local(TemplateReader *r, LocalCopy *copy, const char *reason)
     r->local = copy;
     g_free(p->place);
     p->place = g_strdup(copy->path);
-    /* Told of anew, although it may have been there under its old name */
-    r->current = NULL;
+    if (r->current == p) {
+        r->current = NULL;              /* another file is told of, too */
+    }
     replica_set_usable(r, p, reason);
 }
 
