@@ -66,11 +66,14 @@ class StoreCluster:
     def socket(self, node):
         return self.ctx.path(node + '.nbd')
 
+    def address(self, node):
+        return 'unix:' + self.socket(node)
+
     def describe(self):
         """Write the description anew, after a change of .disks."""
         lines = ['[cluster]', 'replicas = %d' % self.replicas]
         for node, count in self.disks.items():
-            lines += ['[node %s]' % node, 'nbd = unix:' + self.socket(node)]
+            lines += ['[node %s]' % node, 'nbd = ' + self.address(node)]
             for number in range(count):
                 os.makedirs(self.path(node, number), exist_ok=True)
                 lines += ['[disk %s%d]' % (node, number), 'node = ' + node,
