@@ -2,10 +2,13 @@
 #
 # thinvm-extender's decisions: when, and to what size; LVM's names; metrics.
 
+import asyncio
+import types
 import unittest
+from unittest import mock
 
 from thinvm_extender import backends, metrics, policy, simulate
-from thinvm_extender.daemon import path_of
+from thinvm_extender.daemon import Daemon, path_of
 
 GIB, MIB = policy.GIB, policy.MIB
 
@@ -94,6 +97,157 @@ class Backends(unittest.TestCase):
             'json:{"driver": "thinvm", "space-watermark": 1, "file": '
             '{"driver": "host_device", "filename": "/dev/vg/lv"}}'),
             '/dev/vg/lv')
+
+
+    def test_rescan_must_say_what(self):
+        self.assertFalse(backends.make('command', 'x {path} {size}')
+                         .refreshes)
+        self.assertTrue(backends.make('command', 'x {path} {size}',
+                                      'rescan {path}').refreshes)
+        with self.assertRaises(backends.Failure):
+            backends.make('command', 'x {path} {size}', 'rescan')
+
+    def test_message(self):
+        self.assertEqual(backends.message(''), 'no message')
+        text = ('  Retrying ex lock on VG vg\n  Retrying ex lock on VG vg\n'
+                '  VG vg lock failed: held by other host.\n')
+        self.assertEqual(backends.message(text), 'VG vg lock failed: held by '
+                         'other host. (another host is changing the volume '
+                         'group)')
+
+
+class FakeGroup:
+    """A volume group of extents of 4 MiB, as the programs of LVM show it."""
+
+    def __init__(self, size, free):
+        self.size, self.free, self.seen = size, free, size
+        self.commands = []
+
+    async def run(self, *args):
+        self.commands.append(' '.join(args))
+        if args[0] == 'lvs':
+            return f'  {self.size} {self.free}\n'
+        if args[0] == 'lvchange':
+            self.seen = self.size
+            return ''
+        if '+100%FREE' in args:
+            wanted = self.size + self.free
+        else:
+            wanted = int(args[args.index('--size') + 1].rstrip('b'))
+            assert wanted % 512 == 0
+            wanted += -wanted % (4 * MIB)
+        if not self.size < wanted <= self.size + self.free:
+            raise backends.Failure(backends.message(
+                'matches existing size' if wanted <= self.size else
+                'Insufficient free space: 9 extents needed, but only 1 '
+                'available'))
+        self.free -= wanted - self.size
+        self.size = self.seen = wanted
+        return ''
+
+
+class Lvm(unittest.TestCase):
+    def extend(self, group, size):
+        with mock.patch.object(backends, 'run', group.run), \
+                mock.patch.object(backends, 'device_size',
+                                  lambda path: group.seen):
+            return asyncio.run(backends.Lvm().extend('/dev/vg/lv', size))
+
+    def test_extended(self):
+        """To whole extents; what was asked for is what is told."""
+        group = FakeGroup(8 * MIB, 100 * MIB)
+        self.assertEqual(self.extend(group, 13 * MIB + 1), 13 * MIB + 512)
+        self.assertEqual(group.size, 16 * MIB)
+        self.assertEqual(len(group.commands), 1)
+
+    def test_the_rest_of_the_group(self):
+        group = FakeGroup(8 * MIB, 12 * MIB)
+        self.assertEqual(self.extend(group, 64 * MIB), 20 * MIB)
+        with self.assertRaisesRegex(backends.Failure, 'vgextend'):
+            self.extend(group, 64 * MIB)
+
+    def test_done_before(self):
+        """By another host, and not seen here; or by an earlier request."""
+        group = FakeGroup(64 * MIB, 12 * MIB)
+        group.seen = 8 * MIB
+        self.assertEqual(self.extend(group, 32 * MIB), 32 * MIB)
+        self.assertEqual(group.commands[-1], 'lvchange --refresh vg/lv')
+        self.assertEqual(self.extend(group, 32 * MIB), 32 * MIB)
+        self.assertEqual(sum('lvchange' in c for c in group.commands), 1)
+
+    def test_other_failure(self):
+        """Is not mistaken for a full group."""
+        group = FakeGroup(8 * MIB, 100 * MIB)
+
+        async def held(*args):
+            if args[0] == 'lvextend':
+                raise backends.Failure('the lock is held')
+            return await FakeGroup.run(group, *args)
+        group.run = held
+        with self.assertRaisesRegex(backends.Failure, 'held'):
+            self.extend(group, 32 * MIB)
+        self.assertNotIn('FREE', ' '.join(group.commands))
+
+
+class Following(unittest.TestCase):
+    """What is done for a volume, by what the image says of it."""
+
+    def considered(self, seen, **info):
+        """The commands of LVM where the host sees @seen bytes."""
+        group = FakeGroup(64 * MIB, 64 * MIB)
+        group.seen = seen
+        info = {'owner': False, 'device-size': 64 * MIB, 'device-free': 0,
+                'space-watermark': MIB, 'allocation-rate': 0, **info}
+
+        async def work():
+            daemon = Daemon([], backends.Lvm(), policy.Limits(chunk=MIB),
+                            metrics.Metrics())
+            volume = types.SimpleNamespace(
+                name='v', path='/dev/vg/lv', node='v', task=None, wanted=0,
+                not_before=0, vm=mock.Mock())
+            daemon.consider(volume, info)
+            stop = asyncio.Event()
+            stop.set()
+            await daemon.run(stop)      # finishes what is under way
+        with mock.patch.object(backends, 'run', group.run), \
+                mock.patch('thinvm_extender.daemon.device_size',
+                           lambda path: group.seen), \
+                mock.patch.object(backends, 'device_size',
+                                  lambda path: group.seen), \
+                mock.patch('thinvm_extender.daemon.log'):
+            asyncio.run(work())
+        return group.commands
+
+    def test_follower(self):
+        """Is never extended; refreshed when the image has become larger."""
+        self.assertEqual(self.considered(64 * MIB), [])
+        self.assertEqual(self.considered(32 * MIB),
+                         ['lvchange --refresh vg/lv'])
+
+    def test_owner(self):
+        self.assertEqual(self.considered(32 * MIB, owner=True),
+                         ['lvchange --refresh vg/lv'])
+        self.assertIn('lvextend', self.considered(64 * MIB, owner=True)[0])
+        self.assertEqual(self.considered(64 * MIB, owner=True,
+                                         **{'device-free': 8 * MIB}), [])
+
+    def test_an_extension_is_finished(self):
+        """The end of the daemon waits for it."""
+        done = []
+
+        async def slow():
+            await asyncio.sleep(0.05)
+            done.append(True)
+
+        async def work():
+            daemon = Daemon([], backends.File(), policy.Limits(),
+                            metrics.Metrics())
+            daemon.begin(types.SimpleNamespace(task=None), slow())
+            stop = asyncio.Event()
+            stop.set()
+            await daemon.run(stop)
+        asyncio.run(work())
+        self.assertTrue(done)
 
 
 class Metrics(unittest.TestCase):

@@ -3,9 +3,12 @@
 
 Sockets are looked for again and again, so that VMs may come and go.  A volume
 is looked at when THINVM_SPACE_LOW comes and once a second, and extended when
-the policy says so.  Whether an earlier run of the daemon was interrupted
-between extending and telling does not matter: thinvm-grow takes into use
-whatever the device has, and the backend is asked for a total size.
+the policy says so.  Where another host may have extended it (this one follows
+the image: it is the target of a migration) the host is made to see the new
+size as soon as the image tells of it.  Whether an earlier run of the daemon
+was interrupted between extending and telling does not matter: thinvm-grow
+takes into use whatever the device has, and the backend is asked for a total
+size.
 """
 
 import asyncio
@@ -15,7 +18,7 @@ import logging
 import time
 
 from . import policy
-from .backends import Failure
+from .backends import Failure, device_size
 from .qmp import Closed, Connection, QmpError
 
 log = logging.getLogger('thinvm-extender')
@@ -52,7 +55,7 @@ class Vm:
         self.connection = Connection(path, self.on_event)
         self.volumes = {}
         self.woken = asyncio.Event()
-        self.stalled = False    # the guest may stand still for lack of space
+        self.stalled = False    # guest or job may wait for space
 
     def on_event(self, event, data):
         if event == 'THINVM_SPACE_LOW':
@@ -68,6 +71,10 @@ class Vm:
         elif event == 'BLOCK_IO_ERROR' and data.get('nospace'):
             log.warning('%s: %s is full, the guest gets: %s', self.path,
                         data.get('node-name'), data.get('action'))
+            self.stalled = True
+            self.woken.set()
+        elif event == 'STOP' or (event == 'BLOCK_JOB_ERROR' and
+                                 data.get('action') == 'stop'):
             self.stalled = True
             self.woken.set()
         elif event == 'RESUME':
@@ -99,15 +106,15 @@ class Vm:
 
     async def find(self, infos):
         """Keep self.volumes equal to the nodes that there are."""
-        owned = {i['node-name'] for i in infos if i['owner']}
-        for gone in set(self.volumes) - owned:
+        there = {i['node-name'] for i in infos}
+        for gone in set(self.volumes) - there:
             self.daemon.metrics.forget(self.volumes.pop(gone).name)
-        if owned - set(self.volumes):
+        if there - set(self.volumes):
             nodes = await self.connection.cmd('query-named-block-nodes',
                                               flat=True)
             for node in nodes:
                 name = node['node-name']
-                if name in owned and name not in self.volumes:
+                if name in there and name not in self.volumes:
                     self.volumes[name] = Volume(self, name,
                                                 path_of(node['file']))
 
@@ -126,18 +133,29 @@ class Vm:
         """Let a guest go on that werror=enospc has stopped, if it can."""
         if any(i['device-free'] < policy.MIB for i in infos if i['owner']):
             return
+        self.stalled = False
+        await self.resume_jobs()
         try:
             status = await self.connection.cmd('query-status')
             devices = await self.connection.cmd('query-block')
         except QmpError:                # a storage daemon has no guest
-            self.stalled = False
             return
-        if status['status'] == 'io-error':
-            if not any(d.get('io-status') == 'nospace' for d in devices):
-                return                  # another error, not ours to judge
+        if status['status'] == 'io-error' and \
+                any(d.get('io-status') == 'nospace' for d in devices):
             log.info('%s: there is space again, the guest goes on', self.path)
             await self.connection.cmd('cont')
-        self.stalled = False
+
+    async def resume_jobs(self):
+        """Mirrors and backups to here that on-target-error has paused."""
+        for job in await self.connection.cmd('query-block-jobs'):
+            if job['io-status'] == 'nospace' and job['paused']:
+                log.info('%s: there is space again, the job %s goes on',
+                         self.path, job['device'])
+                try:
+                    await self.connection.cmd('block-job-resume',
+                                              device=job['device'])
+                except QmpError as e:   # it may just have been cancelled
+                    log.warning('%s: %s', self.path, e)
 
 
 class Daemon:
@@ -147,35 +165,74 @@ class Daemon:
         self.metrics_file = metrics_file
         self.delay = policy.Delay(limits.first_delay)
         self.vms = {}
+        self.under_way = set()
+        self.stopping = False
 
     def consider(self, volume, info):
+        if info['owner']:
+            for name, key in (('size_bytes', 'device-size'),
+                              ('free_bytes', 'device-free'),
+                              ('allocation_rate', 'allocation-rate')):
+                self.metrics.set(f'thinvm_volume_{name}', volume.name,
+                                 info[key])
+        if (volume.task and not volume.task.done()) or self.stopping or \
+                time.monotonic() < volume.not_before:
+            return              # one request at a time
+        if self.is_stale(volume, info['device-size']):
+            self.begin(volume, self.refresh(volume, info['device-size']))
+        elif info['owner']:
+            self.consider_space(volume, info)
+
+    def consider_space(self, volume, info):
         need = policy.Need(info['device-size'], info['device-free'],
                            info['space-watermark'], info['allocation-rate'],
                            volume.wanted)
-        for name, value in (('size_bytes', need.size),
-                            ('free_bytes', need.free),
-                            ('allocation_rate', need.rate)):
-            self.metrics.set(f'thinvm_volume_{name}', volume.name, value)
-        if volume.task and not volume.task.done():
-            return              # one request at a time
         size = policy.next_size(need, self.delay.seconds, self.limits)
-        if size > need.size and time.monotonic() >= volume.not_before:
+        if size > need.size:
             volume.wanted = 0
-            volume.task = asyncio.create_task(
-                self.extend(volume, need.size, size))
+            self.begin(volume, self.extend(volume, need.size, size))
+
+    def begin(self, volume, work):
+        volume.task = asyncio.create_task(work)
+        self.under_way.add(volume.task)
+        volume.task.add_done_callback(self.under_way.discard)
+
+    def is_stale(self, volume, size):
+        """Does this host see less of the volume than the image has?"""
+        try:
+            return self.backend.refreshes and device_size(volume.path) < size
+        except Failure:
+            return False
+
+    async def refresh(self, volume, size):
+        log.info('%s: the image on %s has %d bytes, which this host does not '
+                 'see yet', volume.name, volume.path, size)
+        try:
+            await self.backend.refresh(volume.path)
+            seen = device_size(volume.path)
+            if seen < size:
+                raise Failure(f'the image has {size} bytes, but '
+                              f'{volume.path} only {seen}')
+            log.info('%s: %s is seen with %d bytes', volume.name, volume.path,
+                     seen)
+        except Failure as e:
+            self.failed(volume, e)
+
+    def failed(self, volume, e):
+        volume.not_before = time.monotonic() + RETRY
+        self.metrics.add('thinvm_extension_failures_total', volume.name)
+        log.error('%s: %s; trying again in %d s', volume.name, e, RETRY)
 
     async def extend(self, volume, before, size):
         started = time.monotonic()
         log.info('%s: extending %s from %d to %d bytes', volume.name,
                  volume.path, before, size)
         try:
-            await self.backend.extend(volume.path, size)
+            size = await self.backend.extend(volume.path, size)
             after = await volume.vm.connection.cmd(
                 'thinvm-grow', node_name=volume.node, size=size)
         except (Failure, QmpError, Closed) as e:
-            volume.not_before = time.monotonic() + RETRY
-            self.metrics.add('thinvm_extension_failures_total', volume.name)
-            log.error('%s: %s; trying again in %d s', volume.name, e, RETRY)
+            self.failed(volume, e)
             return
         seconds = time.monotonic() - started
         self.delay.add(seconds)
@@ -207,6 +264,9 @@ class Daemon:
                 await asyncio.wait_for(stop.wait(), SEARCH)
             except asyncio.TimeoutError:
                 pass
+        # A program of LVM that is killed may leave a volume suspended
+        self.stopping = True
+        await asyncio.gather(*self.under_way, return_exceptions=True)
         for task in self.vms.values():
             task.cancel()
         await asyncio.gather(*self.vms.values(), return_exceptions=True)
