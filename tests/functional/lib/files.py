@@ -19,7 +19,7 @@ from .context import TOP, Failure, Process, check
 from .guest import (MODULES, connect_port, cpio_entry, find_kernel,
                     kernel_module)
 from .qmp import QMP
-from .scsihost import modules_in_order
+from .shellguest import modules_in_order
 
 GUEST = os.path.join(TOP, 'tests', 'functional', 'guest')
 INIT = [os.path.join(GUEST, name) for name in ('files.c', 'load.c')]
