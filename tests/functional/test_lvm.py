@@ -41,7 +41,7 @@ def close(daemon):
     daemon.end('TERM')
 
 
-@test(seconds=600)
+@test(seconds=900)
 def plain_group(ctx):
     """One host, a group without locks: the volume grows while it is written,
     takes what is left when that is less than a chunk, and says what to do
@@ -54,15 +54,15 @@ def plain_group(ctx):
             'qemu-img create -f thinvm /dev/vg/disk 1T' % host.device(disk))
     daemon = host.open_disk('vg/disk', **{'space-watermark': 24 * MiB})
     host.start_extender('64M')
-    wait_for(lambda: 'connected' in host.extender_log(), 60,
+    wait_for(lambda: 'connected' in host.extender_log(), 300,
              'the extender has found the disk', interval=0.5)
     host.write(0, 120)
-    wait_for(lambda: 'vgextend' in host.extender_log(), 60,
+    wait_for(lambda: 'vgextend' in host.extender_log(), 300,
              'the extender says what to do', interval=0.5)
     check(size_of(daemon) == 156 * MiB, 'the volume has %d bytes, which is '
           'not all of its group', size_of(daemon))
     host.sh('vgextend vg ' + host.device(more))
-    wait_for(lambda: free_of(daemon) >= 24 * MiB, 60,
+    wait_for(lambda: free_of(daemon) >= 24 * MiB, 300,
              'the volume has grown into the new space', interval=0.5)
     host.write(120, 140)
     host.read(0, 140)
@@ -115,7 +115,7 @@ def at_once(*works):
         raise failures[0]
 
 
-@test(seconds=1800, slow=True)
+@test(seconds=3600, slow=True)
 def two_hosts_extend(ctx):
     """Two hosts write to volumes of one group as fast as they can, and both
     extenders extend; one waits while the group's lock is held elsewhere; when
@@ -131,7 +131,7 @@ def two_hosts_extend(ctx):
                ((one, 'first'), (two, 'second'))]
     for host in cluster.hosts:
         host.start_extender('128M')
-        wait_for(lambda: 'connected' in host.extender_log(), 60,
+        wait_for(lambda: 'connected' in host.extender_log(), 300,
                  'the extender has found the disk', interval=0.5)
     at_once(lambda: one.write(0, 400), lambda: two.write(0, 400, 100))
     for host, daemon in zip(cluster.hosts, daemons):
@@ -153,20 +153,22 @@ def held_lock(ctx, one, two, daemon):
     """LVM gives up after some 20 s; the extender tries again."""
     # This command asks a question while it has the lock.
     two.sh('lvcreate -L 16M -n small vg')
-    two.sh('(sleep 60; echo n) | lvreduce -L 8M vg/small > /tmp/held 2>&1 & '
-           'until lvmlockctl --info | grep -q "LK VG ex"; do usleep 100000; '
+    two.sh('mkfifo /tmp/answer; '
+           'lvreduce -L 8M vg/small < /tmp/answer > /tmp/held 2>&1 & '
+           'exec 7> /tmp/answer; until lvmlockctl --info | grep -q "LK VG ex"; do usleep 100000; '
            'done')
     before = size_of(daemon)
     end = 400 + (free_of(daemon) - WATERMARK) // MiB + 8
     one.write(400, max(end, 408))
     wait_for(lambda: 'another host is changing the volume group' in
-             one.extender_log(), 120, 'the extender is told that the lock is '
+             one.extender_log(), 300, 'the extender is told that the lock is '
              'held', interval=1)
     check(size_of(daemon) == before, 'the volume was extended in spite of '
           'the lock')
-    wait_for(lambda: size_of(daemon) > before, 180,
+    two.sh('echo n >&7; exec 7>&-')
+    wait_for(lambda: size_of(daemon) > before, 300,
              'the volume is extended when the lock is free', interval=1)
-    two.sh('wait; lvremove -y vg/small')
+    two.sh('cat /tmp/held; lvremove -y vg/small')
 
 
 def full_group(ctx, cluster, daemon, source, more):
@@ -188,7 +190,7 @@ def full_group(ctx, cluster, daemon, source, more):
     wait_for(lambda: [j for j in daemon.qmp.cmd('query-block-jobs')
                       if j['io-status'] == 'nospace'], 300,
              'the mirror waits for space', interval=0.5)
-    wait_for(lambda: 'vgextend' in one.extender_log(), 60,
+    wait_for(lambda: 'vgextend' in one.extender_log(), 300,
              'the extender says what to do', interval=0.5)
     one.sh('vgextend vg ' + one.device(more), seconds=300)
     daemon.qmp.wait_event('BLOCK_JOB_READY', 300)
@@ -201,7 +203,7 @@ def full_group(ctx, cluster, daemon, source, more):
     one.sh('lvremove -y vg/ballast')
 
 
-@test(seconds=1800, slow=True)
+@test(seconds=3600, slow=True)
 def hand_over(ctx):
     """A volume that is active on both hosts, as for a live migration, grows
     by what one writes, and the other sees it; it is handed over; its host
