@@ -289,6 +289,36 @@ def comes_by_itself(ctx):
     check(reader.info()['trust'] == 'local', 'trust: %s', reader.info())
 
 
+def connections(path):
+    """To the server that listens at @path."""
+    with open('/proc/net/unix', encoding='utf-8') as file:
+        rows = [line.split() for line in file if line.rstrip().endswith(path)]
+    return sum(1 for row in rows if row[5] == '03')
+
+
+@test()
+def used_elsewhere(ctx):
+    """What was removed from the nodes that serve it stays on the one that a
+    reader has chosen, also while it reads nothing, and goes when it does."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents)
+    reader = Reader(ctx, cluster, 'c', contents)
+    near = reader.source()
+    wait_for(lambda: connections(cluster.socket(near)) == 1, 30,
+             'it has a connection')
+    for node in ('a', 'b'):
+        cluster.run(node, 'remove', contents.digest)
+    gone = other(near)
+    wait_for(lambda: not os.path.exists(cluster.copy(gone, contents)), 60,
+             'it is gone where nobody uses it')
+    check(os.path.exists(cluster.copy(near, contents)),
+          'it is gone where it is used')
+    reader.verify_all()
+    reader.quit()
+    wait_for(lambda: not os.path.exists(cluster.copy(near, contents)), 60,
+             'it is gone')
+
+
 def lie_in(data, offset):
     return data[:offset] + b'lie' + data[offset + 3:]
 
