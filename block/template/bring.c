@@ -258,37 +258,57 @@ static bool bring(Bringer *b, Error **errp)
     return ok;
 }
 
+/* The store has it: read it from now on */
+static bool use_copy(TemplateReader *r, Error **errp)
+{
+    ERRP_GUARD();
+    LocalCopy *copy = local_copy_open(r->stores, &r->o.digest, NULL, errp);
+
+    if (!copy) {
+        if (!*errp) {
+            error_setg(errp, "It was brought over, and removed at once");
+        }
+        return false;
+    }
+    reader_set_local(r, copy, "it was brought over");
+    return true;
+}
+
+/* Is it over?  Not if it was to go on in the moment in which it stopped. */
+static bool end(TemplateReader *r, bool ok, const char *problem)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    if (!ok && !problem && !r->stopping && !r->bring.stop) {
+        return false;
+    }
+    if (ok && r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
+        r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
+    }
+    set_state(&r->bring, ok ? THINVM_TEMPLATE_BRING_OVER_STATE_DONE :
+              problem ? THINVM_TEMPLATE_BRING_OVER_STATE_FAILED :
+                        THINVM_TEMPLATE_BRING_OVER_STATE_STOPPED, problem);
+    r->bring.ended = true;
+    return true;
+}
+
 static void *bring_thread(void *opaque)
 {
     TemplateReader *r = opaque;
     Bringer b = { .r = r, .since = now_ms() };
-    LocalCopy *copy = NULL;
     Error *err = NULL;
     bool ok;
 
-    WITH_QEMU_LOCK_GUARD(&r->lock) {
-        r->bring.done = 0;
-    }
     b.buf = qemu_memalign(qemu_real_host_page_size(), r->chunks->chunk_size);
-    ok = bring(&b, &err);
+    do {
+        WITH_QEMU_LOCK_GUARD(&r->lock) {
+            r->bring.done = 0;
+        }
+        ok = bring(&b, &err) && use_copy(r, &err);
+    } while (!end(r, ok, err ? error_get_pretty(err) : NULL));
+    error_free(err);
     reader_disconnect(&b.link);
     qemu_vfree(b.buf);
-    if (ok) {
-        copy = local_copy_open(r->stores, &r->o.digest, NULL, &err);
-    }
-    if (copy) {
-        reader_set_local(r, copy, "it was brought over");
-    }
-    QEMU_LOCK_GUARD(&r->lock);
-    if (copy && r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
-        r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
-    }
-    set_state(&r->bring, copy ? THINVM_TEMPLATE_BRING_OVER_STATE_DONE :
-              err ? THINVM_TEMPLATE_BRING_OVER_STATE_FAILED :
-                    THINVM_TEMPLATE_BRING_OVER_STATE_STOPPED,
-              err ? error_get_pretty(err) : NULL);
-    error_free(err);
-    r->bring.ended = true;
     return NULL;
 }
 

@@ -26,6 +26,7 @@
 #define CHUNKS_SUFFIX       ".chunks"
 #define POLL_US             2000
 #define GRACE_MS            200
+#define PROBLEMS_TOLD       8
 
 /* What a node has said */
 typedef struct Answer {
@@ -190,23 +191,19 @@ static void set_not_found(TemplateReader *r, Error **errp)
 {
     g_autofree char *name = reader_export_name(r, "");
     g_autoptr(GString) why = g_string_new("");
+    unsigned told = 0;
 
     for (unsigned i = 1; i < r->replicas->len; i++) {
         Replica *p = g_ptr_array_index(r->replicas, i);
 
-        if (p->problem) {
-            g_string_append_printf(why, "Node '%s': %s\n", p->node->name,
+        if (p->problem && told++ < PROBLEMS_TOLD) {
+            g_string_append_printf(why, "; node '%s': %s", p->node->name,
                                    p->problem);
         }
     }
-    if (r->o.has_hashes) {
-        error_setg(errp, "No node that could be asked has template '%s' with "
-                   "the hashes that option 'hashes' names", name);
-    } else {
-        error_setg(errp, "No node that could be asked has template '%s'",
-                   name);
-    }
-    error_append_hint(errp, "%s", why->str);
+    error_setg(errp, "No node that could be asked has template '%s'%s%s", name,
+               r->o.has_hashes ? " with the hashes that option 'hashes' names"
+                               : " and the hashes of its chunks", why->str);
 }
 
 /* Take what has come; @wanted: there is a list among it that will do */

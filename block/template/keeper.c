@@ -139,10 +139,11 @@ static bool is_due(TemplateReader *r, Replica *p)
 static void probe_start(TemplateReader *r, Replica *p)
 {
     g_autofree char *name = reader_export_name(r, "");
-    uint64_t offset = p->probe_chunk * r->chunks->chunk_size;
+    uint64_t n = p->probe_chunk;
 
-    p->probe = link_task_start(p->node, name, offset,
-                               template_chunk_bytes(r->chunks, p->probe_chunk),
+    p->probing_chunk = n;
+    p->probe = link_task_start(p->node, name, n * r->chunks->chunk_size,
+                               template_chunk_bytes(r->chunks, n),
                                r->o.timeout_ms);
     p->probe_end = now_ms() + 2 * (int64_t)r->o.timeout_ms;
 }
@@ -155,14 +156,14 @@ static void probe_finish(TemplateReader *r, Replica *p)
     Link *link = link_task_finish(g_steal_pointer(&p->probe), &buf, &err);
 
     if (link && reader_link_check(r, link, &err) &&
-        !reader_is_right(r, p->probe_chunk, buf)) {
+        !reader_is_right(r, p->probing_chunk, buf)) {
         error_setg(&err, "what it sends is wrong");
     }
     link_free(link);
     qemu_vfree(buf);
     QEMU_LOCK_GUARD(&r->lock);
     if (err) {
-        replica_set_problem(r, p, error_get_pretty(err), p->probe_chunk);
+        replica_set_problem(r, p, error_get_pretty(err), p->probing_chunk);
         error_free(err);
     } else {
         replica_set_usable(r, p, "it can be read again");

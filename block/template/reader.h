@@ -94,7 +94,8 @@ typedef struct Replica {
     int64_t tried_at, retry_at;     /* while it is not usable */
     uint32_t backoff_ms;
     uint64_t probe_chunk;           /* by which it is tried then */
-    LinkTask *probe;                /* the keeper's */
+    LinkTask *probe;                /* the keeper's: is being tried, by: */
+    uint64_t probing_chunk;
     int64_t probe_end;
     uint64_t wrong[REPLICA_WRONG_MAX];      /* the last ones */
     unsigned nb_wrong;

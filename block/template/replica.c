@@ -118,6 +118,9 @@ static void update_current(TemplateReader *r, const char *reason)
 {
     Replica *found = NULL;
 
+    if (!r->keeper_started) {
+        return;                         /* it is still being opened */
+    }
     for (unsigned i = 0; !found && i < r->replicas->len; i++) {
         Replica *p = g_ptr_array_index(r->replicas, i);
 

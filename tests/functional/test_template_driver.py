@@ -174,6 +174,9 @@ def none(ctx):
     contents = Contents(ctx)
     cluster = three_nodes(ctx, contents, serve=())
     open_fails(ctx, cluster, 'c', contents, 'No node that could be asked')
+    for node in ('a', 'b'):
+        open_fails(ctx, cluster, 'c', contents, "node '%s': Failed to connect"
+                   % node)
     open_fails(ctx, cluster, 'c', contents, 'with \'strict\'', strict=True)
     open_fails(ctx, cluster, 'x', contents, 'has no \'[node x]\'')
     cluster.serve('a')
