@@ -10,7 +10,7 @@
  *    store, say): the only way for a template that comes over a network;
  *  - what the nodes below tell: for a thinvm image its UUID, the epoch (every
  *    writer begins a new one) and the snapshot shown; for a file its inode,
- *    size and time of change.
+ *    size and time of change; for a template of the store its digest.
  */
 
 #include "qemu/osdep.h"
@@ -18,6 +18,7 @@
 #include "qapi/qapi-types-thinvm.h"
 #include "qobject/qdict.h"
 #include "qemu/bswap.h"
+#include "qemu/cutils.h"
 #include "block/block_int.h"
 #include "bootcache.h"
 
@@ -35,6 +36,17 @@ static void bootcache_hash_str(GChecksum *hash, const char *s)
 {
     bootcache_hash_u64(hash, strlen(s));
     g_checksum_update(hash, (const uint8_t *)s, strlen(s));
+}
+
+/* Its name is all that matters, wherever it is read from */
+static bool bootcache_hash_template(GChecksum *hash, BlockDriverState *bs)
+{
+    const char *digest = qdict_get_try_str(bs->options, "digest") ?: "";
+
+    strstart(digest, "sha256:", &digest);
+    bootcache_hash_str(hash, "thinvm-template");
+    bootcache_hash_str(hash, digest);
+    return true;
 }
 
 static bool GRAPH_RDLOCK
@@ -104,6 +116,9 @@ bootcache_hash_node(GChecksum *hash, BlockDriverState *bs, Error **errp)
         bootcache_hash_thinvm(hash, bs, info->u.thinvm.data);
         qapi_free_ImageInfoSpecific(info);
         return bootcache_hash_children(hash, bs, bs->file, errp);
+    }
+    if (!strcmp(bs->drv->format_name, "thinvm-template")) {
+        return bootcache_hash_template(hash, bs);
     }
     if (QLIST_EMPTY(&bs->children)) {
         return bootcache_hash_file(hash, bs, errp);

@@ -449,11 +449,15 @@ def below_others(ctx):
     reader = Reader(ctx, cluster, 'c', contents)
     reader.export_nbd_path = reader.nbd_url().partition('socket=')[2]
     qmp = reader.qmp
-    cache = {'driver': 'bootcache', 'file': 'template', 'read-only': True,
-             'template-id': contents.digest, 'socket': ctx.path('cache')}
+    # The name says which template it is, however it is read
+    qmp.cmd_raw('blockdev-add', {**Reader.options(
+        cluster, 'a', contents), 'node-name': 'here'})
+    cache = {'driver': 'bootcache', 'read-only': True,
+             'socket': ctx.path('cache')}
     qmp.cmd_raw('blockdev-add', {**cache, 'node-name': 'publisher',
-                                 'role': 'publisher'})
-    qmp.cmd_raw('blockdev-add', {**cache, 'node-name': 'cache'})
+                                 'file': 'here', 'role': 'publisher'})
+    qmp.cmd_raw('blockdev-add', {**cache, 'node-name': 'cache',
+                                 'file': 'template'})
     qmp.cmd_raw('blockdev-add', {
         'driver': 'thinvm', 'node-name': 'clone', 'backing': 'cache',
         'file': {'driver': 'file', 'filename': clone}})
@@ -468,6 +472,8 @@ def below_others(ctx):
     qmp.cmd_raw('blockdev-add', {
         'driver': 'null-co', 'read-zeroes': True, 'node-name': 'sink',
         'size': len(contents.data)})
+    wait_for(lambda: [row for row in qmp.cmd('query-thinvm-bootcache')
+                      if row.get('connected')], 30, 'the cache is used')
     with Load(reader):
         for number in range(6):
             qmp.cmd_raw('x-blockdev-set-iothread', {
