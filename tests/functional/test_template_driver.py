@@ -90,9 +90,9 @@ def local(ctx):
           cluster.states('a'))
 
 
-def read_until(reader, stop, problems):
+def read_until(reader, node, stop, problems):
     """A client of its own that reads all the time, and compares."""
-    client = NBDClient(reader.ctx, reader.export_nbd_path, 'template')
+    client = NBDClient(reader.ctx, reader.export_nbd_path, node)
     data = reader.contents.data
     offset = 0
     try:
@@ -108,11 +108,11 @@ def read_until(reader, stop, problems):
 class Load:
     """Clients that read until it is left; no read may fail."""
 
-    def __init__(self, reader, count=3):
+    def __init__(self, reader, nodes=3 * ('template',)):
         self.stop = threading.Event()
         self.problems = []
         self.threads = [threading.Thread(target=read_until, args=(
-            reader, self.stop, self.problems)) for _ in range(count)]
+            reader, node, self.stop, self.problems)) for node in nodes]
 
     def __enter__(self):
         for thread in self.threads:
@@ -150,6 +150,9 @@ def failover(ctx):
         os.unlink(cluster.socket(near))
         daemons[near] = cluster.serve_by_daemon(near, contents, chunks=True)
         reader.wait_source(near)
+        before = reader.bytes_from(near)
+        wait_for(lambda: reader.bytes_from(near) > before + 8 * MiB, 60,
+                 'it is read from')
         # It hangs, but its connections stay
         daemons[near].process.popen.send_signal(signal.SIGSTOP)
         reader.wait_source(other(near))
@@ -474,13 +477,19 @@ def below_others(ctx):
         'size': len(contents.data)})
     wait_for(lambda: [row for row in qmp.cmd('query-thinvm-bootcache')
                       if row.get('connected')], 30, 'the cache is used')
-    with Load(reader):
+    reader.export_nbd('moved', writable=False)
+    with Load(reader, ['template', 'moved', 'moved']):
         for number in range(6):
             qmp.cmd_raw('x-blockdev-set-iothread', {
-                'node-name': 'moved',
+                'node-name': 'moved', 'force': True,
                 'iothread': 'thread%d' % (number % 2)})
-            qmp.cmd_raw('x-blockdev-set-iothread', {'node-name': 'moved',
-                                                    'iothread': None})
+            moved = qmp.cmd('query-thinvm-template', node_name='moved')[0]
+            before = moved['statistics']['cached-bytes']
+            wait_for(lambda: qmp.cmd(
+                'query-thinvm-template', node_name='moved')[0]['statistics'][
+                    'cached-bytes'] > before + MiB, 60, 'it is read there')
+            qmp.cmd_raw('x-blockdev-set-iothread', {
+                'node-name': 'moved', 'force': True, 'iothread': None})
             qmp.cmd_raw('blockdev-reopen', {'options': [Reader.options(
                 cluster, 'c', contents)]})
             data = client.read(0, 2 * MiB)

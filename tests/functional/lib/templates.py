@@ -255,6 +255,10 @@ class Reader(StorageDaemon):
         return next((row['cluster-node'] for row in info['replicas']
                      if row['place'] == info.get('source')), None)
 
+    def bytes_from(self, node):
+        return next(row['bytes'] for row in self.info()['replicas']
+                    if row['cluster-node'] == node)
+
     def wait_source(self, node, seconds=60):
         wait_for(lambda: self.source() == node, seconds,
                  'it reads from %s, but from %s' % (node, self.source()))
