@@ -22,10 +22,13 @@
 #include "store-int.h"
 #include "trace.h"
 
-/* Default cache: 1/8192 of the disk, which holds all leaves of a fully
- * fragmented disk with clusters of 64 KiB; within these bounds (bytes) */
+/*
+ * Default cache, within these bounds (bytes): all metadata of a fully
+ * fragmented disk, which for 2 TiB with clusters of 64 KiB is just within
+ * them.  One page less, and a scan of the disk would find none in the cache.
+ */
 #define THINVM_MIN_CACHE        (8 * MiB)
-#define THINVM_MAX_CACHE        (256 * MiB)
+#define THINVM_MAX_CACHE        (328 * MiB)
 
 /* ------------------------------------------------------------------ */
 /* Device                                                              */
@@ -160,10 +163,16 @@ int coroutine_fn thinvm_store_ask(ThinvmStore *st, ThinvmQuestion question,
 /* ------------------------------------------------------------------ */
 /* Life                                                                */
 
-uint64_t thinvm_store_default_cache_size(uint64_t virtual_size)
+uint64_t thinvm_store_default_cache_size(uint64_t virtual_size,
+                                         unsigned cluster_bits)
 {
-    uint64_t size = ROUND_UP(virtual_size / 8192, MiB);
+    uint64_t clusters = DIV_ROUND_UP(virtual_size, 1ULL << cluster_bits);
+    uint64_t pages = DIV_ROUND_UP(clusters, THINVM_ENTRIES_PER_LEAF) +
+                     DIV_ROUND_UP(clusters, THINVM_COUNTS_PER_LEAF);
+    uint64_t size;
 
+    pages += pages / 128;       /* inner pages: more than there are */
+    size = ROUND_UP(pages * THINVM_PAGE_SIZE, MiB) + MiB;
     return MIN(MAX(size, THINVM_MIN_CACHE), THINVM_MAX_CACHE);
 }
 
@@ -252,7 +261,8 @@ ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
         return NULL;
     }
     st = store_new(dev, cache_size ?:
-                   thinvm_store_default_cache_size(sb.virtual_size));
+                   thinvm_store_default_cache_size(sb.virtual_size,
+                                                   sb.cluster_bits));
     if (thinvm_replay_open(st, errp) < 0) {
         store_destroy(st);
         return NULL;

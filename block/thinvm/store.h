@@ -112,7 +112,9 @@ int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
 ThinvmStore *coroutine_fn thinvm_store_open(ThinvmDevice *dev,
                                             uint64_t cache_size,
                                             Error **errp);
-uint64_t thinvm_store_default_cache_size(uint64_t virtual_size);
+/* Bytes; @virtual_size in bytes, too */
+uint64_t thinvm_store_default_cache_size(uint64_t virtual_size,
+                                         unsigned cluster_bits);
 /*
  * Begin to write, as the owner of @epoch (greater than any in the journal):
  * catches up, starts afresh if the newest base is not ours, checks the

@@ -381,7 +381,8 @@ static void GRAPH_UNLOCKED thinvm_reopen_commit(BDRVReopenState *state)
     ThinvmReopen *r = state->opaque;
     ThinvmState *engine = thinvm_store_state(s->store);
     uint64_t cache_size = r->options.cache_size ?:
-        thinvm_store_default_cache_size(thinvm_virtual_size(s));
+        thinvm_store_default_cache_size(thinvm_virtual_size(s),
+                                        s->cluster_bits);
     ThinvmCacheMode old_mode = s->options.mode;
 
     s->options = r->options;
