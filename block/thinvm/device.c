@@ -18,6 +18,7 @@
 #include "block/block_int.h"
 #include "system/block-backend.h"
 #include "thinvm.h"
+#include "handover.h"
 #include "trace.h"
 
 /*
@@ -186,6 +187,22 @@ thinvm_allocate_tail(BlockDriverState *bs, uint64_t from, uint64_t to)
 }
 
 /*
+ * QEMU learns of an iSCSI LUN's new capacity by an attempt to resize it only,
+ * during which the thread waits for the target, for ever if that is gone.  So
+ * the target is asked first, and this is done when it says something else.
+ */
+static void coroutine_fn GRAPH_RDLOCK thinvm_refresh_lun(BlockDriverState *lun)
+{
+    uint64_t bytes;
+
+    if (thinvm_scsi_capacity(lun, &bytes) == 0 &&
+        bytes != lun->drv->bdrv_co_getlength(lun)) {
+        trace_thinvm_device_lun(lun, bytes);
+        lun->drv->bdrv_co_truncate(lun, 0, false, PREALLOC_MODE_OFF, 0, NULL);
+    }
+}
+
+/*
  * For a device of fixed size this is also what makes it be asked for its
  * capacity again, after somebody has enlarged it.
  */
@@ -193,14 +210,23 @@ static int coroutine_fn GRAPH_RDLOCK
 thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
 {
     BlockDriverState *bs = thinvm_device_bs(dev);
-    int64_t length = thinvm_node_length(dev);
+    BlockDriverState *protocol = thinvm_protocol(bs);
+    bool lun = thinvm_is_driver(protocol, "iscsi");
+    int64_t length;
     int ret;
 
+    if (lun) {
+        thinvm_refresh_lun(protocol);
+    }
+    length = thinvm_node_length(dev);
     if (length < 0) {
         return length;
     }
     if (length >= bytes) {
         return 0;
+    }
+    if (lun) {
+        return -ENOSPC;
     }
     if (bytes > INT64_MAX) {
         return -EFBIG;

@@ -99,8 +99,8 @@ static int fence_status(const struct sg_io_hdr *hdr, const uint8_t *sense,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-fence_command(BlockDriverState *file, uint8_t *cdb, int direction, void *data,
-              unsigned length)
+fence_command(BlockDriverState *file, uint8_t *cdb, unsigned cdb_length,
+              int direction, void *data, unsigned length)
 {
     uint8_t sense[64];
     bool again = true;
@@ -110,7 +110,7 @@ fence_command(BlockDriverState *file, uint8_t *cdb, int direction, void *data,
         struct sg_io_hdr hdr = {
             .interface_id = 'S',
             .dxfer_direction = direction,
-            .cmd_len = 10,
+            .cmd_len = cdb_length,
             .cmdp = cdb,
             .dxferp = data,
             .dxfer_len = length,
@@ -137,7 +137,24 @@ fence_in(BlockDriverState *file, int action, uint8_t *data, unsigned length)
 
     stw_be_p(cdb + 7, length);
     memset(data, 0, length);
-    return fence_command(file, cdb, SG_DXFER_FROM_DEV, data, length);
+    return fence_command(file, cdb, sizeof(cdb), SG_DXFER_FROM_DEV, data,
+                         length);
+}
+
+int coroutine_fn thinvm_scsi_capacity(BlockDriverState *device,
+                                      uint64_t *bytes)
+{
+    uint8_t cdb[16] = { SERVICE_ACTION_IN_16, SAI_READ_CAPACITY_16 };
+    uint8_t data[32] = { 0 };
+    int ret;
+
+    stl_be_p(cdb + 10, sizeof(data));
+    ret = fence_command(device, cdb, sizeof(cdb), SG_DXFER_FROM_DEV, data,
+                        sizeof(data));
+    if (ret == 0) {
+        *bytes = (ldq_be_p(data) + 1) * ldl_be_p(data + 8);
+    }
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -154,9 +171,16 @@ fence_out(BlockDriverState *file, int action, unsigned type, uint64_t key,
     stl_be_p(cdb + 5, sizeof(data));
     stq_be_p(data, key);
     stq_be_p(data + 8, other);
-    return fence_command(file, cdb, SG_DXFER_TO_DEV, data, sizeof(data));
+    return fence_command(file, cdb, sizeof(cdb), SG_DXFER_TO_DEV, data,
+                         sizeof(data));
 }
 #else
+int coroutine_fn thinvm_scsi_capacity(BlockDriverState *device,
+                                      uint64_t *bytes)
+{
+    return -ENOTSUP;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 fence_in(BlockDriverState *file, int action, uint8_t *data, unsigned length)
 {

@@ -95,6 +95,9 @@ int coroutine_fn GRAPH_RDLOCK thinvm_fence_take(BDRVThinvmState *s,
                                                 const ThinvmClaim *newest,
                                                 Error **errp);
 void coroutine_fn GRAPH_RDLOCK thinvm_fence_release(BDRVThinvmState *s);
+/* What the device says that it has, asked just now.  0 or negative errno */
+int coroutine_fn GRAPH_RDLOCK thinvm_scsi_capacity(BlockDriverState *device,
+                                                   uint64_t *bytes);
 /*
  * 0: as it was, or not used.  1: it had to be taken again just now, so writes
  * may have failed that will not again.  -EPERM: another has it.

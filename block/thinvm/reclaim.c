@@ -514,7 +514,7 @@ int coroutine_fn thinvm_store_grow(ThinvmStore *st, uint64_t size,
         return -EFBIG;
     }
     qemu_co_mutex_lock(&st->grow_lock);
-    ret = size ? st->dev->co_grow(st->dev, size) : 0;
+    ret = st->dev->co_grow(st->dev, size);
     length = st->dev->co_length(st->dev);
     before = device_clusters(st);
     if (ret == 0 && length > 0 && may_not_grow(st, length)) {

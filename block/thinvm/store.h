@@ -36,7 +36,8 @@ struct ThinvmDevice {
                                     uint64_t bytes);
     /* Current length, in bytes, or negative errno */
     int64_t coroutine_fn (*co_length)(ThinvmDevice *dev);
-    /* Make it at least this long; -ENOSPC when it cannot be */
+    /* Make it at least this long, which may be 0; -ENOSPC when it cannot be.
+       If somebody else has enlarged it, co_length() knows of that then */
     int coroutine_fn (*co_grow)(ThinvmDevice *dev, uint64_t bytes);
     /*
      * The longest step in which it should be made longer ahead of need, in

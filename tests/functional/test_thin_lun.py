@@ -101,7 +101,7 @@ def file_system(ctx, lun, size):
             raw, lun.url)
 
 
-@test()
+@test(seconds=900)
 def fstrim(ctx):
     """A guest deletes files and trims its file systems, by virtio-blk and by
     virtio-scsi: the space is back on the LUNs, by few commands."""
@@ -140,3 +140,34 @@ def fstrim(ctx):
     guest.poweroff()
     for lun in luns:
         require_clean(ctx, lun)
+
+
+@test()
+def extended(ctx):
+    """The array makes the LUN longer, twice: thinvm-grow takes that into use
+    at once; without it, it is noticed when space runs low."""
+    target = Target(ctx)
+    lun = target.add_lun(48 * MiB)
+    create(ctx, lun, 1 * GiB, options='journal_size=1M')
+    daemon = StorageDaemon(ctx)
+    daemon.add_disk(lun, interval=50, space_watermark=8 * MiB)
+
+    def info():
+        return daemon.qmp.cmd('query-thinvm')[0]
+
+    client = NBDClient(ctx, daemon.export_nbd(), 'disk')
+    client.write(0, b'a' * MiB)
+    target.extend(lun, 64 * MiB, daemon.process)
+    grown = daemon.qmp.cmd('thinvm-grow', node_name='disk')
+    check(grown['device-size'] == 64 * MiB, 'it has %s', grown)
+    for n in range(1, (grown['device-free'] // MiB) - 4):
+        client.write(n * MiB, bytes([n]) * MiB)
+    event = daemon.qmp.wait_event('THINVM_SPACE_LOW', 20)['data']
+    check(event['size'] == 64 * MiB, 'the event is %s', event)
+    target.extend(lun, 96 * MiB, daemon.process)
+    wait_for(lambda: info()['device-size'] == 96 * MiB, 20, 'it is noticed')
+    check(not info()['space-low'], 'it says %s', info())
+    check(client.read(0, MiB) == b'a' * MiB, 'it reads otherwise')
+    client.close()
+    daemon.quit()
+    require_clean(ctx, lun)

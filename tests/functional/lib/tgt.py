@@ -8,9 +8,10 @@ stand for two hosts on one SAN: nothing locks one against the other.
 
 import os
 import random
+import signal
 import time
 
-from .context import Failure, Process, free_port
+from .context import Failure, Process, free_port, wait_for
 
 IQN = 'iqn.2025-01.org.thinvm.test'
 
@@ -121,6 +122,33 @@ class Target:
         self._adm('--mode', 'logicalunit', '--op', 'update', '--tid', '1',
                   '--lun', str(number), '--params',
                   'thin_provisioning=1')
+
+    def extend(self, lun, size, user):
+        """The LUN is longer now, and whoever has it open is told so by the
+        next command, as by an array.
+
+        tgt can only take it away and offer it anew, between two commands: so
+        @user, the only process that has it open, is stopped meanwhile.
+        """
+        def gone():
+            user.popen.send_signal(signal.SIGSTOP)
+            try:
+                self._adm('--mode', 'logicalunit', '--op', 'delete', '--tid',
+                          '1', '--lun', str(lun.number))
+                return True
+            except Failure as failure:
+                if 'still active' not in str(failure):
+                    raise
+                user.popen.send_signal(signal.SIGCONT)
+                return False
+
+        try:
+            wait_for(gone, 60, 'no command is under way')
+            os.truncate(lun.path, size)
+            lun.size = size
+            self._offer(lun.number, lun.path)
+        finally:
+            user.popen.send_signal(signal.SIGCONT)
 
     def statistics(self):
         """A line for each LUN and login: what they have read and written."""
