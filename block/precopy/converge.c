@@ -31,6 +31,8 @@
 #define PRECOPY_FIRST_HORIZON   30000
 #define PRECOPY_LEAST_HORIZON   50
 #define PRECOPY_MOST_HORIZON    3600000
+/* Of what there is to copy, in front of where the first sweep begins */
+#define PRECOPY_BEGIN_EIGHTHS   3
 /* Once ready: what has been quiet for so long is sent */
 #define PRECOPY_READY_HORIZON   5000
 #define PRECOPY_PATIENCE_MS     3000
@@ -48,6 +50,14 @@ void precopy_converge_start(PrecopyJob *s)
     c->sweep.horizon = PRECOPY_FIRST_HORIZON;
     c->rate_since = c->least_since = precopy_clock_ms();
     c->least_left = UINT64_MAX;
+    /*
+     * Nothing is known yet of what the guest writes, so begin where it writes
+     * least as a rule: not at the beginning of the disk, where file systems
+     * have much of what they keep account in, nor in the middle, where most
+     * have their journals.
+     */
+    c->sweep.cursor = precopy_track_place(s->track, PRECOPY_BEGIN_EIGHTHS);
+    c->partly = c->sweep.cursor > 0;
 }
 
 /* ------------------------------------------------------------------ */
@@ -312,7 +322,8 @@ bool precopy_converge_next(PrecopyJob *s)
     bool idle = left <= bound / 2;
     bool picked = c->sweep.nb_picked;
 
-    c->rounds += picked;
+    c->rounds += picked && !c->partly;
+    c->partly = false;
     precopy_check_pace(s, left, bound);
     precopy_next_horizon(s, idle, left);
     trace_precopy_sweep(s, c->rounds, c->sweep.horizon, left, bound);

@@ -60,11 +60,10 @@ int precopy_hand_over(PrecopyJob *s, BlockDriverState *filter)
         return -EBUSY;
     }
     trace_precopy_hand_over(s, precopy_track_left(s->track));
-    if (!precopy_track_left(s->track) && !qatomic_read(&s->in_flight)) {
-        return 0;
-    }
-    if ((blk_bs(s->target)->open_flags & BDRV_O_INACTIVE) ||
-        !precopy_send_rest_now(s, filter)) {
+    /* The target may be inactive already; when the VM stops, all is flushed */
+    if ((blk_bs(s->target)->open_flags & BDRV_O_INACTIVE)
+        ? precopy_track_left(s->track) || qatomic_read(&s->in_flight)
+        : !precopy_send_rest_now(s, filter)) {
         error_report("Job '%s' could not send the rest of the disk",
                      s->common.job.id);
         return -EIO;

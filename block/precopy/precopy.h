@@ -48,7 +48,8 @@ typedef struct PrecopyFilter {
 typedef struct PrecopyConverge {
     PrecopySweep sweep;
     int64_t horizon_cap;        /* ms */
-    uint64_t rounds;            /* sweeps that picked something */
+    bool partly;                /* the first sweep, from amid the disk */
+    uint64_t rounds;            /* whole sweeps that picked something */
     uint64_t rate;              /* of the link, bytes per second; 0: unknown */
     uint64_t dirty_rate;        /* by the guest, of blocks that were clean */
     uint64_t guest_rate;        /* all that it writes, bytes per second */

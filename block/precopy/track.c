@@ -174,6 +174,24 @@ uint64_t precopy_track_left(PrecopyTrack *t)
     return MIN(hbitmap_count(t->dirty) * t->granularity, t->length);
 }
 
+int64_t precopy_track_place(PrecopyTrack *t, int eighths)
+{
+    int64_t before = 0, end = 0;
+    int64_t start, count;
+
+    QEMU_LOCK_GUARD(&t->lock);
+    count = hbitmap_count(t->dirty) / 8 * eighths;
+    while (before < count &&
+           hbitmap_next_dirty_area(t->dirty, end, t->nb_blocks,
+                                   t->nb_blocks, &start, &end)) {
+        int64_t nb = MIN(end, count - before);
+
+        before += nb;
+        end = start + nb;
+    }
+    return end;
+}
+
 PrecopyCounters precopy_track_counters(PrecopyTrack *t)
 {
     QEMU_LOCK_GUARD(&t->lock);

@@ -130,6 +130,9 @@ void precopy_track_mark(PrecopyTrack *t, int64_t offset, int64_t bytes);
 /* Bytes that are dirty */
 uint64_t precopy_track_left(PrecopyTrack *t);
 
+/* The block that has so many eighths of what is dirty in front of it */
+int64_t precopy_track_place(PrecopyTrack *t, int eighths);
+
 PrecopyCounters precopy_track_counters(PrecopyTrack *t);
 
 /* The next run of at most @max bytes; it is clean and in flight from then on */

@@ -437,6 +437,25 @@ static void test_horizon(void)
     job_free(s);
 }
 
+/* Not at the beginning, and that is no round */
+static void test_begin(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_CONTINUE);
+    PrecopySweep *sweep = &s->converge.sweep;
+
+    precopy_track_mark(s->track, 16 * MiB, 32 * MiB);
+    precopy_converge_start(s);
+    g_assert_cmpint(sweep->cursor, ==, 28 * MiB / GRAN);
+    sweep->nb_picked = 1;
+    g_assert_true(precopy_converge_next(s));
+    g_assert_cmpint(s->converge.rounds, ==, 0);
+    g_assert_cmpint(sweep->cursor, ==, 0);
+    sweep->nb_picked = 1;
+    precopy_converge_next(s);
+    g_assert_cmpint(s->converge.rounds, ==, 1);
+    job_free(s);
+}
+
 static void test_idle(void)
 {
     PrecopyJob *s = job_new(PRECOPY_OUTPACED_CONTINUE);
@@ -487,6 +506,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-pace/release-blocks", test_release_blocks);
     g_test_add_func("/precopy-pace/hold", test_hold);
     g_test_add_func("/precopy-pace/end", test_end);
+    g_test_add_func("/precopy-pace/begin", test_begin);
     g_test_add_func("/precopy-pace/horizon", test_horizon);
     g_test_add_func("/precopy-pace/idle", test_idle);
     g_test_add_func("/precopy-pace/trim", test_trim);

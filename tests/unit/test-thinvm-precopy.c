@@ -262,6 +262,22 @@ static void test_track_counters(void)
     precopy_track_free(t);
 }
 
+static void test_track_place(void)
+{
+    PrecopyTrack *t = precopy_track_new(1000 * GRAN, GRAN);
+
+    g_assert_cmpint(precopy_track_place(t, 3), ==, 0);
+    precopy_track_mark(t, 999 * GRAN, GRAN);
+    g_assert_cmpint(precopy_track_place(t, 3), ==, 0);
+    precopy_track_mark(t, 100 * GRAN, 10 * GRAN);
+    precopy_track_mark(t, 500 * GRAN, 69 * GRAN);
+    /* 30 of 80: 10, and 20 of the next */
+    g_assert_cmpint(precopy_track_place(t, 3), ==, 520);
+    g_assert_cmpint(precopy_track_place(t, 1), ==, 110);
+    g_assert_cmpint(precopy_track_place(t, 0), ==, 0);
+    precopy_track_free(t);
+}
+
 static void test_granularity(void)
 {
     g_assert_cmpint(precopy_default_granularity(0), ==, 4096);
@@ -525,6 +541,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy/track-hints", test_track_hints);
     g_test_add_func("/precopy/track-clean-part", test_track_clean_part);
     g_test_add_func("/precopy/track-counters", test_track_counters);
+    g_test_add_func("/precopy/track-place", test_track_place);
     g_test_add_func("/precopy/granularity", test_granularity);
     g_test_add_func("/precopy/map-random", test_map_random);
     g_test_add_func("/precopy/map-bounds", test_map_bounds);

@@ -264,6 +264,9 @@ static void sim_begin(Sim *s)
         s->job->converge.sweep.horizon = 0;
         s->job->converge.sweep.free_too = true;
     }
+    if (s->policy <= SIM_BLOCKING) {
+        s->job->converge.sweep.cursor = 0;
+    }
 }
 
 SimResult sim_run(SimTrace *trace, SimPolicy policy, const SimOptions *o)
