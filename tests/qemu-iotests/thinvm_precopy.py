@@ -46,6 +46,7 @@ class Disk:
     def __init__(self, size):
         self.content = bytearray(size)
         self.unknown = bytearray(size // SECTOR)
+        self.unflushed = bytearray(size // SECTOR)
         self.requests = 0
         self.failed = []
 
@@ -68,6 +69,16 @@ class Disk:
     def mark(self, offset, length, unknown):
         first, nb = offset // SECTOR, length // SECTOR
         self.unknown[first:first + nb] = bytes([unknown]) * nb
+        self.unflushed[first:first + nb] = b'\1' * nb
+
+    def flushed(self):
+        """A flush has ended that began when nobody was writing."""
+        self.unflushed = bytearray(len(self.unknown))
+
+    def crashed(self):
+        """What was not flushed may be there or not."""
+        for sector, lost in enumerate(self.unflushed):
+            self.unknown[sector] |= lost
 
     def differences(self, data):
         """Sectors in which data is not what it must be."""
@@ -128,12 +139,12 @@ class Writers:
         elif kind == ZEROES:
             self.disk.set(offset, bytes(length))
 
-    def stop(self):
+    def stop(self, server_died=False):
         self.stopping.set()
         for t in self.threads:
             t.join(60)
             assert not t.is_alive(), 'a request never ended'
-        if self.error:
+        if self.error and not server_died:
             raise self.error
 
 
