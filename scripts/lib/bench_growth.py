@@ -7,7 +7,9 @@ is that of scripts/thinvm-extender, with the policy that its daemon has.
 """
 
 import argparse
+import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,17 +36,45 @@ def measured(build, name):
             for found in LINE.findall(path.read_text(errors='replace'))]
 
 
+def marks(build, seeds):
+    """10,000 random writes, discards and deletions of snapshots each: how far
+    up the volume is used, against what it has in use."""
+    program = Path(build) / 'qemu' / 'tests' / 'unit' / 'test-thinvm-limits'
+    found = {'high-water mark/peak in use': [],
+             'after compaction/in use': []}
+    for seed in range(1, seeds + 1):
+        text = subprocess.run(
+            [program, '-p', '/thinvm/limits/high-water/random'],
+            env={**os.environ, 'THINVM_SEED': str(seed)}, check=True,
+            stdout=subprocess.PIPE, text=True).stdout
+        ratios = re.findall(r'^# .*ratio ([\d.]+)$', text, re.M)
+        for values, ratio in zip(found.values(), ratios):
+            values.append(float(ratio))
+    print(f'10,000 random steps, {seeds} seeds: median (least to most)')
+    for what, values in found.items():
+        print(f'  {what}: {statistics.median(values):.3f} '
+              f'({min(values):.3f} to {max(values):.3f})')
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog='bench-growth', description='Pauses of a guest whose volume is '
         'extended while it writes, by write rate and extension delay.')
     parser.add_argument('--build', default=str(TOP / 'build'))
     parser.add_argument('--simulate-only', action='store_true')
-    parser.add_argument('--what', choices=[*TESTS, 'all'], default='table',
+    parser.add_argument('--what', choices=[*TESTS, 'marks', 'all'],
+                        default='table',
                         help='with a guest: a table of 512 MiB each (the '
-                        'default), 10 GiB in full, or blocked at first')
+                        'default), 10 GiB in full, or blocked at first; '
+                        'marks: high-water marks after random steps')
+    parser.add_argument('--seeds', type=int, default=25,
+                        help='of the random steps (default: 25)')
     args = parser.parse_args()
     ret = 0
+    if args.what in ('marks', 'all') and not args.simulate_only:
+        marks(args.build, args.seeds)
+    if args.what == 'marks':
+        return ret
     if not args.simulate_only:
         names = TESTS.values() if args.what == 'all' else [TESTS[args.what]]
         for name in names:
