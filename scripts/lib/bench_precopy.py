@@ -32,6 +32,7 @@ sys.path.insert(0, str(CHECKOUT / 'tests' / 'functional'))
 
 import bench_curves                                     # noqa: E402
 import bench_machine                                    # noqa: E402
+import bench_precopy_table                              # noqa: E402
 from bench_link import Link                             # noqa: E402
 from lib.context import Context, Failure, Process, wait_for     # noqa: E402
 from lib.files import MIB, FilesGuest, initramfs, partitioned_disk  # noqa: E402
@@ -116,6 +117,8 @@ class Run:
                 name='disk', writable=True)
         self.guest = FilesGuest(ctx, [(source, 'disk')], memory=512,
                                 hints_object='hints', boot=boot)
+        self.guest.ask('vm dirty_expire_centisecs %d' %
+                       (self.opts.expire * 100))
         self.guest.ask('vm dirty_ratio 60')
         self.guest.ask('vm dirty_background_ratio 40')
         self.guest.ask('mount /dev/vda1 /mnt')
@@ -340,6 +343,9 @@ def parse():
     p.add_argument('--alone', type=float, default=6, metavar='SECONDS',
                    help='of writing without a job, and half of that while it '
                    'is ready (default: %(default)s)')
+    p.add_argument('--expire', type=float, default=30, metavar='SECONDS',
+                   help='after which the guest writes what is dirty in its '
+                   'page cache (default: %(default)s)')
     p.add_argument('--give-up', type=float, default=90, metavar='SECONDS',
                    help='how long a job may take to be ready '
                    '(default: %(default)s)')
@@ -358,6 +364,9 @@ def parse():
     p.add_argument('--keep', action='store_true',
                    help='keep the logs, below /var/tmp')
     p.add_argument('--json', type=Path, help='all figures, to this file')
+    p.add_argument('--table', type=Path, metavar='JSON',
+                   help='measure nothing; print what was measured as a table '
+                   'for the documentation')
     p.add_argument('--svg', type=Path, metavar='DIRECTORY',
                    help='draw bytes and guest over time, a file for each '
                    'workload')
@@ -395,6 +404,10 @@ def work(opts, everything):
 
 def main():
     opts = parse()
+    if opts.table:
+        measured = json.loads(opts.table.read_text(encoding='utf-8'))
+        print('\n'.join(bench_precopy_table.table(measured)))
+        return
     os.environ['TMPDIR'] = opts.directory
     opts.logs = tempfile.mkdtemp(prefix='bench-precopy-', dir='/var/tmp')
     everything = {w: {m: [] for m in opts.mode or USUAL}
@@ -411,6 +424,7 @@ def main():
     if opts.json:
         opts.json.write_text(json.dumps({
             'size': opts.size, 'used': opts.used, 'rate': opts.rate,
+            'expire': opts.expire,
             'workloads': everything}, indent=1) + '\n', encoding='utf-8')
     if opts.svg:
         for workload, results in everything.items():

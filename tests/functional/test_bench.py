@@ -84,3 +84,6 @@ def precopy(ctx):
               '%s sent %d MiB of %d', mode, run['MiB'], run['used'])
     check(light['precopy'][0]['trimmed'] > 0, 'the agent was not there')
     check(os.path.exists(ctx.path('precopy-light.svg')), 'no drawing')
+    table = ctx.run(os.path.join(TOP, 'scripts', 'bench-precopy'),
+                    '--table', out)
+    check('mirror, blocking' in table and '=====' in table, table)
