@@ -97,7 +97,17 @@ class Backends(unittest.TestCase):
             'json:{"driver": "thinvm", "space-watermark": 1, "file": '
             '{"driver": "host_device", "filename": "/dev/vg/lv"}}'),
             '/dev/vg/lv')
+        self.assertEqual(path_of(
+            'json:{"driver": "thinvm", "file": {"driver": "iscsi", "lun": "3",'
+            '"portal": "10.0.0.1:3260", "target": "iqn.x:y"}}'),
+            'iscsi://10.0.0.1:3260/iqn.x:y/3')
+        self.assertEqual(path_of('json:{"driver": "thinvm", "file": '
+                                 '{"driver": "nbd"}}'), '')
 
+    def test_command_needs_a_path(self):
+        with self.assertRaises(backends.Failure):
+            asyncio.run(backends.make('command', 'true {path} {size}')
+                        .extend('', 1))
 
     def test_rescan_must_say_what(self):
         self.assertFalse(backends.make('command', 'x {path} {size}')

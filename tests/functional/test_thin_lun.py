@@ -6,10 +6,12 @@ it takes space back in units of 1 MiB, as arrays do: sixteen clusters.
 """
 
 import json
+import os
 import random
 import subprocess
+import sys
 
-from lib.context import check, wait_for
+from lib.context import TOP, check, wait_for
 from lib.files import FilesGuest, initramfs
 from lib.image import GiB, MiB, create, format_node, require_clean
 from lib.nbd import TRIM, NBDClient
@@ -17,6 +19,9 @@ from lib.qsd import StorageDaemon
 from lib.testing import test
 from lib.tgt import Target
 from lib.unmaps import Unmaps
+
+sys.path.insert(0, os.path.join(TOP, 'scripts', 'lib'))
+from thinvm_extender.daemon import path_of      # noqa: E402
 
 CLUSTER = 64 * 1024
 AREA = 64 * MiB
@@ -155,6 +160,11 @@ def extended(ctx):
     def info():
         return daemon.qmp.cmd('query-thinvm')[0]
 
+    # What the extender's command would be given
+    node, = [node for node in daemon.qmp.cmd('query-named-block-nodes')
+             if node['node-name'] == 'disk']
+    check(path_of(node['file']) == lun.url, 'the path is %s, the LUN %s',
+          path_of(node['file']), lun.url)
     client = NBDClient(ctx, daemon.export_nbd(), 'disk')
     client.write(0, b'a' * MiB)
     target.extend(lun, 64 * MiB, daemon.process)

@@ -186,6 +186,8 @@ class Command(Backend):
         self.refreshes = bool(refresh_command)
 
     async def extend(self, path, size):
+        if not path:
+            raise Failure('the volume has neither a path nor a LUN')
         await run(*[a.replace('{path}', path).replace('{size}', str(size))
                     for a in self._extend])
         return size

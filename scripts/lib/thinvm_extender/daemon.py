@@ -29,12 +29,15 @@ RETRY = 5.0                     # before a failed extension is tried again
 
 
 def path_of(filename):
-    """The path in a block node's file name, json: names included."""
+    """The path in a block node's file name, json: names included; of a LUN
+    the URL; '' of what has neither."""
     if not filename.startswith('json:'):
         return filename
     node = json.loads(filename[5:])
     while isinstance(node.get('file'), dict):
         node = node['file']
+    if node.get('driver') == 'iscsi':
+        return f"iscsi://{node['portal']}/{node['target']}/{node.get('lun', 0)}"
     return node.get('filename') or node.get('file.filename') or ''
 
 
