@@ -191,6 +191,7 @@ class Lvm(unittest.TestCase):
 
         async def held(*args):
             if args[0] == 'lvextend':
+                group.commands.append(' '.join(args))
                 raise backends.Failure('the lock is held')
             return await FakeGroup.run(group, *args)
         group.run = held

@@ -15,6 +15,7 @@ from lib.lvmhost import LvmHost, SharedDisk, make_initrd
 from lib.testing import test
 
 WATERMARK = 96 * MiB
+WINDOW = 1024                   # MiB of the disk where a mirror goes
 START = 160                     # MiB of a volume at first
 
 
@@ -33,7 +34,7 @@ def free_of(daemon):
 
 
 def check_disk(host, volume):
-    host.sh('qemu-img check -f thinvm /dev/' + volume, seconds=300)
+    host.sh('qemu-img check -f thinvm /dev/' + volume, seconds=900)
 
 
 def close(daemon):
@@ -85,8 +86,8 @@ class Cluster:
         for host in self.hosts:
             host.wait_ready()
             host.sh('locks_on')
-        one.sh('vgcreate --shared vg ' + one.device(self.disk), seconds=300)
-        two.sh('lock_start vg', seconds=300)
+        one.sh('vgcreate --shared vg ' + one.device(self.disk), seconds=900)
+        two.sh('lock_start vg', seconds=900)
 
     def volume(self, host, name, port='a'):
         """A new image on a new volume that is active on @host alone."""
@@ -123,7 +124,7 @@ def two_hosts_extend(ctx):
     source = SharedDisk(ctx, 'source', 320 * MiB)
     with open(source.path, 'r+b') as file:
         for n in range(320):
-            file.write(bytes([(n + 7) % 255 + 1]) * MiB)
+            file.write(bytes([(n + WINDOW) % 255 + 1]) * MiB)
     more = SharedDisk(ctx, 'more', 1 * GiB)
     cluster = Cluster(ctx, 3 * GiB, source, more)
     one, two = cluster.hosts
@@ -141,7 +142,8 @@ def two_hosts_extend(ctx):
                 % (host.number, extensions(host)))
     held_lock(ctx, one, two, daemons[0])
     full_group(ctx, cluster, daemons[0], source, more)
-    one.read(1024, 1344, 7)
+    one.read(0, 400)
+    one.read(WINDOW, WINDOW + 320)
     two.read(0, 400, 100)
     for host, daemon, name in zip(cluster.hosts, daemons,
                                   ('first', 'second')):
@@ -155,8 +157,9 @@ def held_lock(ctx, one, two, daemon):
     two.sh('lvcreate -L 16M -n small vg')
     two.sh('mkfifo /tmp/answer; '
            'lvreduce -L 8M vg/small < /tmp/answer > /tmp/held 2>&1 & '
-           'exec 7> /tmp/answer; until lvmlockctl --info | grep -q "LK VG ex"; do usleep 100000; '
-           'done')
+           'exec 7> /tmp/answer; '
+           'until lvmlockctl --info | grep -q "LK VG ex"; do '
+           'usleep 100000; done')
     before = size_of(daemon)
     end = 400 + (free_of(daemon) - WATERMARK) // MiB + 8
     one.write(400, max(end, 408))
@@ -183,7 +186,7 @@ def full_group(ctx, cluster, daemon, source, more):
     # Where the mirror puts it: a window of the disk, behind what is written
     daemon.qmp.cmd_raw('blockdev-add', {
         'driver': 'raw', 'node-name': 'window', 'file': 'disk',
-        'offset': 1024 * MiB, 'size': 320 * MiB})
+        'offset': WINDOW * MiB, 'size': 320 * MiB})
     daemon.qmp.cmd_raw('blockdev-mirror', {
         'job-id': 'copy', 'device': 'source', 'target': 'window',
         'sync': 'full', 'on-target-error': 'enospc'})
@@ -192,7 +195,7 @@ def full_group(ctx, cluster, daemon, source, more):
              'the mirror waits for space', interval=0.5)
     wait_for(lambda: 'vgextend' in one.extender_log(), 300,
              'the extender says what to do', interval=0.5)
-    one.sh('vgextend vg ' + one.device(more), seconds=300)
+    one.sh('vgextend vg ' + one.device(more), seconds=900)
     daemon.qmp.wait_event('BLOCK_JOB_READY', 300)
     daemon.qmp.cmd('block-job-complete', device='copy')
     completed = daemon.qmp.wait_event('BLOCK_JOB_COMPLETED', 60)['data']
@@ -213,6 +216,8 @@ def hand_over(ctx):
     daemon = cluster.volume(one, 'disk')
     for host in cluster.hosts:
         host.start_extender('128M')
+    wait_for(lambda: 'connected' in one.extender_log(), 300,
+             'the extender has found the disk', interval=0.5)
     one.write(0, 200)
     status, text = two.sh('lvchange -aey vg/disk', ok=False)
     check(status and 'locked by other host' in text, 'two hosts could have '

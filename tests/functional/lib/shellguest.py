@@ -127,7 +127,7 @@ class ShellGuest:
         wait_for(self._connect, 60, 'the port of ' + name)
         ctx.cleanup(self._sock.close)
 
-    def wait_ready(self, seconds=180):
+    def wait_ready(self, seconds=600):
         self._expect('ready', seconds)
 
     def port_path(self, port):
@@ -163,7 +163,7 @@ class ShellGuest:
                 return lines, line
             lines.append(line)
 
-    def sh(self, command, ok=True, seconds=120):
+    def sh(self, command, ok=True, seconds=300):
         """Run a shell command there; (exit status, what it printed)."""
         self.ctx.log('%s # %s' % (self.name, command))
         self._sock.sendall(command.encode() + b'\n')
