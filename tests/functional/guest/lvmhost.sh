@@ -33,8 +33,9 @@ wait_for()
 # locks_on: what the units wdmd, sanlock and lvmlockd do
 locks_on()
 {
-    wdmd -G root && sanlock daemon -U root -G root && lvmlockd &&
-        until lvmlockctl --info > /dev/null; do usleep 100000; done
+    wdmd -G root && sanlock daemon -U root -G root && lvmlockd || return
+    until sanlock client status > /dev/null; do usleep 100000; done
+    until lvmlockctl --info > /dev/null; do usleep 100000; done
 }
 
 # lines_of COMMAND FROM TO SEED: for qemu-io, a MiB each with its own pattern,

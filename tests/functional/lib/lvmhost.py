@@ -226,12 +226,15 @@ class LvmHost(ShellGuest):
             self.offer(daemon, port)
         return daemon
 
-    @staticmethod
-    def offer(daemon, port='a'):
+    def offer(self, daemon, port='a'):
         """To disk_do() of ../guest/lvmhost.sh"""
         daemon.qmp.cmd_raw('nbd-server-start', {
             'addr': {'type': 'unix', 'data': {
                 'path': '/run/vm/%s.nbd' % port}}})
+        self.export(daemon)
+
+    @staticmethod
+    def export(daemon):
         daemon.qmp.cmd_raw('block-export-add', {
             'type': 'nbd', 'id': 'e', 'node-name': 'disk', 'writable': True})
 
