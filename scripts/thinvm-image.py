@@ -198,6 +198,8 @@ def print_dump(e):
         print(clean(f'  {flat(record)}'))
         for operation in record['operations']:
             print(clean(f'    {operation}'))
+        for data in record.get('data', []):
+            print(clean(f'    data: {data}'))
     if 'problem' in journal:
         print(clean(f"  DAMAGED: {journal['problem']}"))
     for tree in e['trees']:

@@ -59,6 +59,7 @@ typedef struct Execution {
     ThinvmStore *st;
     ThinvmState *s;
     ThinvmOp *op;
+    const ThinvmDataSum *sum;   /* of its data, or NULL */
     bool unmap, internal;       /* see thinvm_store_execute_internal() */
     bool extended;              /* no (more) extension ahead of need */
     bool kick;                  /* the worker, when the lock is released */
@@ -135,7 +136,7 @@ static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
     ThinvmStore *st = x->st;
     ThinvmState *s = x->s;
     ThinvmOp *op = x->op;
-    bool nothing = false;
+    bool nothing = false, summed;
     int ret = 0;
 
     if (x->unmap) {
@@ -155,8 +156,10 @@ static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
     if (ret == 0) {
         /* At most: the record that gathers now, or the one after it */
         thinvm_state_set_applying(s, st->journal.next_sequence + 1);
+        /* Before anybody can find the data */
+        summed = x->sum && thinvm_sums_hold(st, x->sum);
         thinvm_state_apply(s, op);
-        thinvm_journal_add(st, op);
+        thinvm_journal_add(st, op, summed);
         thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
     }
     if ((ret == 0 || ret == -EALREADY) && ticket) {
@@ -251,14 +254,15 @@ static int coroutine_fn overcome(Execution *x, Obstacle obstacle, Error **errp)
     }
 }
 
-int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
-                                               bool unmap, bool internal,
-                                               uint64_t *ticket, Error **errp)
+static int coroutine_fn execute(ThinvmStore *st, ThinvmOp *op,
+                                const ThinvmDataSum *sum, bool unmap,
+                                bool internal, uint64_t *ticket, Error **errp)
 {
     Execution x = {
         .st = st,
         .s = thinvm_store_state(st),
         .op = op,
+        .sum = sum,
         .unmap = unmap,
         .internal = internal,
         .remaining = op->count,
@@ -288,6 +292,13 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
     }
     error_propagate(errp, err);
     return ret;
+}
+
+int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
+                                               bool unmap, bool internal,
+                                               uint64_t *ticket, Error **errp)
+{
+    return execute(st, op, NULL, unmap, internal, ticket, errp);
 }
 
 /* Takes no lock: the worker looks again */
@@ -333,6 +344,14 @@ static void note_deletion(ThinvmStore *st, const ThinvmOp *op, uint64_t ticket)
 int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
                                       uint64_t *ticket, Error **errp)
 {
+    return thinvm_store_execute_summed(st, op, NULL, ticket, errp);
+}
+
+int coroutine_fn thinvm_store_execute_summed(ThinvmStore *st,
+                                             const ThinvmOp *op,
+                                             const ThinvmDataSum *sum,
+                                             uint64_t *ticket, Error **errp)
+{
     bool deletes = op->type == THINVM_OP_SNAPSHOT_DELETE_STEP;
     ThinvmOp copy = *op;
     uint64_t own_ticket;
@@ -345,8 +364,7 @@ int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
             return ret;
         }
     }
-    ret = thinvm_store_execute_internal(st, &copy, false, false, &own_ticket,
-                                        errp);
+    ret = execute(st, &copy, sum, false, false, &own_ticket, errp);
     if (ret < 0) {
         return ret;
     }

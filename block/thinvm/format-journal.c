@@ -446,7 +446,11 @@ static bool record_plausible(const ThinvmRecord *rec)
 {
     return rec->length >= sizeof(ThinvmRecordLe) &&
            rec->length <= THINVM_RECORD_MAX_SIZE && rec->length % 8 == 0 &&
-           rec->nb_operations <= (rec->length - sizeof(ThinvmRecordLe)) /
+           rec->nb_sums <= THINVM_RECORD_MAX_SUMS &&
+           rec->length - sizeof(ThinvmRecordLe) >=
+           rec->nb_sums * sizeof(ThinvmDataSumLe) &&
+           rec->nb_operations <= (thinvm_record_operations_end(rec) -
+                                  sizeof(ThinvmRecordLe)) /
                                  sizeof(ThinvmOpLe) &&
            rec->sequence && rec->sequence <= THINVM_COUNTER_MAX &&
            rec->flushed_sequence < rec->sequence &&
@@ -464,6 +468,8 @@ void thinvm_record_encode(const QemuUUID *uuid, uint8_t *buf,
         .previous_crc_le = cpu_to_le32(rec->previous_crc),
         .length_le = cpu_to_le32(rec->length),
         .nb_operations_le = cpu_to_le32(rec->nb_operations),
+        .flags_le = cpu_to_le32(rec->nb_sums ? THINVM_RECORD_SUMS : 0),
+        .nb_sums_le = cpu_to_le32(rec->nb_sums),
     };
     size_t padded = ROUND_UP(rec->length, THINVM_PAGE_SIZE);
 
@@ -475,11 +481,40 @@ void thinvm_record_encode(const QemuUUID *uuid, uint8_t *buf,
     stl_le_p(buf + offsetof(ThinvmRecordLe, crc_le), rec->crc);
 }
 
+void thinvm_data_sum_encode(uint8_t *dst, const ThinvmDataSum *sum)
+{
+    ThinvmDataSumLe le = {
+        .offset_le = cpu_to_le64(sum->offset),
+        .bytes_le = cpu_to_le32(sum->bytes),
+        .crc_le = cpu_to_le32(sum->crc),
+    };
+
+    memcpy(dst, &le, sizeof(le));
+}
+
+int thinvm_data_sum_decode(ThinvmDataSum *sum, const uint8_t *src)
+{
+    ThinvmDataSumLe le;
+
+    memcpy(&le, src, sizeof(le));
+    *sum = (ThinvmDataSum) {
+        .offset = le64_to_cpu(le.offset_le),
+        .bytes = le32_to_cpu(le.bytes_le),
+        .crc = le32_to_cpu(le.crc_le),
+    };
+    return sum->offset <= (uint64_t)INT64_MAX / 2 && sum->bytes &&
+           sum->bytes <= THINVM_SUM_MAX_BYTES &&
+           sum->offset % THINVM_SECTOR_SIZE == 0 &&
+           sum->bytes % THINVM_SECTOR_SIZE == 0 ? 0 : -EBADMSG;
+}
+
 int thinvm_record_decode_header(ThinvmRecord *rec, const uint8_t *buf)
 {
     ThinvmRecordLe le;
+    uint32_t flags;
 
     memcpy(&le, buf, sizeof(le));
+    flags = le32_to_cpu(le.flags_le);
     if (le32_to_cpu(le.magic_le) != THINVM_RECORD_MAGIC) {
         return -ENOENT;
     }
@@ -492,10 +527,14 @@ int thinvm_record_decode_header(ThinvmRecord *rec, const uint8_t *buf)
         .length = le32_to_cpu(le.length_le),
         .nb_operations = le32_to_cpu(le.nb_operations_le),
     };
+    if (flags & THINVM_RECORD_SUMS) {
+        rec->nb_sums = le32_to_cpu(le.nb_sums_le);
+    }
     if (!record_plausible(rec)) {
         return -ENOENT;
     }
-    if (le.flags_le || !buffer_is_zero(le.reserved, sizeof(le.reserved))) {
+    if ((flags & ~THINVM_RECORD_SUMS) || !flags != !le.nb_sums_le ||
+        !buffer_is_zero(le.reserved, sizeof(le.reserved))) {
         return -ENOTSUP;
     }
     return 0;

@@ -99,6 +99,7 @@ typedef enum ThinvmChecksumKind {
     THINVM_SUM_PAGE = 5,        /* any metadata page */
     THINVM_SUM_HOT = 6,
     THINVM_SUM_RELEASE = 7,
+    THINVM_SUM_DATA = 8,        /* guest data, by its offset on the device */
 } ThinvmChecksumKind;
 
 /*
@@ -488,20 +489,43 @@ typedef struct QEMU_PACKED ThinvmRecordLe {
     uint32_t previous_crc_le;       /* crc_le of the record before */
     uint32_t length_le;             /* bytes, this header included */
     uint32_t nb_operations_le;
-    uint32_t flags_le;              /* reserved, 0 */
-    uint8_t reserved[16];
+    uint32_t flags_le;              /* THINVM_RECORD_* */
+    uint32_t nb_sums_le;            /* 0 without THINVM_RECORD_SUMS */
+    uint8_t reserved[12];
 } ThinvmRecordLe;
 QEMU_BUILD_BUG_ON(sizeof(ThinvmRecordLe) != 64);
 /*
  * A record starts on a 4 KiB boundary of the ring, is padded with zeroes to
  * the next one, and continues at the ring's start when it meets its end.
+ *
+ * Behind the operations, up to length, there may be checksums of all data
+ * that they map.  Such a record was written without a flush between the data
+ * and itself, so as long as it is the journal's last one it counts only if
+ * they are right.  The next one is not written before it was flushed.
  */
+#define THINVM_RECORD_SUMS          1u
+#define THINVM_RECORD_MAX_SUMS      64
+/* Bytes of data that one of them covers, at most */
+#define THINVM_SUM_MAX_BYTES        (64 * KiB)
+
+typedef struct QEMU_PACKED ThinvmDataSumLe {
+    uint64_t offset_le;             /* on the device; multiple of 512 */
+    uint32_t bytes_le;              /* multiple of 512 */
+    uint32_t crc_le;                /* THINVM_SUM_DATA, place: offset */
+} ThinvmDataSumLe;
+QEMU_BUILD_BUG_ON(sizeof(ThinvmDataSumLe) != 16);
+
+typedef struct ThinvmDataSum {
+    uint64_t offset;
+    uint32_t bytes, crc;
+} ThinvmDataSum;
 
 typedef struct ThinvmRecord {
     uint64_t epoch, sequence, flushed_sequence;
     uint32_t previous_crc, crc;
     uint32_t length;                /* bytes, header included, no padding */
     uint32_t nb_operations;
+    uint32_t nb_sums;               /* at the end of length */
 } ThinvmRecord;
 
 typedef enum ThinvmOpType {
@@ -642,6 +666,14 @@ void thinvm_record_encode(const QemuUUID *uuid, uint8_t *buf,
  * same, a later version wrote this and the reader must stop and say so.
  */
 int thinvm_record_decode_header(ThinvmRecord *rec, const uint8_t *buf);
+/* Where the operations end and checksums of data begin, in bytes */
+static inline uint32_t thinvm_record_operations_end(const ThinvmRecord *rec)
+{
+    return rec->length - rec->nb_sums * sizeof(ThinvmDataSumLe);
+}
+void thinvm_data_sum_encode(uint8_t *dst, const ThinvmDataSum *sum);
+/* -EBADMSG: not what a writer may write */
+int thinvm_data_sum_decode(ThinvmDataSum *sum, const uint8_t *src);
 /* Is the whole record (rec->length bytes at @buf) what its header says? */
 bool thinvm_record_checksum_ok(const QemuUUID *uuid, const uint8_t *buf,
                                const ThinvmRecord *rec);

@@ -327,8 +327,9 @@ static void coroutine_fn alloc_end_mapping(BDRVThinvmState *s, ThinvmAlloc *a,
 }
 
 int coroutine_fn thinvm_alloc_complete(BDRVThinvmState *s, ThinvmAlloc *a,
-                                       uint16_t valid, uint64_t *ticket,
-                                       Error **errp)
+                                       uint16_t valid,
+                                       const ThinvmDataSum *sum,
+                                       uint64_t *ticket, Error **errp)
 {
     bool map = alloc_start_mapping(s, a);
     ThinvmOp op = {
@@ -340,7 +341,7 @@ int coroutine_fn thinvm_alloc_complete(BDRVThinvmState *s, ThinvmAlloc *a,
         .valid = valid,
         .source = map ? a->source : 0,
     };
-    int ret = thinvm_store_execute(s->store, &op, ticket, errp);
+    int ret = thinvm_store_execute_summed(s->store, &op, sum, ticket, errp);
 
     if (map) {
         alloc_end_mapping(s, a, ret == 0);

@@ -177,11 +177,12 @@ uint64_t coroutine_fn thinvm_inflight_goal(BDRVThinvmState *s, int tree,
 
 /*
  * Our data in the parts @valid of @a is written: map the cluster, or validate
- * the parts of it.
+ * the parts of it.  @sum: of the data, or NULL.
  */
 int coroutine_fn thinvm_alloc_complete(BDRVThinvmState *s, ThinvmAlloc *a,
-                                       uint16_t valid, uint64_t *ticket,
-                                       Error **errp);
+                                       uint16_t valid,
+                                       const ThinvmDataSum *sum,
+                                       uint64_t *ticket, Error **errp);
 /* Leave @a; the last one to leave gives an unused reservation back */
 void coroutine_fn thinvm_alloc_put(BDRVThinvmState *s, ThinvmAlloc *a);
 

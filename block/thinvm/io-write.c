@@ -65,6 +65,8 @@ typedef struct WriteChunk {
     ThinvmMapping old;              /* from the first cluster on */
     uint64_t first, count;          /* guest clusters */
     uint64_t physical;              /* of the first cluster */
+    bool summed;                    /* the data have this checksum */
+    ThinvmDataSum sum;
     ThinvmInflight inflight;        /* unless WRITE_IN_PLACE */
 } WriteChunk;
 
@@ -415,6 +417,10 @@ write_file(BlockDriverState *bs, BlkdebugEvent event, uint64_t device_offset,
     bool again = false;
     int ret;
 
+    ret = thinvm_store_touch(s->store, device_offset, bytes);
+    if (ret < 0) {
+        return ret;
+    }
     BLKDBG_CO_EVENT(bs->file, event);
     do {
         if (!thinvm_still_owner(s)) {
@@ -500,13 +506,71 @@ out:
     return ret;
 }
 
+/*
+ * Is a checksum of the data worth its time, and certain to stay right until
+ * they are visible?  They must go into parts that nobody can find: what is
+ * valid already may be written in place at any time.  One cluster, thus one
+ * operation.
+ */
+static bool wants_sum(const WriteChunk *c, uint64_t bytes)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+
+    return c->kind != WRITE_IN_PLACE && c->count == 1 &&
+           bytes <= THINVM_SUM_MAX_BYTES &&
+           (c->kind != WRITE_VALIDATE ||
+            !(touched_in(c, c->first) & c->old.valid)) &&
+           /* Once it is mapped, who joins may find the part valid already */
+           (c->kind != WRITE_JOIN ||
+            qatomic_read(&c->inflight.head->state) != THINVM_ALLOC_MAPPED) &&
+           thinvm_store_wants_sums(s->store) &&
+           qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITEBACK;
+}
+
+/* In memory of our own: the guest may change its own while it is written */
+static int coroutine_fn GRAPH_RDLOCK
+write_summed(WriteChunk *c, uint64_t device_offset, uint64_t nb_before,
+             uint64_t nb_behind)
+{
+    BlockDriverState *bs = c->bs;
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t bytes = nb_before + c->bytes + nb_behind;
+    uint8_t *buf = qemu_try_blockalign(bs->file->bs, bytes);
+    QEMUIOVector qiov;
+    int ret;
+
+    if (!buf) {
+        return -ENOMEM;
+    }
+    ret = fill(c, c->offset - nb_before, nb_before, buf);
+    if (ret == 0) {
+        ret = fill(c, c->offset + c->bytes, nb_behind,
+                   buf + nb_before + c->bytes);
+    }
+    if (ret == 0) {
+        qemu_iovec_to_buf(c->r->qiov, qiov_offset(c), buf + nb_before,
+                          c->bytes);
+        thinvm_store_sum(s->store, device_offset - nb_before, buf, bytes,
+                         &c->sum);
+        qemu_iovec_init_buf(&qiov, buf, bytes);
+        ret = write_file(bs, BLKDBG_WRITE_AIO, device_offset - nb_before,
+                         bytes, &qiov, 0,
+                         c->r->flags & ~BDRV_REQ_REGISTERED_BUF);
+        c->summed = ret == 0;
+    }
+    qemu_vfree(buf);
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 copy_data(WriteChunk *c, uint64_t device_offset)
 {
+    BDRVThinvmState *s = c->bs->opaque;
     WriteRequest *r = c->r;
     int ret;
 
-    if (!thinvm_still_owner(c->bs->opaque)) {
+    ret = thinvm_store_touch(s->store, device_offset, c->bytes);
+    if (ret < 0 || !thinvm_still_owner(s)) {
         return -EIO;
     }
     ret = bdrv_co_copy_range_to(r->src, r->src_offset + (c->offset - r->offset),
@@ -533,6 +597,9 @@ static int coroutine_fn GRAPH_RDLOCK write_data(WriteChunk *c)
         /* parts that must be filled up need the data in memory */
         return nb_before || nb_behind ? -ENOTSUP : copy_data(c, device_offset);
     }
+    if (wants_sum(c, nb_before + c->bytes + nb_behind)) {
+        return write_summed(c, device_offset, nb_before, nb_behind);
+    }
     if (nb_before || nb_behind) {
         return write_filled(c, device_offset, nb_before, nb_behind);
     }
@@ -548,7 +615,9 @@ static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
     BDRVThinvmState *s = c->bs->opaque;
     uint64_t ticket = 0;
     Error *err = NULL;
-    int ret = thinvm_store_execute(s->store, op, &ticket, &err);
+    int ret = thinvm_store_execute_summed(s->store, op,
+                                          c->summed ? &c->sum : NULL, &ticket,
+                                          &err);
 
     c->r->ticket = MAX(c->r->ticket, ticket);
     return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
@@ -579,8 +648,8 @@ static int coroutine_fn publish_alloc(WriteChunk *c, ThinvmAlloc *alloc)
     Error *err = NULL;
     int ret;
 
-    ret = thinvm_alloc_complete(s, alloc, touched_in(c, alloc->guest), &ticket,
-                                &err);
+    ret = thinvm_alloc_complete(s, alloc, touched_in(c, alloc->guest),
+                                c->summed ? &c->sum : NULL, &ticket, &err);
     c->r->ticket = MAX(c->r->ticket, ticket);
     return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
 }

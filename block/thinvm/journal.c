@@ -22,6 +22,9 @@
  *    is applied after its data was written.  So the flush covers the data of
  *    everything in the record.  What is sealed later waits for a flush of its
  *    own (journal_write_sealed() stops at the cut).
+ *    A small record that a guest's flush asks for has checksums of its data
+ *    instead, if nothing else is on its way, and the flush behind it is the
+ *    only one: see sums.c for what that takes.
  * 2. A record is written only behind records that were written, so that a
  *    power cut leaves a prefix, or a prefix and unconnected later ones which
  *    nothing declares flushed.
@@ -100,6 +103,9 @@ void thinvm_journal_drop(ThinvmStore *st)
     j->sealed_bytes = 0;
     j->pending_length = 0;
     j->pending_operations = 0;
+    j->pending_sums = 0;
+    j->pending_plain = false;
+    thinvm_sums_drop_all(st);
     j->last_op_offset = 0;
     j->rewrite = false;
     j->error = 0;
@@ -157,18 +163,45 @@ static bool coalesce(ThinvmJournal *j, const ThinvmOp *op)
     return true;
 }
 
-void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op)
+/*
+ * The record that an operation has just joined has checksums of all of its data,
+ * or of none.
+ */
+static void note_sum(ThinvmStore *st, bool summed)
+{
+    ThinvmJournal *j = &st->journal;
+
+    if (summed) {
+        thinvm_sums_join(st, j->next_sequence);
+        qatomic_set(&j->pending_sums,
+                    j->pending_sums + sizeof(ThinvmDataSumLe));
+    }
+    if (!j->pending_plain &&
+        (!summed || j->pending_sums >
+                    THINVM_SUMS_LIMIT * sizeof(ThinvmDataSumLe))) {
+        qatomic_set(&j->pending_plain, true);
+    }
+    if (j->pending_plain && (summed || j->pending_sums)) {
+        qatomic_set(&j->pending_sums, 0);
+        QEMU_LOCK_GUARD(&st->lock);
+        thinvm_sums_drop(st, j->next_sequence);
+    }
+}
+
+void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op, bool summed)
 {
     ThinvmJournal *j = &st->journal;
     size_t length = thinvm_op_length(op);
 
     qatomic_set(&st->nb_operations, st->nb_operations + 1);
     if (coalesce(j, op)) {
+        note_sum(st, summed);
         return;
     }
     if (j->pending_length + length > j->record_limit) {
         thinvm_journal_seal(st);
     }
+    note_sum(st, summed);
     if (!j->pending_length) {
         qatomic_set(&j->pending_length, THINVM_RECORD_HEADER);
     }
@@ -195,6 +228,21 @@ uint64_t thinvm_journal_ticket(ThinvmStore *st)
     return j->pending_length ? j->next_sequence : j->next_sequence - 1;
 }
 
+/* Its checksums too, if it has any; room for them is behind its operations */
+static void seal_sums(ThinvmStore *st, ThinvmJournalRecord *r)
+{
+    unsigned nb = thinvm_sums_collect(st, r->header.sequence,
+                                      r->buf + r->header.length);
+
+    if (nb) {
+        r->header.nb_sums = nb;
+        r->header.length += nb * sizeof(ThinvmDataSumLe);
+    } else {
+        thinvm_sums_drop(st, r->header.sequence);
+    }
+    r->size = padded(r->header.length);
+}
+
 void thinvm_journal_seal(ThinvmStore *st)
 {
     ThinvmJournal *j = &st->journal;
@@ -204,7 +252,7 @@ void thinvm_journal_seal(ThinvmStore *st)
         return;
     }
     r = g_new0(ThinvmJournalRecord, 1);
-    r->size = padded(j->pending_length);
+    r->size = padded(j->pending_length + j->pending_sums);
     /* aligned, or the device below would copy it in another thread */
     r->buf = qemu_memalign(THINVM_PAGE_SIZE, r->size);
     memcpy(r->buf, j->pending, j->pending_length);
@@ -215,10 +263,32 @@ void thinvm_journal_seal(ThinvmStore *st)
     j->last_op_offset = 0;
 
     QEMU_LOCK_GUARD(&st->lock);
+    seal_sums(st, r);
     qatomic_set(&j->pending_length, 0);
+    qatomic_set(&j->pending_sums, 0);
+    qatomic_set(&j->pending_plain, false);
     j->next_sequence++;
     j->sealed_bytes += r->size;
     QSIMPLEQ_INSERT_TAIL(&j->sealed, r, next);
+}
+
+/*
+ * A record without operations, for the one before to be no more the last one,
+ * which depends on checksums.  State lock held
+ */
+static void seal_empty(ThinvmStore *st)
+{
+    ThinvmJournal *j = &st->journal;
+
+    WITH_QEMU_LOCK_GUARD(&st->lock) {
+        if (!thinvm_sums_last(st) ||
+            j->composed_sequence != j->next_sequence - 1) {
+            return;
+        }
+    }
+    /* Nothing is pending; what was, was sealed with the same buffer */
+    qatomic_set(&j->pending_length, THINVM_RECORD_HEADER);
+    thinvm_journal_seal(st);
 }
 
 bool thinvm_journal_skip(ThinvmStore *st)
@@ -227,7 +297,7 @@ bool thinvm_journal_skip(ThinvmStore *st)
 
     QEMU_LOCK_GUARD(&st->lock);
     if (j->pending_length || !QSIMPLEQ_EMPTY(&j->sealed) ||
-        !QSIMPLEQ_EMPTY(&j->unflushed)) {
+        !QSIMPLEQ_EMPTY(&j->unflushed) || j->nb_held) {
         return false;
     }
     j->composed_sequence = j->next_sequence++;
@@ -248,20 +318,22 @@ uint64_t thinvm_journal_used(ThinvmStore *st)
     ThinvmJournal *j = &st->journal;
 
     QEMU_LOCK_GUARD(&st->lock);
-    return used_by(j, qatomic_read(&j->pending_length));
+    return used_by(j, qatomic_read(&j->pending_length) +
+                      qatomic_read(&j->pending_sums));
 }
 
 bool thinvm_journal_has_room(ThinvmStore *st, const ThinvmOp *op)
 {
     ThinvmJournal *j = &st->journal;
-    size_t length = thinvm_op_length(op);
+    size_t length = thinvm_op_length(op), sum = sizeof(ThinvmDataSumLe);
     uint64_t more = 0, used;
 
     if (!j->pending_length || j->pending_length + length > j->record_limit) {
-        more = padded(THINVM_RECORD_HEADER + length);
+        more = padded(THINVM_RECORD_HEADER + length + sum);
     }
     WITH_QEMU_LOCK_GUARD(&st->lock) {
-        used = more + used_by(j, j->pending_length + (more ? 0 : length));
+        used = more + used_by(j, j->pending_length + j->pending_sums +
+                                 (more ? 0 : length + sum));
     }
     qatomic_set(&j->lately_used, used);
     return used <= j->size / 4 * 3;
@@ -276,11 +348,13 @@ bool thinvm_journal_is_behind(ThinvmStore *st)
 /* ------------------------------------------------------------------ */
 /* Flushing                                                            */
 
-static void confirm_flushed(ThinvmJournal *j, uint64_t sequence)
+static void confirm_flushed(ThinvmStore *st, uint64_t sequence)
 {
+    ThinvmJournal *j = &st->journal;
     ThinvmJournalRecord *r;
 
     j->flushed_sequence = MAX(j->flushed_sequence, sequence);
+    thinvm_sums_settle(st);
     while ((r = QSIMPLEQ_FIRST(&j->unflushed)) &&
            r->header.sequence <= sequence) {
         QSIMPLEQ_REMOVE_HEAD(&j->unflushed, next);
@@ -317,7 +391,7 @@ int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event)
         j->flush_failures++;
         j->rewrite = !QSIMPLEQ_EMPTY(&j->unflushed);
     } else if (failures == j->flush_failures) {
-        confirm_flushed(j, sequence);
+        confirm_flushed(st, sequence);
     } else {
         /* Another flush failed meanwhile: this one vouches for nothing */
         ret = -EIO;
@@ -362,6 +436,9 @@ static int record_compose(ThinvmStore *st, ThinvmJournalRecord *r)
     WITH_QEMU_LOCK_GUARD(&st->lock) {
         if (j->head + r->size - j->tail >= j->size) {
             return -ENOSPC;
+        }
+        if (thinvm_sums_unflushed(st)) {
+            return -EIO;        /* a flush failed meanwhile; see sums.c */
         }
         r->position = j->head;
         r->header.epoch = st->epoch;
@@ -422,15 +499,46 @@ static ThinvmJournalRecord *first_sealed(ThinvmStore *st, uint64_t cut)
     return r && r->header.sequence <= cut ? r : NULL;
 }
 
-/* Write the sealed records up to @cut; their data is flushed */
-static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut)
+/* Its data is flushed, so it can do without them */
+static void record_strip(ThinvmStore *st, ThinvmJournalRecord *r)
+{
+    uint32_t size = r->size;
+
+    if (!r->composed && r->header.nb_sums) {
+        r->header.length = thinvm_record_operations_end(&r->header);
+        r->header.nb_sums = 0;
+        r->size = padded(r->header.length);
+        QEMU_LOCK_GUARD(&st->lock);
+        st->journal.sealed_bytes -= size - r->size;
+        thinvm_sums_drop(st, r->header.sequence);
+    }
+}
+
+static bool sums_unflushed(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    return thinvm_sums_unflushed(st);
+}
+
+/* Write the sealed records up to @cut; their data is flushed, or @summed */
+static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut,
+                                             bool summed)
 {
     ThinvmJournal *j = &st->journal;
     ThinvmJournalRecord *r;
-    int ret;
+    int ret = 0;
 
     while ((r = first_sealed(st, cut))) {
-        ret = r->composed ? 0 : record_compose(st, r);
+        if (!summed) {
+            record_strip(st, r);
+        }
+        /* One with checksums was written just now that failed before */
+        if (!r->composed && sums_unflushed(st)) {
+            ret = thinvm_journal_flush(st, BLKDBG_THINVM_JOURNAL_FLUSH);
+        }
+        if (ret == 0 && !r->composed) {
+            ret = record_compose(st, r);
+        }
         if (ret == 0) {
             ret = record_write(st, r);
         }
@@ -442,6 +550,7 @@ static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut)
         QSIMPLEQ_REMOVE_HEAD(&j->sealed, next);
         QSIMPLEQ_INSERT_TAIL(&j->unflushed, r, next);
         j->written_sequence = r->header.sequence;
+        st->nb_summed += r->header.nb_sums > 0;
     }
     return 0;
 }
@@ -449,23 +558,57 @@ static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut)
 /* ------------------------------------------------------------------ */
 /* Group commit                                                        */
 
+/*
+ * What has to be flushed before these records are written?  Nothing for a
+ * single one that has checksums of its data, or maps none, if all records
+ * before it are flushed: it says so of them.
+ */
+static bool needs_no_flush(ThinvmStore *st, const ThinvmRound *round,
+                           uint64_t cut)
+{
+    ThinvmJournal *j = &st->journal;
+    ThinvmJournalRecord *r;
+
+    QEMU_LOCK_GUARD(&st->lock);
+    r = QSIMPLEQ_FIRST(&j->sealed);
+    if (!round->durable || r->header.sequence != cut || r->composed ||
+        j->flushed_sequence != j->written_sequence) {
+        return false;
+    }
+    return round->settle ? !r->header.nb_operations : r->header.nb_sums > 0;
+}
+
 /* Bring everything that is applied now into the ring */
-static int coroutine_fn write_round(ThinvmStore *st)
+static int coroutine_fn write_round(ThinvmStore *st, const ThinvmRound *round)
 {
     ThinvmState *s = thinvm_store_state(st);
+    uint32_t nb_operations;
+    bool summed;
     uint64_t cut;
     int ret;
 
     thinvm_state_lock(s);
-    thinvm_journal_seal(st);
+    nb_operations = st->journal.pending_operations;
+    if (st->journal.pending_length) {
+        thinvm_journal_seal(st);
+    } else if (round->settle) {
+        seal_empty(st);
+    }
     cut = st->journal.next_sequence - 1;
     thinvm_state_unlock(s);
 
     ret = journal_rewrite(st);
     if (ret == 0 && first_sealed(st, cut)) {
-        ret = thinvm_journal_flush(st, BLKDBG_THINVM_DATA_FLUSH);
+        summed = needs_no_flush(st, round, cut);
+        if (!summed) {
+            ret = thinvm_journal_flush(st, BLKDBG_THINVM_DATA_FLUSH);
+        }
         if (ret == 0) {
-            ret = journal_write_sealed(st, cut);
+            ret = journal_write_sealed(st, cut, summed);
+        }
+        if (round->durable && !round->settle) {
+            QEMU_LOCK_GUARD(&st->lock);
+            thinvm_sums_judge(st, nb_operations);
         }
     }
     return ret;
@@ -488,7 +631,7 @@ static void coroutine_fn lead_round(ThinvmStore *st, ThinvmRound *round)
     j->leading = true;
     qemu_mutex_unlock(&st->lock);
 
-    ret = write_round(st);
+    ret = write_round(st, round);
 
     qemu_mutex_lock(&st->lock);
     round->record_ret = ret;
@@ -517,17 +660,19 @@ static bool is_needed(ThinvmStore *st, ThinvmCommitLevel level,
 
     return guest_flush || qatomic_read(&j->pending_length) || j->rewrite ||
            !QSIMPLEQ_EMPTY(&j->sealed) ||
-           (level == THINVM_COMMIT_DURABLE && !QSIMPLEQ_EMPTY(&j->unflushed));
+           (level != THINVM_COMMIT_RECORD && !QSIMPLEQ_EMPTY(&j->unflushed)) ||
+           (level == THINVM_COMMIT_DURABLE && thinvm_sums_last(st));
 }
 
-static ThinvmRound *round_join(ThinvmJournal *j, bool durable,
+static ThinvmRound *round_join(ThinvmJournal *j, ThinvmCommitLevel level,
                                bool guest_flush)
 {
     if (!j->next_round) {
         j->next_round = g_new0(ThinvmRound, 1);
     }
     j->next_round->refs++;
-    j->next_round->durable |= durable;
+    j->next_round->durable |= level != THINVM_COMMIT_RECORD;
+    j->next_round->settle |= level == THINVM_COMMIT_DURABLE;
     j->next_round->guest_flush |= guest_flush;
     return j->next_round;
 }
@@ -541,7 +686,7 @@ int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        bool only_metadata)
 {
     ThinvmJournal *j = &st->journal;
-    bool durable = level == THINVM_COMMIT_DURABLE;
+    bool durable = level != THINVM_COMMIT_RECORD;
     bool guest_flush = durable && !only_metadata;
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     ThinvmRound *round;
@@ -554,7 +699,7 @@ int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
     if (is_needed(st, level, false)) {
         st->nb_commits++;
     }
-    round = round_join(j, durable, guest_flush);
+    round = round_join(j, level, guest_flush);
     while (!(durable ? round->done : round->record_done)) {
         if (j->leading) {
             qemu_co_queue_wait(&j->rounds, &st->lock);

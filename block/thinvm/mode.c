@@ -736,7 +736,7 @@ int coroutine_fn thinvm_co_flush_to_os(BlockDriverState *bs)
     if (!qatomic_read(&s->owner)) {
         return qatomic_read(&s->lost) ? -EIO : 0;
     }
-    return thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+    return thinvm_store_commit(s->store, THINVM_COMMIT_FLUSHED, true);
 }
 
 /* ------------------------------------------------------------------ */

@@ -129,6 +129,7 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
     /* the window that @data is in may go while pages are read */
     g_autofree uint8_t *copy = g_memdup2(data, rec->length);
     uint32_t offset = sizeof(ThinvmRecordLe);
+    uint32_t end = thinvm_record_operations_end(rec);
     ssize_t ret = 0;
 
     thinvm_state_lock(s);
@@ -139,7 +140,7 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
         ThinvmOp op;
 
         ret = thinvm_op_decode(&op, backing, snapshot, copy + offset,
-                               rec->length - offset, errp);
+                               end - offset, errp);
         if (ret >= 0) {
             offset += ret;
             ret = replay_op(st, s, &op, errp);
@@ -150,10 +151,10 @@ static int coroutine_fn replay_record(ThinvmStore *st, ThinvmState *s,
             return ret;
         }
     }
-    if (offset != rec->length) {
+    if (offset != end) {
         error_setg(errp, "Journal record %" PRIu64 " has %" PRIu32
                    " bytes behind its last operation", rec->sequence,
-                   rec->length - offset);
+                   end - offset);
         return -EBADMSG;
     }
     return 0;
@@ -216,6 +217,7 @@ static void position_init(ThinvmPosition *pos, const ThinvmBases *bases)
     pos->sequence = bases->newest.sequence;
     pos->epoch = bases->newest.epoch;
     pos->crc = bases->newest.record_crc;
+    pos->summed = false;        /* it is in the base, so it counts */
 }
 
 /* From the base to the end of the journal; an end that is one */
@@ -254,6 +256,7 @@ static int coroutine_fn replay_all(ThinvmStore *st, ThinvmState *s,
             again = false;
             continue;
         }
+        st->cut_by_sums = ret == THINVM_NEXT_DATA;
         ret = thinvm_ring_check_end(&ring, pos,
                                     followed ? THINVM_SCAN_FOLLOW
                                              : THINVM_SCAN_DENSE,
@@ -287,6 +290,7 @@ static void publish(ThinvmStore *st, ThinvmState *s, const ThinvmPosition *pos)
         j->base = pos->base;
         j->head = pos->head;
         j->last = pos->last;
+        st->last_summed = pos->summed;
         j->composed_sequence = pos->sequence;
         j->composed_crc = pos->crc;
         j->composed_epoch = pos->epoch;
@@ -516,6 +520,7 @@ static void position_get(ThinvmStore *st, ThinvmPosition *pos)
         .sequence = j->composed_sequence,
         .epoch = j->composed_epoch,
         .crc = j->composed_crc,
+        .summed = st->last_summed,
     };
 }
 
@@ -593,6 +598,36 @@ static void remember_head(ThinvmStore *st, ThinvmRing *ring,
     }
 }
 
+/*
+ * What we applied by its checksums may have been lost by the device since.
+ * Through a window of its own: a record that came meanwhile is for the next
+ * look, and not to be remembered as seen.
+ */
+static int coroutine_fn recheck_last(ThinvmStore *st,
+                                     const ThinvmPosition *pos, bool *afresh,
+                                     Error **errp)
+{
+    ThinvmRing ring;
+    int ret;
+
+    if (!pos->summed) {
+        return 0;
+    }
+    thinvm_ring_init(&ring, st, &st->bases.newest, THINVM_PAGE_SIZE);
+    ret = thinvm_ring_last_counts(&ring, pos);
+    thinvm_ring_destroy(&ring);
+    if (ret < 0) {
+        *afresh = base_moved(st, 0);
+        error_setg_errno(errp, -ret, "Could not read the journal, or data of "
+                         "its last record");
+        return ret;
+    }
+    if (ret == 0) {
+        *afresh = true;
+    }
+    return 0;
+}
+
 static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
                                     bool *afresh, Error **errp)
 {
@@ -603,10 +638,17 @@ static int coroutine_fn follow_ring(ThinvmStore *st, ThinvmRing *ring,
     position_get(st, &pos);
     ret = thinvm_ring_get(ring, pos.head, THINVM_PAGE_SIZE, &data);
     if (ret == 0 && head_unchanged(st, data)) {
-        return 0;
+        return recheck_last(st, &pos, afresh, errp);
     }
     if (ret == 0) {
         ret = follow_records(st, ring, &pos, &end, errp);
+    }
+    if (ret == 0) {
+        st->cut_by_sums = end == THINVM_NEXT_DATA;
+        ret = recheck_last(st, &pos, afresh, errp);
+        if (*afresh) {
+            return 0;
+        }
     }
     if (ret < 0) {
         /* A page that is gone; or that lay where the device was cut off */

@@ -15,6 +15,7 @@
 #include "qapi/error.h"
 #include "qapi/qapi-types-block-core.h"
 #include "ring.h"
+#include "trace.h"
 
 /*
  * Behind what is read in full the scan samples the rest, lest a longer hole
@@ -71,8 +72,10 @@ int coroutine_fn thinvm_ring_get(ThinvmRing *ring, uint64_t position,
     return ret;
 }
 
-int coroutine_fn thinvm_ring_next(ThinvmRing *ring, const ThinvmPosition *pos,
-                                  ThinvmRecord *rec, const uint8_t **data)
+/* A record by its own right */
+static int coroutine_fn next_record(ThinvmRing *ring,
+                                    const ThinvmPosition *pos,
+                                    ThinvmRecord *rec, const uint8_t **data)
 {
     uint32_t size;
     int ret, known;
@@ -103,8 +106,125 @@ int coroutine_fn thinvm_ring_next(ThinvmRing *ring, const ThinvmPosition *pos,
     if (known < 0) {
         return known;       /* whole, ours, and not to be passed over */
     }
-    return rec->previous_crc == pos->crc ? THINVM_NEXT_RECORD
-                                         : THINVM_NEXT_FOREIGN;
+    if (rec->previous_crc != pos->crc) {
+        return THINVM_NEXT_FOREIGN;
+    }
+    /* No writer goes on before it has flushed one with checksums */
+    return pos->summed && rec->flushed_sequence < pos->sequence
+           ? THINVM_NEXT_NONE : THINVM_NEXT_RECORD;
+}
+
+/* 1: the data have these checksums; 0: they have not */
+static int coroutine_fn check_data(ThinvmStore *st, const uint8_t *sums,
+                                   uint32_t nb_sums)
+{
+    g_autofree uint8_t *buf = g_malloc(THINVM_SUM_MAX_BYTES);
+    ThinvmDataSum sum;
+    int ret;
+
+    /* Lest it be beyond the end that the block layer remembers */
+    st->dev->co_length(st->dev);
+    for (uint32_t i = 0; i < nb_sums; i++) {
+        if (thinvm_data_sum_decode(&sum, sums + i * sizeof(ThinvmDataSumLe))) {
+            return 0;
+        }
+        ret = thinvm_store_pread(st, sum.offset, sum.bytes, buf,
+                                 BLKDBG_THINVM_JOURNAL_READ);
+        if (ret < 0) {
+            return ret;
+        }
+        if (thinvm_checksum(&st->uuid, THINVM_SUM_DATA, sum.offset, buf,
+                            sum.bytes) != sum.crc) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* 1: there is a record behind @pos; 0: there is not */
+static int coroutine_fn has_next(ThinvmRing *ring, const ThinvmPosition *pos)
+{
+    ThinvmRecord rec;
+    const uint8_t *data;
+    int ret = next_record(ring, pos, &rec, &data);
+
+    return ret == -ENOTSUP || ret == THINVM_NEXT_RECORD ? 1 : MIN(ret, 0);
+}
+
+/*
+ * A record with checksums of data counts if there is one behind it, or if the
+ * data are right.  If an owner lives they may have been right: then the record
+ * behind was there before they were overwritten, so it is looked for again.
+ * @next: the position behind the record.
+ */
+static int coroutine_fn counts(ThinvmRing *ring, const ThinvmPosition *next,
+                               const uint8_t *sums, uint32_t nb_sums)
+{
+    int ret = has_next(ring, next);
+
+    if (ret == 0) {
+        ret = check_data(ring->st, sums, nb_sums);
+        trace_thinvm_sums_checked(ring->st, next->sequence, nb_sums, ret);
+    }
+    if (ret == 0) {
+        ring->length = 0;
+        ret = has_next(ring, next);
+    }
+    return ret;
+}
+
+static const uint8_t *sums_of(const ThinvmRecord *rec, const uint8_t *data)
+{
+    return data + thinvm_record_operations_end(rec);
+}
+
+int coroutine_fn thinvm_ring_next(ThinvmRing *ring, const ThinvmPosition *pos,
+                                  ThinvmRecord *rec, const uint8_t **data)
+{
+    g_autofree uint8_t *copy = NULL;
+    ThinvmPosition next = *pos;
+    int ret = next_record(ring, pos, rec, data);
+
+    if (ret != THINVM_NEXT_RECORD || !rec->nb_sums) {
+        return ret;
+    }
+    copy = g_memdup2(*data, rec->length);
+    thinvm_ring_advance(&next, rec);
+    ret = counts(ring, &next, sums_of(rec, copy), rec->nb_sums);
+    if (ret <= 0) {
+        return ret < 0 ? ret : THINVM_NEXT_DATA;
+    }
+    /* What was looked at may have taken its place in the window */
+    ret = thinvm_ring_get(ring, pos->head, rec->length, data);
+    if (ret == 0 && memcmp(*data, copy, rec->length)) {
+        return THINVM_NEXT_TORN;
+    }
+    return ret < 0 ? ret : THINVM_NEXT_RECORD;
+}
+
+int coroutine_fn thinvm_ring_last_counts(ThinvmRing *ring,
+                                         const ThinvmPosition *pos)
+{
+    g_autofree uint8_t *copy = NULL;
+    uint32_t size = MIN(pos->head - pos->last, THINVM_RECORD_MAX_SIZE);
+    const uint8_t *data;
+    ThinvmRecord rec;
+    int ret;
+
+    if (!pos->summed) {
+        return 1;
+    }
+    ret = thinvm_ring_get(ring, pos->last, size, &data);
+    if (ret < 0) {
+        return ret;
+    }
+    /* Another record in its place is for others to find */
+    if (thinvm_record_decode_header(&rec, data) < 0 || rec.length > size ||
+        rec.crc != pos->crc || rec.sequence != pos->sequence) {
+        return has_next(ring, pos);
+    }
+    copy = g_memdup2(data, rec.length);
+    return counts(ring, pos, sums_of(&rec, copy), rec.nb_sums);
 }
 
 void thinvm_ring_advance(ThinvmPosition *pos, const ThinvmRecord *rec)
@@ -114,6 +234,7 @@ void thinvm_ring_advance(ThinvmPosition *pos, const ThinvmRecord *rec)
     pos->sequence = rec->sequence;
     pos->epoch = rec->epoch;
     pos->crc = rec->crc;
+    pos->summed = rec->nb_sums > 0;
 }
 
 /*

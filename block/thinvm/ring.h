@@ -25,6 +25,7 @@ typedef struct ThinvmPosition {
                                    head if that is in the base already */
     uint64_t sequence, epoch;   /* of the record before head */
     uint32_t crc;
+    bool summed;                /* it has checksums of data */
 } ThinvmPosition;
 
 /* Reads the ring through a window; what it holds is as old as the read */
@@ -42,6 +43,8 @@ typedef enum ThinvmNext {
     THINVM_NEXT_NONE,       /* nothing, or of an earlier lap */
     THINVM_NEXT_TORN,       /* its header is right, the rest not (yet) */
     THINVM_NEXT_FOREIGN,    /* a record, but of another history */
+    THINVM_NEXT_DATA,       /* it would continue it, but is the last one, and
+                               its data are not there */
 } ThinvmNext;
 
 void thinvm_ring_init(ThinvmRing *ring, ThinvmStore *st,
@@ -54,6 +57,12 @@ int coroutine_fn thinvm_ring_get(ThinvmRing *ring, uint64_t position,
 int coroutine_fn thinvm_ring_next(ThinvmRing *ring, const ThinvmPosition *pos,
                                   ThinvmRecord *rec, const uint8_t **data);
 void thinvm_ring_advance(ThinvmPosition *pos, const ThinvmRecord *rec);
+/*
+ * Does the record at @pos->last, whose length is up to head, still count?  For
+ * one who has applied it, and found nothing behind it.
+ */
+int coroutine_fn thinvm_ring_last_counts(ThinvmRing *ring,
+                                         const ThinvmPosition *pos);
 /*
  * Does the journal end at the head, or is the next record damaged (-EBADMSG)?
  * Looks at @dense bytes behind it, and, if @samples, at samples of the rest.

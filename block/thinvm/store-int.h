@@ -3,8 +3,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Only the files of this layer (store*.c, execute.c, journal.c, bases.c,
- * replay.c, ring.c, preload.c, checkpoint.c, reclaim.c, check*.c) include this.  See
+ * Only the files of this layer (store*.c, execute.c, journal.c, sums.c,
+ * bases.c, replay.c, ring.c, preload.c, checkpoint.c, reclaim.c, check*.c)
+ * include this.  See
  * store.h for what the layer promises to others.
  *
  * Locks, in the order in which they are taken:
@@ -47,6 +48,17 @@ typedef struct ThinvmJournalRecord {
     uint8_t *buf;               /* @size bytes */
 } ThinvmJournalRecord;
 
+/* Checksums that one record may have, of those that may be held at a time */
+#define THINVM_SUMS_LIMIT       32
+#define THINVM_MAX_HELD         (4 * THINVM_SUMS_LIMIT)
+
+/* Data that nobody may write to without thinvm_store_touch(); see sums.c */
+typedef struct ThinvmHeldSum {
+    ThinvmDataSum sum;
+    uint64_t sequence;          /* of the record that maps it */
+    bool spoiled;               /* it was written to: no checksum */
+} ThinvmHeldSum;
+
 typedef QSIMPLEQ_HEAD(, ThinvmJournalRecord) ThinvmJournalQueue;
 
 /*
@@ -56,6 +68,7 @@ typedef QSIMPLEQ_HEAD(, ThinvmJournalRecord) ThinvmJournalQueue;
 typedef struct ThinvmRound {
     unsigned refs;
     bool durable;               /* somebody wants the record flushed */
+    bool settle;                /* and no more to depend on its data */
     bool guest_flush;           /* flush even if there is no record */
     bool record_done, done;
     int record_ret, ret;
@@ -78,6 +91,8 @@ typedef struct ThinvmJournal {
     uint32_t pending_operations;
     ThinvmOp last_op;           /* the last one in it, for coalescing */
     uint32_t last_op_offset;    /* 0: none to coalesce with */
+    uint32_t pending_sums;      /* bytes of its checksums; qatomic */
+    bool pending_plain;         /* it cannot have them; qatomic to read */
     uint64_t next_sequence;     /* that the pending record will have */
     uint64_t lately_used;       /* bytes of the ring, at the last operation */
 
@@ -96,6 +111,10 @@ typedef struct ThinvmJournal {
     uint64_t written_sequence, flushed_sequence;
     uint64_t base;              /* running position of the newest base */
     uint64_t tail;              /* of the older one: kept from there on */
+    ThinvmHeldSum held[THINVM_MAX_HELD];
+    unsigned nb_held;           /* qatomic to read */
+    unsigned sums_pause;        /* commits until they are worth it again */
+    bool sums_wanted;           /* qatomic to read */
     ThinvmRound *next_round;
     bool leading;
     CoQueue rounds;             /* waiters for any progress of a round */
@@ -223,6 +242,8 @@ struct ThinvmStore {
     CoQueue follow_queue;
     uint64_t scanned_sequence;  /* end of journal that a scan confirmed */
     bool stale;                 /* memory may not agree with the device */
+    bool last_summed;           /* the last record counts by its checksums */
+    bool cut_by_sums;           /* the next one does not, for the same */
     bool length_unchecked;      /* the device may be too short for it */
     uint8_t *head_block;        /* 4 KiB at the head when last looked at */
     bool head_block_valid;
@@ -237,6 +258,7 @@ struct ThinvmStore {
     /* qatomic */
     uint64_t nb_commits, nb_records, nb_operations, nb_checkpoints;
     uint64_t bytes_read, bytes_written;
+    uint64_t nb_summed, nb_touched;     /* st->lock; for tests */
     uint64_t longest_commit_ns;
     uint64_t nb_catch_ups, nb_followed, nb_fresh_starts, nb_adopted;
 };
@@ -293,8 +315,11 @@ void thinvm_journal_init(ThinvmStore *st, const ThinvmSuperblock *sb);
 void thinvm_journal_destroy(ThinvmStore *st);
 /* Forget what was not written; only where nothing is promised any more */
 void thinvm_journal_drop(ThinvmStore *st);
-/* Append an applied operation to the pending record.  State lock held */
-void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op);
+/*
+ * Append an applied operation to the pending record.  @summed: the checksum of
+ * its data was passed to thinvm_sums_hold() just now.  State lock held
+ */
+void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op, bool summed);
 /* Sequence of the record that holds the last operation.  State lock held */
 uint64_t thinvm_journal_ticket(ThinvmStore *st);
 /* Fix the pending record's contents.  State lock held */
@@ -318,6 +343,28 @@ int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        bool only_metadata);
 /* 0, or -EBADMSG: the owner before said that it ends elsewhere */
 int thinvm_journal_end_expected(ThinvmStore *st, Error **errp);
+
+/* ---- sums.c ---- */
+/* From now on this is data of an operation about to be applied.  State lock
+   held.  False: there are too many; the operation has to do without */
+bool thinvm_sums_hold(ThinvmStore *st, const ThinvmDataSum *sum);
+/* and in this record.  State lock held */
+void thinvm_sums_join(ThinvmStore *st, uint64_t sequence);
+/* The others: st->lock held */
+/* Put the checksums of a record there; their number, 0 if it has none */
+unsigned thinvm_sums_collect(ThinvmStore *st, uint64_t sequence, uint8_t *dst);
+/* The record is written the ordinary way */
+void thinvm_sums_drop(ThinvmStore *st, uint64_t sequence);
+void thinvm_sums_drop_all(ThinvmStore *st);
+/* flushed_sequence has grown */
+void thinvm_sums_settle(ThinvmStore *st);
+/* Has the last record that was composed checksums, so that it needs one
+   behind it? */
+bool thinvm_sums_last(ThinvmStore *st);
+/* Is there one of these that no flush has covered yet? */
+bool thinvm_sums_unflushed(ThinvmStore *st);
+/* After a guest's flush: are they worth it? */
+void thinvm_sums_judge(ThinvmStore *st, uint32_t nb_operations);
 
 /* ---- bases.c ---- */
 int coroutine_fn thinvm_bases_read(ThinvmDevice *dev, ThinvmBases *bases,

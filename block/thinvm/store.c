@@ -424,8 +424,12 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
      * Its data flush also settles the claim, and what the former owner left
      * in caches.  If a power cut takes the record itself, it takes whatever
      * we journalled behind it, too; a flush of the guest's makes all durable.
+     * Only if the journal ended where checksums of data decided must it be
+     * durable first: nobody may ask again after that data has changed.
      */
-    ret = thinvm_journal_commit(st, THINVM_COMMIT_RECORD, true);
+    ret = thinvm_journal_commit(st, st->last_summed || st->cut_by_sums ?
+                                    THINVM_COMMIT_DURABLE :
+                                    THINVM_COMMIT_RECORD, true);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not write to the image's journal");
         goto fail;

@@ -226,6 +226,12 @@ typedef enum ThinvmCommitLevel {
     THINVM_COMMIT_RECORD,
     /* and the record flushed; survives a power cut */
     THINVM_COMMIT_DURABLE,
+    /*
+     * The same, for a guest's flush: may be had with one flush of the device
+     * instead of two, but then thinvm_store_touch() has something to do until
+     * the next commit.
+     */
+    THINVM_COMMIT_FLUSHED,
 } ThinvmCommitLevel;
 
 /*
@@ -235,6 +241,36 @@ typedef enum ThinvmCommitLevel {
  */
 int coroutine_fn thinvm_store_commit(ThinvmStore *st, ThinvmCommitLevel level,
                                      bool only_metadata);
+
+/*
+ * Are checksums of the data of small writes worth their time now?  A hint;
+ * any context.
+ */
+bool thinvm_store_wants_sums(ThinvmStore *st);
+/*
+ * Execute with the checksum of all data that it makes visible, as they were
+ * passed to the device in one write to a place where nobody else was writing.
+ */
+int coroutine_fn thinvm_store_execute_summed(ThinvmStore *st,
+                                             const ThinvmOp *op,
+                                             const ThinvmDataSum *sum,
+                                             uint64_t *ticket, Error **errp);
+void thinvm_store_sum(ThinvmStore *st, uint64_t offset, const void *buf,
+                      uint32_t bytes, ThinvmDataSum *sum);
+/*
+ * Before each write of data to a place that was not reserved for it just now.
+ * May wait for a commit.  After the look-up that led there.
+ */
+bool thinvm_store_touches(ThinvmStore *st);
+int coroutine_fn thinvm_store_touch_slow(ThinvmStore *st, uint64_t offset,
+                                         uint64_t bytes);
+static inline int coroutine_fn thinvm_store_touch(ThinvmStore *st,
+                                                  uint64_t offset,
+                                                  uint64_t bytes)
+{
+    return likely(!thinvm_store_touches(st)) ? 0 :
+           thinvm_store_touch_slow(st, offset, bytes);
+}
 /*
  * The ticket of everything applied by now.  A write that found its mapping in
  * memory is as durable as that mapping is: it may have to wait for somebody

@@ -56,7 +56,7 @@ static const uint64_t discard_units[] = {
 /* As in SimFault, then as in ImageFault */
 static const char *const fault_names[] = {
     "flush", "tear", "discard", "fence", "epoch", "order", "follow", "copy",
-    "move",
+    "move", "touch",
 };
 
 /* One life, and what is done to it */
@@ -78,7 +78,7 @@ static struct {
     bool alive;
     uint64_t seed, variant;     /* of the life */
     uint64_t cuts, again, recovering, snapshots;
-    uint64_t takeovers, handovers, grown, followed;
+    uint64_t takeovers, handovers, grown, followed, summed, touched;
     const char *cut;            /* the one that is being verified */
 } now;
 
@@ -369,6 +369,14 @@ static void begin_reign(Trial *t, bool last)
     now.followed += l->follower != NULL;
 }
 
+/* The owner's reign is over */
+static void count_sums(const Life *l)
+{
+    now.summed += l->st->nb_summed;
+    now.touched += l->st->nb_touched;
+    l->st->nb_summed = l->st->nb_touched = 0;
+}
+
 static void end_reign(Trial *t)
 {
     Life *l = &t->life;
@@ -414,6 +422,7 @@ static void live_reigns(Trial *t, unsigned reigns)
         begin_reign(t, last);
         sim_set_hook(l->sim, at_io, t);
         life_run(l);
+        count_sums(l);
         if (t->successor || !last) {
             end_reign(t);
         }
@@ -440,6 +449,8 @@ static void live_on(Verify *v, Trial *before)
             .generation = before->life.generation + 1,
             .steps = 10,
             .tight = before->life.tight,
+            .calm = before->life.calm,
+            .small_records = before->life.small_records,
             .epoch = before->life.epoch + 1,
         },
         .random.state = sim_random(&before->random),
@@ -548,6 +559,8 @@ static void live(uint64_t seed, uint64_t variant, unsigned steps, bool every)
     t.cut_percent = 2 + below(&t, 12);
     l->steps = steps ?: 120 / reigns;
     l->tight = below(&t, 8) == 0;
+    l->calm = below(&t, 3) == 0;
+    l->small_records = below(&t, 3) == 0;
     life_say("seed %" PRIu64 ", variant %" PRIu64 ", up to %u reigns", seed,
              variant, reigns);
     l->sim = sim_new(seed ^ variant << 40, DEVICE_SIZE,
@@ -573,10 +586,13 @@ static void tell(const char *what)
     g_test_message("%s: %" PRIu64 " cuts, %" PRIu64 " of them in a recovery, "
                    "%" PRIu64 " images lived on, %" PRIu64 " snapshots "
                    "compared, %" PRIu64 " takeovers and %" PRIu64 " handovers, "
-                   "%" PRIu64 " reigns followed, %" PRIu64 " enlargements; "
+                   "%" PRIu64 " reigns followed, %" PRIu64 " enlargements, "
+                   "%" PRIu64 " records with checksums of data, %" PRIu64
+                   " writes that asked for them; "
                    "seeds %" PRIu64 " to %" PRIu64, what, now.cuts,
                    now.recovering, now.again, now.snapshots, now.takeovers,
-                   now.handovers, now.followed, now.grown, options.seed,
+                   now.handovers, now.followed, now.grown, now.summed,
+                   now.touched, options.seed,
                    now.seed);
 }
 
@@ -598,6 +614,8 @@ static void test_cuts(void)
         g_assert_cmpuint(now.handovers, >, 0);
         g_assert_cmpuint(now.followed, >, 0);
         g_assert_cmpuint(now.grown, >, 0);
+        g_assert_cmpuint(now.summed * 10, >=, now.cuts);
+        g_assert_cmpuint(now.touched * 100, >=, now.cuts);
     }
 }
 

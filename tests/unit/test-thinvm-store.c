@@ -662,7 +662,7 @@ static void coroutine_fn anomaly_work(ThinvmSim *sim, ThinvmStore *st,
         if (write_one(sim, st, n * 700, a->tried[n]) == 0) {
             written[n] = a->tried[n];
         }
-        if (i % 4 == 3 && flush(st) == 0) {
+        if (i % 4 == 3 && (i % 8 == 3 ? flush_guest : flush)(st) == 0) {
             memcpy(a->acknowledged, written, sizeof(written));
         }
         if (i % 11 == 10) {

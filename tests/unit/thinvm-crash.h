@@ -33,6 +33,8 @@ typedef struct Life {
     unsigned steps;             /* of each worker */
     uint64_t epoch;
     bool tight;                 /* there may be no space */
+    bool small_records;         /* so that there are several in a commit */
+    bool calm;                  /* mostly small writes and flushes */
     bool down;                  /* the owner was fenced off */
     bool writethrough;
     /* who is at work on a slot, and on all of them */

@@ -93,18 +93,31 @@ ThinvmStore *coroutine_fn image_open(ThinvmSim *sim)
     return st;
 }
 
-/* Data of a fresh cluster, or of parts that are not valid yet */
+/* @sum: filled with the checksum, or NULL */
+static int coroutine_fn write_device(ThinvmStore *st, uint64_t offset,
+                                     uint64_t bytes, const uint8_t *buf,
+                                     ThinvmDataSum *sum)
+{
+    int ret = image_fault == IMAGE_FAULT_TOUCH ? 0 :
+              thinvm_store_touch(st, offset, bytes);
+
+    if (sum) {
+        thinvm_store_sum(st, offset, buf, bytes, sum);
+    }
+    return ret < 0 ? ret : st->dev->co_pwrite(st->dev, offset, bytes, buf);
+}
+
 static int coroutine_fn write_data(ThinvmStore *st, uint64_t guest,
                                    uint64_t physical, unsigned part,
-                                   unsigned nb, uint64_t tag)
+                                   unsigned nb, uint64_t tag,
+                                   ThinvmDataSum *sum)
 {
     g_autofree uint8_t *buf = g_malloc(nb * IMAGE_PART);
     uint64_t first = guest * IMAGE_SECTORS + part * (IMAGE_PART / SIM_SECTOR);
 
     image_fill(buf, first, nb * IMAGE_PART / SIM_SECTOR, tag);
-    return st->dev->co_pwrite(st->dev,
-                              physical * IMAGE_CLUSTER + part * IMAGE_PART,
-                              nb * IMAGE_PART, buf);
+    return write_device(st, physical * IMAGE_CLUSTER + part * IMAGE_PART,
+                        nb * IMAGE_PART, buf, sum);
 }
 
 /*
@@ -114,7 +127,8 @@ static int coroutine_fn write_data(ThinvmStore *st, uint64_t guest,
 static int coroutine_fn write_copy(ThinvmSim *sim, ThinvmStore *st,
                                    const ThinvmMapping *old,
                                    uint64_t physical, unsigned part,
-                                   unsigned nb, uint64_t tag, unsigned turns)
+                                   unsigned nb, uint64_t tag, unsigned turns,
+                                   ThinvmDataSum *sum)
 {
     ThinvmDevice *dev = st->dev;
     g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
@@ -127,8 +141,8 @@ static int coroutine_fn write_copy(ThinvmSim *sim, ThinvmStore *st,
         dawdle(sim, turns);
         image_fill(buf + part * IMAGE_PART, first, nb * IMAGE_PART / SIM_SECTOR,
                    tag);
-        ret = dev->co_pwrite(dev, physical * IMAGE_CLUSTER, IMAGE_CLUSTER,
-                             buf);
+        ret = write_device(st, physical * IMAGE_CLUSTER, IMAGE_CLUSTER, buf,
+                           sum);
     }
     return ret;
 }
@@ -146,6 +160,7 @@ static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
         .source = THINVM_SOURCE_ZERO,
     };
     bool copy = old->type == THINVM_MAPPING_DATA;
+    ThinvmDataSum sum;
     uint64_t got;
     int ret;
 
@@ -164,11 +179,11 @@ static int coroutine_fn write_new(ThinvmSim *sim, ThinvmStore *st,
     }
     if (ret == 0) {
         ret = copy ? write_copy(sim, st, old, op.physical, part, nb, tag,
-                                turns) :
-              write_data(st, old->guest, op.physical, part, nb, tag);
+                                turns, &sum) :
+              write_data(st, old->guest, op.physical, part, nb, tag, &sum);
     }
     if (ret == 0 && image_fault != IMAGE_FAULT_ORDER) {
-        ret = thinvm_store_execute(st, &op, ticket, NULL);
+        ret = thinvm_store_execute_summed(st, &op, &sum, ticket, NULL);
     }
     if (ret < 0) {
         thinvm_store_unreserve(st, op.physical, 1);
@@ -187,10 +202,13 @@ static int coroutine_fn write_mapped(ThinvmStore *st,
         .physical = m->physical,
         .valid = MAKE_64BIT_MASK(part, nb),
     };
-    int ret = write_data(st, m->guest, m->physical, part, nb, tag);
+    ThinvmDataSum sum;
+    int ret = write_data(st, m->guest, m->physical, part, nb, tag, &sum);
 
+    /* What is valid already may be overwritten by others at any time */
     if (ret == 0 && (m->valid & op.valid) != op.valid) {
-        ret = thinvm_store_execute(st, &op, ticket, NULL);
+        ret = thinvm_store_execute_summed(st, &op, m->valid & op.valid ?
+                                          NULL : &sum, ticket, NULL);
     }
     return ret;
 }
@@ -236,7 +254,7 @@ int coroutine_fn image_overwrite(ThinvmSim *sim, ThinvmStore *st,
     }
     if (ret == 0) {
         dawdle(sim, turns);
-        ret = write_data(st, guest, m.physical, part, nb, tag);
+        ret = write_data(st, guest, m.physical, part, nb, tag, NULL);
     }
     request_end(st, token);
     return ret;
@@ -266,7 +284,7 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
         }
         for (uint64_t i = 0; i < op.count && ret == 0; i++) {
             ret = write_data(st, guest + i, op.physical + i, 0, THINVM_PARTS,
-                             tag);
+                             tag, NULL);
         }
         if (ret == 0) {
             ret = thinvm_store_execute(st, &op, ticket ?: &dummy, NULL);

@@ -84,6 +84,7 @@ typedef enum ImageFault {
     IMAGE_FAULT_FOLLOW,         /* no second catch-up behind a read */
     IMAGE_FAULT_COPY,           /* writes in place do not heed copiers */
     IMAGE_FAULT_MOVE,           /* compaction does not tell writers of it */
+    IMAGE_FAULT_TOUCH,          /* writes do not ask for checksums of data */
     IMAGE_FAULT_HIDDEN,         /* another reader's catch-up hides a change */
 } ImageFault;
 extern ImageFault image_fault;

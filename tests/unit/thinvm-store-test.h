@@ -113,6 +113,12 @@ static G_GNUC_UNUSED int coroutine_fn flush(ThinvmStore *st)
     return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, false);
 }
 
+/* The same as guests do it: records with checksums of their data */
+static G_GNUC_UNUSED int coroutine_fn flush_guest(ThinvmStore *st)
+{
+    return thinvm_store_commit(st, THINVM_COMMIT_FLUSHED, false);
+}
+
 /* Running positions are places in the ring as long as it has not wrapped */
 static G_GNUC_UNUSED uint64_t head_of(ThinvmStore *st)
 {

@@ -142,6 +142,9 @@ class Explanation:
             record = {'sequence': r.sequence, 'position': r.position,
                       'epoch': r.epoch, 'flushed': r.flushed,
                       'bytes': r.length, 'crc': r.crc, 'operations': []}
+            if r.nb_sums:
+                record['data'] = [f'{size} bytes at {offset}: {crc:#010x}'
+                                  for offset, size, crc in r.sums()]
             try:
                 for op in r.operations():
                     record['operations'].append(str(op))

@@ -8,13 +8,15 @@ import struct
 
 from .structures import (
     ALL_VALID, COUNTER_MAX, JOURNAL_OFFSET, KIB, MAX_CLUSTERS,
-    MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_RECORD,
-    checksum_without, require)
+    MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_DATA, SUM_RECORD,
+    checksum, checksum_without, require)
 
 RECORD_MAX = 256 * KIB
 
 OPERATION = struct.Struct('<HHBBHQQQQ')
-RECORD = struct.Struct('<4sIQQQIIII16s')
+RECORD = struct.Struct('<4sIQQQIIIII12s')
+DATA_SUM = struct.Struct('<QII')
+FLAG_SUMS, MAX_SUMS, MAX_SUM_BYTES = 1, 64, 64 * KIB
 
 # name, fields used, bytes of payload
 OPERATIONS = {
@@ -125,11 +127,14 @@ class Record:
         head = journal.bytes_at(position, 64)
         (magic, self.crc, self.epoch, self.sequence, self.flushed,
          self.previous_crc, self.length, self.nb_operations, flags,
-         reserved) = RECORD.unpack(head)
+         nb_sums, reserved) = RECORD.unpack(head)
+        self.nb_sums = nb_sums if flags & FLAG_SUMS else 0
+        room = self.length - 64 - self.nb_sums * DATA_SUM.size
         if (magic != b'TVJR' or not 64 <= self.length <= RECORD_MAX or
                 self.length % 8 or not 0 < self.sequence <= COUNTER_MAX or
                 self.epoch > COUNTER_MAX or self.flushed >= self.sequence or
-                self.nb_operations > (self.length - 64) // 40):
+                self.nb_sums > MAX_SUMS or room < 0 or
+                self.nb_operations > room // 40):
             raise ValueError('no record here')
         self.position = position
         self.padded = -(-self.length // PAGE) * PAGE
@@ -137,7 +142,22 @@ class Record:
         if self.crc != checksum_without(journal.uuid, SUM_RECORD,
                                         self.sequence, self.data, 4):
             raise ValueError('checksum is wrong')
-        self.strange = bool(flags or any(reserved))
+        self.strange = bool(flags & ~FLAG_SUMS or any(reserved) or
+                            bool(flags) != bool(nb_sums))
+        self.operations_end = 64 + room
+
+    def sums(self):
+        """(offset on the device, bytes, checksum) of the data it maps."""
+        return list(DATA_SUM.iter_unpack(self.data[self.operations_end:]))
+
+    def data_is_there(self, device, uuid):
+        """Do the data have the checksums that it gives?"""
+        return all(
+            size and size <= MAX_SUM_BYTES and offset < 1 << 62 and
+            not (offset % 512 or size % 512) and
+            crc == checksum(uuid, SUM_DATA, offset,
+                            device.read_data(offset, size))
+            for offset, size, crc in self.sums())
 
     def operations(self):
         where = f'journal record {self.sequence}'
@@ -145,12 +165,13 @@ class Record:
                 'are set: a later version wrote it')
         offset = 64
         for i in range(self.nb_operations):
-            op = Operation(self.data, offset, f'{where}, operation {i}')
+            op = Operation(self.data[:self.operations_end], offset,
+                           f'{where}, operation {i}')
             offset += op.length
             yield op
-        require(offset == self.length,
-                f'{where}: {self.length - offset} bytes behind the last '
-                'operation')
+        require(offset == self.operations_end,
+                f'{where}: {self.operations_end - offset} bytes behind the '
+                'last operation')
 
 
 class Journal:
@@ -162,6 +183,7 @@ class Journal:
         self.damage = None
         self.end = sb.journal_position      # where the next one would start
         self.records = list(self._follow())
+        self._judge_last()
         self.damage = self._find_damage()
 
     def bytes_at(self, position, size):
@@ -173,7 +195,7 @@ class Journal:
         return data
 
     def _follow(self):
-        sb, used = self.sb, 0
+        sb, used, summed = self.sb, 0, False
         self.sequence, self.epoch = sb.sequence, sb.epoch
         crc = sb.record_crc
         while True:
@@ -185,9 +207,23 @@ class Journal:
             if (r.sequence != self.sequence + 1 or r.previous_crc != crc or
                     r.epoch < self.epoch or used > self.size):
                 return
+            if summed and r.flushed < self.sequence:
+                return
+            summed = r.nb_sums > 0
             self.end = (self.end + r.padded) % self.size
             self.sequence, self.epoch, crc = r.sequence, r.epoch, r.crc
             yield r
+
+    def _judge_last(self):
+        """The last one, if it has checksums of its data, counts by them."""
+        last = self.records[-1] if self.records else None
+        if not last or last.strange or last.data_is_there(self.device,
+                                                          self.uuid):
+            return
+        self.records.pop()
+        before = self.records[-1] if self.records else self.sb
+        self.sequence, self.epoch = before.sequence, before.epoch
+        self.end = last.position
 
     def _find_damage(self):
         """Does a later record say that the missing one was durable?"""
