@@ -29,7 +29,7 @@
 
 /* Of one request: servers need not take larger ones than 32 MiB */
 #define REQUEST_MAX         (2 * MiB)
-/* It may take so many times the silence allowed, however it trickles */
+/* All that is asked for may take so many times the silence allowed */
 #define TRICKLE_FACTOR      8
 #define REPLY_BYTES         16
 
@@ -76,15 +76,23 @@ static int64_t now_ms(void)
     return qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
 }
 
+LinkPatience link_patience(uint32_t silence_ms, int stop_fd)
+{
+    return (LinkPatience) {
+        .silence_ms = silence_ms,
+        .deadline = now_ms() + (int64_t)silence_ms * TRICKLE_FACTOR,
+        .stop_fd = stop_fd,
+    };
+}
+
 /* Until there is something to read; false if there will not be */
-static bool await(Link *link, const LinkPatience *patience, int64_t deadline,
-                  Error **errp)
+static bool await(Link *link, const LinkPatience *patience, Error **errp)
 {
     struct pollfd p[2] = {
         { .fd = link->ioc->fd, .events = POLLIN },
         { .fd = patience->stop_fd, .events = POLLIN },
     };
-    int64_t left = MIN(patience->silence_ms, deadline - now_ms());
+    int64_t left = MIN(patience->silence_ms, patience->deadline - now_ms());
     int n = left > 0 ? RETRY_ON_EINTR(poll(p, 2, left)) : 0;
 
     if (n <= 0) {
@@ -99,13 +107,12 @@ static bool await(Link *link, const LinkPatience *patience, int64_t deadline,
 }
 
 static bool receive(Link *link, uint8_t *buf, size_t bytes,
-                    const LinkPatience *patience, int64_t deadline,
-                    Error **errp)
+                    const LinkPatience *patience, Error **errp)
 {
     for (size_t done = 0; done < bytes; ) {
         ssize_t n;
 
-        if (!await(link, patience, deadline, errp)) {
+        if (!await(link, patience, errp)) {
             return false;
         }
         n = recv(link->ioc->fd, buf + done, bytes - done, MSG_DONTWAIT);
@@ -142,8 +149,6 @@ static bool check_reply(Link *link, const uint8_t *reply, Error **errp)
 static bool request(Link *link, uint64_t offset, uint32_t bytes, uint8_t *buf,
                     const LinkPatience *patience, Error **errp)
 {
-    int64_t deadline = now_ms() +
-                       (int64_t)patience->silence_ms * TRICKLE_FACTOR;
     NBDRequest request = {
         .cookie = ++link->cookie,
         .from = offset,
@@ -157,9 +162,9 @@ static bool request(Link *link, uint64_t offset, uint32_t bytes, uint8_t *buf,
         error_setg(errp, "the connection was lost");
         return false;
     }
-    return receive(link, reply, sizeof(reply), patience, deadline, errp) &&
+    return receive(link, reply, sizeof(reply), patience, errp) &&
            check_reply(link, reply, errp) &&
-           receive(link, buf, bytes, patience, deadline, errp);
+           receive(link, buf, bytes, patience, errp);
 }
 
 bool link_read(Link *link, uint64_t offset, uint64_t bytes, uint8_t *buf,
@@ -195,7 +200,7 @@ struct LinkTask {
     char *export;
     uint64_t offset;
     uint32_t bytes;
-    LinkPatience patience;
+    uint32_t silence_ms;
     QIOChannelSocket *ioc;
     bool connected, abandoned, done;
     Link *link;
@@ -272,9 +277,11 @@ static bool task_run(LinkTask *t, Error **errp)
         return false;
     }
     if (t->bytes) {
+        LinkPatience patience = link_patience(t->silence_ms, -1);
+
         t->buf = qemu_memalign(LINK_ALIGNMENT,
                                ROUND_UP(t->bytes, LINK_ALIGNMENT));
-        return link_read(t->link, t->offset, t->bytes, t->buf, &t->patience,
+        return link_read(t->link, t->offset, t->bytes, t->buf, &patience,
                          errp);
     }
     return true;
@@ -311,7 +318,7 @@ LinkTask *link_task_start(const ClusterNode *node, const char *export,
     t->export = g_strdup(export);
     t->offset = offset;
     t->bytes = bytes;
-    t->patience = (LinkPatience) { .silence_ms = silence_ms, .stop_fd = -1 };
+    t->silence_ms = silence_ms;
     t->ioc = qio_channel_socket_new();
     qemu_thread_create(&thread, "template-link", task_thread, t,
                        QEMU_THREAD_DETACHED);

@@ -20,11 +20,18 @@ typedef struct Link Link;
 uint64_t link_size(const Link *link);
 void link_free(Link *link);
 
-/* How long to wait; @stop_fd, unless it is -1, becomes readable to end it */
+/*
+ * How long to wait from now on: for a node that is silent, and some times that
+ * for one that trickles.  @stop_fd, unless it is -1, becomes readable to end
+ * it.
+ */
 typedef struct LinkPatience {
     uint32_t silence_ms;
+    int64_t deadline;
     int stop_fd;
 } LinkPatience;
+
+LinkPatience link_patience(uint32_t silence_ms, int stop_fd);
 
 bool link_read(Link *link, uint64_t offset, uint64_t bytes, uint8_t *buf,
                const LinkPatience *patience, Error **errp);

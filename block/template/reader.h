@@ -203,6 +203,7 @@ void replica_set_problem(TemplateReader *r, Replica *p, const char *problem,
 void reader_refute(TemplateReader *r, const char *why);
 
 bool reader_is_right(TemplateReader *r, uint64_t n, const uint8_t *buf);
+/* From now on */
 LinkPatience reader_patience(const TemplateReader *r);
 bool reader_connect(TemplateReader *r, ReaderLink *l, Replica *p,
                     Error **errp);

@@ -215,10 +215,7 @@ void reader_refute(TemplateReader *r, const char *why)
 
 LinkPatience reader_patience(const TemplateReader *r)
 {
-    return (LinkPatience) {
-        .silence_ms = r->o.timeout_ms,
-        .stop_fd = event_notifier_get_fd(&r->stop),
-    };
+    return link_patience(r->o.timeout_ms, event_notifier_get_fd(&r->stop));
 }
 
 void reader_disconnect(ReaderLink *l)
@@ -353,12 +350,16 @@ static bool fetch_remote(TemplateReader *r, ReaderLink *l, Replica *p,
                          uint64_t n, uint8_t *buf)
 {
     uint32_t bytes = template_chunk_bytes(r->chunks, n);
-    LinkPatience patience = reader_patience(r);
+    LinkPatience patience;
     Error *err = NULL;
+    bool ok = reader_connect(r, l, p, &err);
 
-    if (!reader_connect(r, l, p, &err) ||
-        !link_read(l->link, n * r->chunks->chunk_size, bytes, buf, &patience,
-                   &err)) {
+    if (ok) {
+        patience = reader_patience(r);
+        ok = link_read(l->link, n * r->chunks->chunk_size, bytes, buf,
+                       &patience, &err);
+    }
+    if (!ok) {
         reader_disconnect(l);
         WITH_QEMU_LOCK_GUARD(&r->lock) {
             /* Told once, not by each thread that was at it */

@@ -11,11 +11,13 @@
 #           the recording of the last "cache" run
 #   local   overlays on a copy of the template in the host's memory
 #   store   above the boot cache, with the template in the stores of two nodes
-#           (thinvm-template), of which the nearer one is killed amid the boot
+#           (driver thinvm-template), of which the one that is read from is
+#           killed amid the boot
 #
 # Bytes are what the server sent; for "store" what publisher and guests say
-# that they have read.  Times are of the slowest guest, from its
-# start until it says that it has booted; on a busy machine they tell nothing.
+# that they have read from nodes, in chunks of 1 MiB.  Times are of the slowest
+# guest, from its start until it says that it has booted; on a busy machine they
+# tell nothing.
 
 import argparse
 import fcntl
@@ -121,14 +123,16 @@ class Store:
         """For --blockdev; all servers are there, then."""
         if self.killed:
             self.cluster.serve(self.killed)
-        text = self.cluster.run('c', 'locate', '--failover', '--node-name',
-                                'template', self.digest)
-        located = json.loads(text[text.index('{'):])
-        first = located['children'][0]['server']['path']
-        self.killed = 'a' if first == self.cluster.socket('a') else 'b'
-        return located
+        return {'driver': 'thinvm-template', 'node-name': 'template',
+                'digest': self.digest, 'strict': True,
+                'hashes': self.cluster.list('a')[0]['hashes'],
+                'cluster': self.cluster.config, 'node': 'c',
+                'read-only': True}
 
-    def kill(self):
+    def kill(self, publisher):
+        """The one that the publisher reads from."""
+        source = publisher.qmp.cmd('query-thinvm-template')[0]['source']
+        self.killed = 'a' if self.cluster.socket('a') in source else 'b'
         self.cluster.servers[self.killed].kill()
 
 
@@ -206,7 +210,7 @@ class Storm:
         if way == 'store':
             wait_for(lambda: self.read_from_store(daemon, machines) >
                      KILLED_AFTER, self.args.patience, 'the boot is amid')
-            self.store.kill()
+            self.store.kill(daemon)
         wait_for(lambda: all([m.booted() for m in machines]),
                  self.args.patience, '%d guests have booted' % count, 0.1)
         result = {'way': way, 'guests': count, 'bytes': meter.bytes,
@@ -227,9 +231,8 @@ class Storm:
 
     @staticmethod
     def read_from_store(daemon, machines):
-        state = daemon.qmp.cmd('query-thinvm-bootcache')[0]['publisher']
-        return state['template-bytes'] + sum(m.statistics()['miss-bytes']
-                                             for m in machines)
+        return sum(one.qmp.cmd('query-thinvm-template')[0]['statistics'][
+            'remote-bytes'] for one in [daemon, *machines])
 
     def verify(self, machines):
         for machine in machines:

@@ -347,7 +347,7 @@ def hostile(ctx):
     fake = FakeServer(ctx, cluster.socket(near), {
         contents.digest: bytes(contents.data),
         contents.digest + '.chunks': chunks})
-    good = fake.answer, fake.size, fake.greeting
+    good = fake.answer, fake.size, fake.greeting, 0
 
     def only_data(change):
         return lambda name, offset, data: (
@@ -365,9 +365,10 @@ def hostile(ctx):
         {'size': lambda name, size: 0},
         {'greeting': b'HTTP/1.1 400 Bad Request\r\n\r\n'},
         {'greeting': b''},
+        {'trickle': 0.05},
     ]
     for way in ways:
-        fake.answer, fake.size, fake.greeting = good
+        fake.answer, fake.size, fake.greeting, fake.trickle = good
         for key, value in way.items():
             setattr(fake, key, value)
         reader = Reader(ctx, cluster, 'c', contents, hashes=hashes,

@@ -13,6 +13,7 @@ import random
 import socket
 import struct
 import threading
+import time
 
 from .bootcache import Meter
 from .context import Process, check, wait_for
@@ -315,6 +316,7 @@ class FakeServer:
         self.greeting = struct.pack('>QQH', 0x4e42444d41474943,
                                     0x49484156454F5054, 3)
         self.reads = 0
+        self.trickle = 0        # seconds between bytes
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.bind(path)
         self._sock.listen(64)
@@ -366,7 +368,12 @@ class FakeServer:
             if answer is None:
                 sock.recv(1)            # until the other end gives up
                 return
-            sock.sendall(struct.pack('>IIQ', 0x67446698, 0, cookie) + answer)
+            sock.sendall(struct.pack('>IIQ', 0x67446698, 0, cookie))
+            if self.trickle and name == next(iter(self.exports)):
+                for byte in answer:
+                    sock.sendall(bytes([byte]))
+                    time.sleep(self.trickle)
+            sock.sendall(answer)
 
     def _option(self, sock, option, payload):
         """The name of the export that was chosen, if one was."""
