@@ -18,7 +18,8 @@
 
 #define FILENAME_PREFIX         "thinvm-template:"
 
-#define DEFAULT_CACHE           (16 * MiB)
+/* A boot reads from about a hundred chunks, again and again */
+#define DEFAULT_CACHE           (64 * MiB)
 #define MAX_CACHE               (16 * GiB)
 #define DEFAULT_TIMEOUT_MS      5000
 #define MIN_TIMEOUT_MS          100
