@@ -187,7 +187,7 @@ static void coroutine_fn thinvm_worker_entry(void *opaque)
         bdrv_graph_co_rdlock();
         if (tick || kicked) {
             thinvm_worker_store(w, kicked);
-        thinvm_volume_rearm(w->s);
+            thinvm_volume_rearm(w->s);
         }
         thinvm_worker_collect(w);
         bdrv_graph_co_rdunlock();
