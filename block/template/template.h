@@ -11,7 +11,7 @@
  *
  * Layers, each using only those below:
  *
- *   commands     tool.c, tool-*.c
+ *   commands     tool.c, tool-*.c; the driver: driver*.c above reader.h
  *   transfer     bringing in, verifying, repairing       transfer.c
  *   other nodes  by NBD, only ever read                  remote.c
  *   store        the files of one disk of this node      store.c, part.c
