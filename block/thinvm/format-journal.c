@@ -184,6 +184,14 @@ static bool within_one_leaf(uint64_t guest, uint64_t count)
            (guest + count - 1) / THINVM_ENTRIES_PER_LEAF;
 }
 
+/* Does it mark clusters as the template's?  (Is it a template's image?) */
+static bool marks(const ThinvmOp *op)
+{
+    return op->type == THINVM_OP_MAP &&
+           op->source == THINVM_SOURCE_TEMPLATE &&
+           op->tree == THINVM_TREE_DISK && op->valid == THINVM_ALL_VALID;
+}
+
 /* Name of the field that is out of its bounds, or NULL */
 static const char *judge_mapping_op(const ThinvmOp *op)
 {
@@ -195,7 +203,7 @@ static const char *judge_mapping_op(const ThinvmOp *op)
     if (op->tree >= THINVM_NB_TREES) {
         return "tree";
     }
-    if (op->source > THINVM_SOURCE_ZERO) {
+    if (op->source > THINVM_SOURCE_ZERO && !marks(op)) {
         return "source";
     }
     if (!range_ok(op->guest, count, THINVM_MAX_GUEST_CLUSTERS)) {

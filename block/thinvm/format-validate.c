@@ -238,6 +238,21 @@ static bool validate_inner(const ThinvmBounds *b, ThinvmPageKind kind,
     return true;
 }
 
+/* A source that is neither the backing file nor zeroes */
+static const char *judge_mark(const ThinvmBounds *b, uint64_t entry,
+                              uint64_t physical)
+{
+    if (thinvm_entry_source(entry) != THINVM_SOURCE_TEMPLATE ||
+        !b->template_marks) {
+        return "unknown source of invalid parts";
+    }
+    if (thinvm_entry_valid(entry) != THINVM_ALL_VALID) {
+        return "marked as the template's, but not all of it is valid";
+    }
+    return clusters_in_bounds(b, physical, 1)
+           ? NULL : "physical cluster outside of the device";
+}
+
 static const char *judge_entry(const ThinvmBounds *b, uint64_t entry)
 {
     uint64_t physical = thinvm_entry_physical(entry);
@@ -246,7 +261,7 @@ static const char *judge_entry(const ThinvmBounds *b, uint64_t entry)
         return "reserved bits are set";
     }
     if (thinvm_entry_source(entry) > THINVM_SOURCE_ZERO) {
-        return "unknown source of invalid parts";
+        return judge_mark(b, entry, physical);
     }
     if (!physical) {
         return entry & (THINVM_ENTRY_SHARED |

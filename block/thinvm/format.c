@@ -262,6 +262,14 @@ static uint32_t superblock_checksum(const ThinvmSuperblockLe *sb)
 QEMU_BUILD_BUG_ON(sizeof(ThinvmSuperblockLe) - SUPERBLOCK_TAIL !=
                   sizeof_field(ThinvmSuperblock, reserved));
 
+static void template_encode(ThinvmSuperblockLe *dst,
+                            const ThinvmTemplateId *src)
+{
+    dst->template_length_le = cpu_to_le64(src->length);
+    memcpy(dst->template_digest, src->digest, sizeof(src->digest));
+    memcpy(dst->template_identity, src->identity, sizeof(src->identity));
+}
+
 void thinvm_superblock_encode(ThinvmSuperblockLe *dst,
                               const ThinvmSuperblock *src)
 {
@@ -300,8 +308,29 @@ void thinvm_superblock_encode(ThinvmSuperblockLe *dst,
     memcpy((uint8_t *)dst + SUPERBLOCK_TAIL, src->reserved,
            sizeof(src->reserved));
     dst->promised_pages_le = cpu_to_le64(src->promised_pages);
+    if (src->incompatible & THINVM_INCOMPATIBLE_TEMPLATE) {
+        template_encode(dst, &src->template);
+    }
 
     dst->crc_le = cpu_to_le32(superblock_checksum(dst));
+}
+
+/* What has a meaning of its own is no more among the reserved bytes */
+static void superblock_take(ThinvmSuperblock *dst, size_t from, size_t end)
+{
+    memset(&dst->reserved[from - SUPERBLOCK_TAIL], 0, end - from);
+}
+
+static void template_decode(ThinvmSuperblock *dst,
+                            const ThinvmSuperblockLe *src)
+{
+    ThinvmTemplateId *t = &dst->template;
+
+    t->length = le64_to_cpu(src->template_length_le);
+    memcpy(t->digest, src->template_digest, sizeof(t->digest));
+    memcpy(t->identity, src->template_identity, sizeof(t->identity));
+    superblock_take(dst, offsetof(ThinvmSuperblockLe, template_length_le),
+                    offsetof(ThinvmSuperblockLe, reserved));
 }
 
 static void superblock_read_fields(ThinvmSuperblock *dst,
@@ -340,9 +369,12 @@ static void superblock_read_fields(ThinvmSuperblock *dst,
     thinvm_pointer_decode(&dst->backing, &src->backing);
     memcpy(dst->reserved, (const uint8_t *)src + SUPERBLOCK_TAIL,
            sizeof(dst->reserved));
-    memset(&dst->reserved[offsetof(ThinvmSuperblockLe, promised_pages_le) -
-                          SUPERBLOCK_TAIL], 0, sizeof(src->promised_pages_le));
+    superblock_take(dst, offsetof(ThinvmSuperblockLe, promised_pages_le),
+                    offsetof(ThinvmSuperblockLe, template_length_le));
     dst->promised_pages = le64_to_cpu(src->promised_pages_le);
+    if (dst->incompatible & THINVM_INCOMPATIBLE_TEMPLATE) {
+        template_decode(dst, src);
+    }
 }
 
 static bool between(const char *field, uint64_t value, uint64_t min,
@@ -438,6 +470,19 @@ static bool superblock_roots_ok(const ThinvmSuperblock *sb, Error **errp)
                                 "backing file pointer", errp);
 }
 
+static bool superblock_template_ok(const ThinvmSuperblock *sb, Error **errp)
+{
+    const ThinvmTemplateId *t = &sb->template;
+
+    if (!(sb->incompatible & THINVM_INCOMPATIBLE_TEMPLATE)) {
+        return true;
+    }
+    return between("length of the template", t->length, THINVM_SECTOR_SIZE,
+                   THINVM_MAX_VIRTUAL_SIZE, errp) &&
+           multiple_of("length of the template", t->length,
+                       THINVM_SECTOR_SIZE, errp);
+}
+
 /* Reserved parts may only hold something by a later minor version */
 static bool superblock_reserved_ok(const ThinvmSuperblock *sb, uint32_t flags,
                                    Error **errp)
@@ -490,6 +535,7 @@ int thinvm_superblock_decode(ThinvmSuperblock *dst,
     if (!superblock_reserved_ok(dst, le32_to_cpu(src->flags_le), errp) ||
         !superblock_sizes_ok(dst, errp) ||
         !superblock_checkpoint_ok(dst, errp) ||
+        !superblock_template_ok(dst, errp) ||
         !superblock_roots_ok(dst, errp)) {
         return -EBADMSG;
     }

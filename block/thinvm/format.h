@@ -119,7 +119,8 @@ uint32_t thinvm_crc_update(uint32_t crc, const void *buf, size_t size);
  * bits  0-39  physical cluster; 0 means none (cluster 0 is the header)
  * bits 40-55  valid bits: one for each sixteenth of the cluster, bit 40 the
  *             first; all 0 where there is no physical cluster
- * bits 56-58  source of the invalid parts (ThinvmSource)
+ * bits 56-58  source of the invalid parts (ThinvmSource); where all parts
+ *             are valid, 0, or the mark THINVM_SOURCE_TEMPLATE
  * bit  59     possibly shared: the counts must be looked at before the
  *             physical cluster is written to
  * bits 60-63  reserved, 0
@@ -130,7 +131,12 @@ uint32_t thinvm_crc_update(uint32_t crc, const void *buf, size_t size);
 typedef enum ThinvmSource {
     THINVM_SOURCE_BACKING = 0,
     THINVM_SOURCE_ZERO = 1,
-    /* 2: parent snapshot's mapping, 3: template; reserved */
+    /* 2: parent snapshot's mapping; reserved */
+    /*
+     * A mark: all parts are valid, and hold what the image's template has at
+     * this place of the disk.  Only with THINVM_INCOMPATIBLE_TEMPLATE.
+     */
+    THINVM_SOURCE_TEMPLATE = 3,
 } ThinvmSource;
 
 #define THINVM_CLUSTER_MASK         ((1ULL << 40) - 1)
@@ -385,9 +391,28 @@ typedef struct QEMU_PACKED ThinvmSuperblockLe {
     /* bitmaps, encryption, compression, data checksums, redirect; NONE */
     ThinvmPointerLe reserved_roots[8];
     uint64_t promised_pages_le;     /* since minor version 1 */
-    uint8_t reserved[104];
+    /* with THINVM_INCOMPATIBLE_TEMPLATE, else reserved */
+    uint64_t template_length_le;    /* bytes */
+    uint8_t template_digest[32];    /* SHA-256; zeroes: not complete */
+    uint8_t template_identity[32];  /* as a boot cache has it; zeroes: none */
+    uint8_t reserved[32];
 } ThinvmSuperblockLe;
 QEMU_BUILD_BUG_ON(sizeof(ThinvmSuperblockLe) != 512);
+
+/*
+ * The template of a full clone that remembers it.  All that is ever marked as
+ * the template's was copied from contents that have this digest, so it does not
+ * change in the life of an image.
+ */
+#define THINVM_TEMPLATE_HASH_SIZE   32
+
+typedef struct ThinvmTemplateId {
+    uint64_t length;                /* bytes; 0: the image has no template */
+    /* SHA-256 of the contents; zeroes: copying them was never completed, and
+     * nobody but who does it may use the image */
+    uint8_t digest[THINVM_TEMPLATE_HASH_SIZE];
+    uint8_t identity[THINVM_TEMPLATE_HASH_SIZE];    /* zeroes: none */
+} ThinvmTemplateId;
 
 typedef struct ThinvmSuperblock {
     uint16_t version_major, version_minor;
@@ -405,18 +430,20 @@ typedef struct ThinvmSuperblock {
     ThinvmPointer snapshot_root, backing;
     /*
      * From reserved_roots on, as it is on the device, but for
-     * promised_pages, which is 0 here.  A later minor
-     * version may keep something there that this one needs not understand;
-     * a checkpoint by this version hands it on.
+     * promised_pages, and the template if there is one, which are 0 here.  A
+     * later minor version may keep something there that this one needs not
+     * understand; a checkpoint by this version hands it on.
      */
     uint8_t reserved[8 * sizeof(ThinvmPointerLe) + 112];
     /* Places that unwritten runs were promised for the leaves they may split
      * into, one for each; believed only with THINVM_AUTOCLEAR_PROMISES */
     uint64_t promised_pages;
+    ThinvmTemplateId template;
 } ThinvmSuperblock;
 
 /* Feature bits that this version knows */
-#define THINVM_INCOMPATIBLE_KNOWN       0ULL
+#define THINVM_INCOMPATIBLE_TEMPLATE    (1ULL << 0)
+#define THINVM_INCOMPATIBLE_KNOWN       THINVM_INCOMPATIBLE_TEMPLATE
 #define THINVM_READONLY_COMPATIBLE_KNOWN 0ULL
 #define THINVM_AUTOCLEAR_PROMISES       (1ULL << 0)
 #define THINVM_AUTOCLEAR_KNOWN          THINVM_AUTOCLEAR_PROMISES
@@ -449,6 +476,7 @@ typedef struct ThinvmBounds {
     uint64_t first_cluster;         /* lower ones hold header and journal */
     uint64_t device_clusters;
     unsigned cluster_bits;
+    bool template_marks;            /* entries may say "the template's" */
     /* is this page part of a metadata extent? (opaque: the engine) */
     bool (*page_is_metadata)(void *opaque, uint64_t page);
     /* does any of these clusters belong to a metadata extent? */
@@ -532,11 +560,12 @@ typedef enum ThinvmOpType {
     /*
      * guest, count (1 to 512, within one leaf), physical, valid, source,
      * tree: entries become physical+i; their former clusters lose a
-     * reference; the new ones get their first.
+     * reference; the new ones get their first.  Source TEMPLATE, with all
+     * valid bits, marks them; nothing else does.
      */
     THINVM_OP_MAP = 1,
     /* guest, physical, valid, tree: add valid bits if the entry still names
-       this physical cluster; else nothing */
+       this physical cluster, which is then not marked; else nothing */
     THINVM_OP_VALIDATE = 2,
     /* guest, count, source, tree: no cluster; reads from the source.  Writers
        keep it so short that one apply frees a bounded number of clusters */

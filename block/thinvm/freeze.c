@@ -225,6 +225,7 @@ static void fill_superblock(ThinvmState *s, ThinvmSuperblock *sb)
     sb->compatible = s->compatible;
     sb->readonly_compatible = s->readonly_compatible;
     sb->incompatible = s->incompatible;
+    sb->template = s->sb.template;
     sb->autoclear = s->promises_exact ? THINVM_AUTOCLEAR_PROMISES : 0;
     sb->promised_pages = s->promised_pages;
     sb->cluster_bits = s->cluster_bits;

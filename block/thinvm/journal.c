@@ -138,7 +138,8 @@ static bool validate_continues(const ThinvmOp *last, const ThinvmOp *op)
 {
     return op->type == THINVM_OP_VALIDATE &&
            (last->type == THINVM_OP_VALIDATE ||
-            (last->type == THINVM_OP_MAP && last->count == 1)) &&
+            (last->type == THINVM_OP_MAP && last->count == 1 &&
+             last->source != THINVM_SOURCE_TEMPLATE)) &&
            op->tree == last->tree && op->guest == last->guest &&
            op->physical == last->physical;
 }

@@ -300,12 +300,20 @@ static ThinvmPage *writable_path(ThinvmState *s, int tree, uint64_t guest,
 }
 
 /* Where all parts are valid the source says nothing: one way to write it, so
- * that neighbours join and leaves become runs */
+ * that neighbours join and leaves become runs.  And no mark is left */
 static uint64_t canonical_entry(uint64_t physical, uint16_t valid,
                                 ThinvmSource source)
 {
     return thinvm_entry(physical, valid, valid == THINVM_ALL_VALID ?
                         THINVM_SOURCE_BACKING : source);
+}
+
+/* The entry of a cluster that a MAP maps; one of the template's is marked */
+static uint64_t new_entry(const ThinvmOp *op, uint64_t physical)
+{
+    return op->source == THINVM_SOURCE_TEMPLATE
+           ? thinvm_entry(physical, THINVM_ALL_VALID, THINVM_SOURCE_TEMPLATE)
+           : canonical_entry(physical, op->valid, op->source);
 }
 
 static bool op_range_ok(const ThinvmOp *op)
@@ -320,7 +328,8 @@ static int prepare_map(ThinvmState *s, const ThinvmOp *op, ThinvmNeeds *needs)
     ThinvmPathEnd end;
     int ret, ret2;
 
-    if (!op->count || index + op->count > THINVM_ENTRIES_PER_LEAF) {
+    if (!op->count || index + op->count > THINVM_ENTRIES_PER_LEAF ||
+        (op->source == THINVM_SOURCE_TEMPLATE && !s->bounds.template_marks)) {
         return -EBADMSG;
     }
     ret = thinvm_count_expect(s, op->physical, op->count, 0, 0, needs);
@@ -341,8 +350,7 @@ static void apply_map(ThinvmState *s, const ThinvmOp *op)
 
     leaf_ranges(s, leaf, index, index + op->count, thinvm_range_dec, NULL);
     for (uint64_t i = 0; i < op->count; i++) {
-        uint64_t entry = canonical_entry(op->physical + i, op->valid,
-                                         op->source);
+        uint64_t entry = new_entry(op, op->physical + i);
 
         qatomic_set(&leaf->data[index + i], cpu_to_le64(entry));
     }
@@ -489,7 +497,9 @@ static bool leaf_is_run(ThinvmPage *leaf)
     uint64_t first = le64_to_cpu(leaf->data[0]);
     uint64_t last = le64_to_cpu(leaf->data[LEAF_MASK]);
 
+    /* A run cannot say that it is the template's */
     if (thinvm_entry_valid(first) != THINVM_ALL_VALID ||
+        thinvm_entry_source(first) == THINVM_SOURCE_TEMPLATE ||
         last != first + LEAF_MASK) {
         return false;
     }

@@ -51,6 +51,8 @@ static void leaf_mapping(ThinvmPage *leaf, uint64_t guest, uint64_t count,
     uint64_t n = 1;
 
     entry_mapping(first, m);
+    /* What a mark vouches for is never written in place */
+    m->shared |= m->source == THINVM_SOURCE_TEMPLATE;
     *flagged |= !!(first & THINVM_ENTRY_SHARED);
     while (n < max) {
         uint64_t entry = le64_to_cpu(qatomic_read(&leaf->data[index + n]));

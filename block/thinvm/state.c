@@ -41,6 +41,7 @@ static ThinvmState *state_alloc(const ThinvmSuperblock *sb,
         .first_cluster = s->first_cluster,
         .device_clusters = s->device_clusters,
         .cluster_bits = s->cluster_bits,
+        .template_marks = s->incompatible & THINVM_INCOMPATIBLE_TEMPLATE,
         .page_is_metadata = thinvm_extents_have_page,
         .clusters_are_metadata = thinvm_taking_have_clusters,
         .opaque = s,
@@ -223,6 +224,11 @@ bool thinvm_state_dirty_reaches(const ThinvmState *s, unsigned quarters)
 void thinvm_state_set_applying(ThinvmState *s, uint64_t sequence)
 {
     s->applying = sequence;
+}
+
+void thinvm_state_set_template(ThinvmState *s, const ThinvmTemplateId *id)
+{
+    s->sb.template = *id;
 }
 
 const ThinvmBacking *thinvm_state_backing(ThinvmState *s)

@@ -128,6 +128,8 @@ void thinvm_state_info(ThinvmState *s, ThinvmInfoState *info);
    without it, the answer may be old by an operation */
 bool thinvm_state_dirty_reaches(const ThinvmState *s, unsigned quarters);
 void thinvm_state_set_cache_size(ThinvmState *s, uint64_t bytes);
+/* For the next base; lock */
+void thinvm_state_set_template(ThinvmState *s, const ThinvmTemplateId *id);
 /* Points into the state; empty name: no backing file */
 const ThinvmBacking *thinvm_state_backing(ThinvmState *s);
 
@@ -152,8 +154,9 @@ typedef struct ThinvmMapping {
     uint64_t physical;
     uint16_t valid;
     ThinvmSource source;
-    /* a write must go to a new cluster; decided exactly by the look-up for
-       the active trees when asked for (for_write) */
+    /* a write must go to a new cluster, because something else references
+       it, or because it is marked (source TEMPLATE); decided exactly by the
+       look-up for the active trees when asked for (for_write) */
     bool shared;
 } ThinvmMapping;
 

@@ -686,7 +686,7 @@ bool thinvm_create_params_check(const ThinvmCreateParams *p, Error **errp)
 }
 
 /* Erase whatever would let somebody believe in a former image */
-static int coroutine_fn invalidate_former(ThinvmDevice *dev, Error **errp)
+int coroutine_fn thinvm_store_erase(ThinvmDevice *dev, Error **errp)
 {
     const uint64_t claims = THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
     const struct {
@@ -710,6 +710,18 @@ static int coroutine_fn invalidate_former(ThinvmDevice *dev, Error **errp)
         error_setg_errno(errp, -ret, "Could not erase the header");
     }
     return ret;
+}
+
+int coroutine_fn thinvm_store_set_template(ThinvmStore *st,
+                                           const ThinvmTemplateId *id)
+{
+    int ret;
+
+    thinvm_state_lock(st->state);
+    thinvm_state_set_template(st->state, id);
+    thinvm_state_unlock(st->state);
+    ret = thinvm_store_checkpoint_anew(st);
+    return ret < 0 ? ret : thinvm_store_checkpoint_anew(st);
 }
 
 /* Fill sb->device_clusters; enlarge the device if that is too little */
@@ -771,6 +783,9 @@ int coroutine_fn thinvm_store_create(ThinvmDevice *dev,
         .journal_offset = THINVM_JOURNAL_OFFSET,
         .journal_size = params->journal_size,
         .virtual_size = params->virtual_size,
+        .incompatible = params->template.length ? THINVM_INCOMPATIBLE_TEMPLATE
+                                                : 0,
+        .template = params->template,
     };
     ThinvmStore *st;
     int ret;
@@ -783,7 +798,7 @@ int coroutine_fn thinvm_store_create(ThinvmDevice *dev,
     if (ret < 0) {
         return ret;
     }
-    ret = invalidate_former(dev, errp);
+    ret = thinvm_store_erase(dev, errp);
     if (ret < 0) {
         return ret;
     }

@@ -84,6 +84,7 @@ typedef struct ThinvmCreateParams {
     uint64_t cluster_size;      /* bytes, power of two */
     uint64_t journal_size;      /* bytes, multiple of 4 KiB */
     ThinvmBacking backing;      /* empty name: none */
+    ThinvmTemplateId template;  /* length 0: none */
 } ThinvmCreateParams;
 
 /* Are these possible?  Messages name option, value, and what would be right */
@@ -97,6 +98,16 @@ bool thinvm_create_params_check(const ThinvmCreateParams *params, Error **errp);
 int coroutine_fn thinvm_store_create(ThinvmDevice *dev,
                                      const ThinvmCreateParams *params,
                                      Error **errp);
+
+/* From now on the device holds no image */
+int coroutine_fn thinvm_store_erase(ThinvmDevice *dev, Error **errp);
+
+/*
+ * From now on, in both superblocks, this is the image's template, which is
+ * complete then.  Nobody else may use the image.
+ */
+int coroutine_fn thinvm_store_set_template(ThinvmStore *st,
+                                           const ThinvmTemplateId *id);
 
 /*
  * Read the superblocks: the newest valid one to @sb, the other valid one to

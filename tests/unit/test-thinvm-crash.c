@@ -56,7 +56,7 @@ static const uint64_t discard_units[] = {
 /* As in SimFault, then as in ImageFault */
 static const char *const fault_names[] = {
     "flush", "tear", "discard", "fence", "epoch", "order", "follow", "copy",
-    "move", "touch",
+    "move", "touch", "unmark",
 };
 
 /* One life, and what is done to it */
@@ -143,7 +143,8 @@ static void coroutine_fn verify_disk(Verify *v, uint64_t *tags)
         if ((guest + 1) * IMAGE_CLUSTER > size) {
             memset(buf, 0, IMAGE_CLUSTER);
         } else {
-            g_assert_cmpint(image_read(v->sim, v->st, guest, buf), ==, 0);
+            g_assert_cmpint(image_read_both(v->sim, v->st, NULL, guest, buf),
+                            ==, 0);
         }
         for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
             unsigned sector = slot * IMAGE_SECTORS + i;
@@ -183,7 +184,7 @@ static void coroutine_fn verify_snapshot(Verify *v, const SnapshotModel *m,
     for (unsigned slot = 0; slot < NB_SLOTS; slot++) {
         uint64_t guest = slot_guest(slot);
 
-        g_assert_cmpint(image_read_root(v->sim, v->st, &snap.root, guest, buf),
+        g_assert_cmpint(image_read_both(v->sim, v->st, &snap.root, guest, buf),
                         ==, 0);
         for (unsigned i = 0; i < IMAGE_SECTORS; i++) {
             uint64_t is = image_tag(buf + i * SIM_SECTOR,
@@ -451,6 +452,7 @@ static void live_on(Verify *v, Trial *before)
             .tight = before->life.tight,
             .calm = before->life.calm,
             .small_records = before->life.small_records,
+            .template = before->life.template,
             .epoch = before->life.epoch + 1,
         },
         .random.state = sim_random(&before->random),
@@ -524,7 +526,11 @@ static void coroutine_fn birth_entry(void *opaque)
 {
     Life *l = opaque;
 
-    image_create(l->sim, VIRTUAL_SIZE);
+    if (l->template) {
+        image_create_clone(l->sim, VIRTUAL_SIZE);
+    } else {
+        image_create(l->sim, VIRTUAL_SIZE);
+    }
     l->st = image_open(l->sim);
     l->epoch = 1;
     thinvm_store_set_discard(l->st, true);
@@ -547,6 +553,7 @@ static void live(uint64_t seed, uint64_t variant, unsigned steps, bool every)
         .life = {
             .model = model_new(NULL, 1),
             .seed = seed,
+            .template = seed % 2,
         },
         .random.state = seed ^ 0x5eed ^ variant << 40,
         .every = every,

@@ -48,6 +48,8 @@ static const ThinvmOp good_ops[] = {
     { .type = THINVM_OP_SHARE, .guest = 7, .count = 3, .physical = 524288 },
     { .type = THINVM_OP_SHRINK, .value = 1ULL << 35 },
     { .type = THINVM_OP_RELOCATE, .guest = 7, .value = 2ULL << 40 },
+    { .type = THINVM_OP_MAP, .guest = 1024, .count = 512, .physical = 300,
+      .valid = 0xffff, .source = THINVM_SOURCE_TEMPLATE },
 };
 
 static void assert_same_op(const ThinvmOp *a, const ThinvmOp *b)
@@ -189,6 +191,10 @@ static const struct {
     { 0, TREE, 1, 2, "MAP: tree" },
     { 0, TREE, 1, 255, "MAP: tree" },
     { 0, SOURCE, 1, 2, "MAP: source" },
+    /* marks: only with all valid bits (1), and of the disk (0) */
+    { 0, SOURCE, 1, 3, "MAP: source" },
+    { 1, SOURCE, 1, 3, "MAP: source" },
+    { 3, SOURCE, 1, 3, "UNMAP: source" },
     { 0, SOURCE, 1, 255, "MAP: source" },
     { 0, GUEST, 8, BIG_GUEST + 1, "MAP: guest range" },
     { 0, GUEST, 8, 1ULL << 33, "MAP: guest range" },

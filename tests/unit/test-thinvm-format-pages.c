@@ -142,6 +142,43 @@ static const PageCase page_cases[] = {
     { SNAP(2), 0, 8, PTR(1, 4800), "metadata extents" },
 };
 
+/* Marks: only where there is a template, and of whole clusters */
+static void test_marks(void)
+{
+    static const struct {
+        uint64_t entry;
+        const char *with, *without;
+    } cases[] = {
+        { 300 | VALID(0xffff) | 3ULL << 56, NULL, "unknown source" },
+        { 300 | VALID(0xffff) | 3ULL << 56 | 1ULL << 59, NULL,
+          "unknown source" },
+        { 300 | VALID(0x7fff) | 3ULL << 56, "not all of it", "unknown" },
+        { 3ULL << 56, "not all of it", "unknown source" },
+        { VALID(0xffff) | 3ULL << 56, "outside", "unknown source" },
+        { DEVICE_CLUSTERS | VALID(0xffff) | 3ULL << 56, "outside", "unknown" },
+        { 299 | VALID(0xffff) | 3ULL << 56, "belongs to metadata", "unknown" },
+        { 300 | VALID(0xffff) | 2ULL << 56, "unknown", "unknown source" },
+        { 300 | VALID(0xffff) | 7ULL << 56, "unknown", "unknown source" },
+        { 300 | VALID(0xffff) | 3ULL << 56 | 1ULL << 60, "reserved",
+          "reserved" },
+    };
+
+    for (int i = 0; i < 2 * ARRAY_SIZE(cases); i++) {
+        const char *message = i % 2 ? cases[i / 2].with : cases[i / 2].without;
+        ThinvmBounds b = bounds;
+        uint64_t buf[512] = { 0 };
+        Error *err = NULL;
+
+        b.template_marks = i % 2;
+        put(buf, 8 * 7, 8, cases[i / 2].entry);
+        g_assert(thinvm_page_validate(&b, LEAF, THIS_PAGE, buf, &err) ==
+                 !message);
+        if (message) {
+            expect_error(err, message);
+        }
+    }
+}
+
 /* Free clusters below: at most as many as there can be */
 static void test_count_extra(void)
 {
@@ -372,6 +409,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
 
     g_test_add_func("/thinvm/page/fields", test_pages);
+    g_test_add_func("/thinvm/page/marks", test_marks);
     g_test_add_func("/thinvm/page/count-extra", test_count_extra);
     g_test_add_func("/thinvm/page/leaf-questions", test_leaf_questions);
     g_test_add_func("/thinvm/page/space-block", test_space_block);

@@ -255,6 +255,50 @@ static void test_superblock_bytes(void)
     g_assert_true(buffer_is_zero(b + 272, 240));
 }
 
+/* The template of a full clone: its place, its bounds, and none without it */
+static void test_superblock_template(void)
+{
+    static const struct {
+        uint64_t length;
+        bool ok;
+    } lengths[] = {
+        { 0 }, { 511 }, { 513 }, { 512, true }, { 16 * PiB, true },
+        { 16 * PiB + 512 },
+    };
+    ThinvmSuperblock sb = good_superblock(), back;
+    ThinvmSuperblockLe le;
+    uint8_t *b = (uint8_t *)&le;
+
+    sb.incompatible = THINVM_INCOMPATIBLE_TEMPLATE;
+    sb.template.length = 12 * MiB + 512;
+    memset(sb.template.digest, 0xd1, sizeof(sb.template.digest));
+    memset(sb.template.identity, 0x1d, sizeof(sb.template.identity));
+    thinvm_superblock_encode(&le, &sb);
+    g_assert_cmphex(ldq_le_p(b + 48), ==, 1);
+    g_assert_cmpuint(ldq_le_p(b + 408), ==, 12 * MiB + 512);
+    g_assert_cmpmem(b + 416, 32, sb.template.digest, 32);
+    g_assert_cmpmem(b + 448, 32, sb.template.identity, 32);
+    g_assert_true(buffer_is_zero(b + 480, 32));
+    g_assert_cmpint(thinvm_superblock_decode(&back, &le, &error_abort), ==, 0);
+    g_assert_cmpmem(&back, sizeof(back), &sb, sizeof(sb));
+
+    for (int i = 0; i < ARRAY_SIZE(lengths); i++) {
+        Error *err = NULL;
+
+        put(&le, 408, 8, lengths[i].length);
+        seal_superblock(&le);
+        g_assert_cmpint(thinvm_superblock_decode(&back, &le, &err), ==,
+                        lengths[i].ok ? 0 : -EBADMSG);
+        if (!lengths[i].ok) {
+            expect_error(err, "length of the template");
+        }
+    }
+    /* Without the bit these bytes are reserved, and nothing is written there */
+    sb.incompatible = 0;
+    thinvm_superblock_encode(&le, &sb);
+    g_assert_true(buffer_is_zero(b + 408, 104));
+}
+
 /* A later minor version's roots survive; in ours nothing may be there */
 static void test_superblock_reserved(void)
 {
@@ -315,7 +359,7 @@ static const FieldCase superblock_cases[] = {
     { 8, 2, 0, "format version 0.0" },
     { 8, 2, 2, "format version 2.0" },
     { 10, 2, 65535, NULL },
-    { 48, 8, 1, "incompatible features" },
+    { 48, 8, 2, "incompatible features" },
     { 48, 8, 1ULL << 63, "0x8000000000000000" },
     { 32, 8, UINT64_MAX, NULL },
     { 40, 8, UINT64_MAX, NULL },
@@ -596,6 +640,7 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/superblock/round", test_superblock_round);
     g_test_add_func("/thinvm/superblock/bytes", test_superblock_bytes);
     g_test_add_func("/thinvm/superblock/reserved", test_superblock_reserved);
+    g_test_add_func("/thinvm/superblock/template", test_superblock_template);
     g_test_add_func("/thinvm/superblock/flips", test_superblock_flips);
     g_test_add_func("/thinvm/superblock/fields", test_superblock_fields);
     g_test_add_func("/thinvm/superblock/cluster-sizes",

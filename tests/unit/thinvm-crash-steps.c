@@ -257,6 +257,10 @@ static int coroutine_fn write_slot(Worker *w, unsigned slot, unsigned part,
         return ret;
     }
     alone = lock_parts(w, slot, mask, &ret);
+    if (ret == 0 && alone && l->template && below(w, 2)) {
+        /* as where there is no space for a copy */
+        ret = image_unmark(l->st, slot_guest(slot));
+    }
     if (ret == 0) {
         image_dawdle = below(w, 3) ? 0 : below(w, 300);
         ret = image_write(l->sim, l->st, slot_guest(slot), part, nb, tag,
@@ -318,7 +322,8 @@ static void coroutine_fn do_write_clusters(Worker *w)
     unsigned slot = below(w, NB_SLOTS);
     unsigned nb = 1 + below(w, MIN(8, 24 - slot % 24));
     unsigned first = slot * IMAGE_SECTORS, sectors = nb * IMAGE_SECTORS;
-    uint64_t tag = l->model->next_tag++;
+    bool copy = l->template && below(w, 4);
+    uint64_t tag = copy ? TAG_TEMPLATE : l->model->next_tag++;
     uint64_t begun, ticket = 0;
     int ret;
 
@@ -326,7 +331,9 @@ static void coroutine_fn do_write_clusters(Worker *w)
     enter(w);
     lock_exclusive(w, slot, nb);
     begun = model_begin(l->model, first, sectors, tag);
-    ret = image_write_clusters(l->sim, l->st, slot_guest(slot), nb, tag,
+    ret = copy ? image_copy_template(l->sim, l->st, slot_guest(slot), nb,
+                                     &ticket) :
+          image_write_clusters(l->sim, l->st, slot_guest(slot), nb, tag,
                                &ticket);
     finish(w, first, sectors, begun, ticket, ret);
     unlock_exclusive(w, slot, nb);
@@ -663,6 +670,7 @@ static void coroutine_fn read_slot(Worker *w, bool follow)
     int ret;
 
     say(w, "%s slot %u", follow ? "follow and read" : "read", slot);
+    image_by_template = l->template && below(w, 2);
     image_dawdle = below(w, 6) ? 0 : below(w, 200);
     ret = follow ? image_follow(l->sim, l->follower, slot_guest(slot), buf) :
           image_read(l->sim, l->st, slot_guest(slot), buf);

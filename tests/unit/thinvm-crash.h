@@ -32,6 +32,7 @@ typedef struct Life {
     unsigned reign;
     unsigned steps;             /* of each worker */
     uint64_t epoch;
+    bool template;              /* clusters may be marked as the template's */
     bool tight;                 /* there may be no space */
     bool small_records;         /* so that there are several in a commit */
     bool calm;                  /* mostly small writes and flushes */

@@ -13,6 +13,7 @@
 
 ImageFault image_fault;
 unsigned image_dawdle;
+bool image_by_template;
 
 static void coroutine_fn dawdle(ThinvmSim *sim, unsigned turns)
 {
@@ -64,15 +65,27 @@ uint64_t image_tag(const uint8_t *buf, uint64_t sector)
     return memcmp(expected, buf, SIM_SECTOR) ? TAG_FOREIGN : tag;
 }
 
-void coroutine_fn image_create(ThinvmSim *sim, uint64_t virtual_size)
+static void coroutine_fn create(ThinvmSim *sim, uint64_t virtual_size,
+                                bool template)
 {
     ThinvmCreateParams params = {
         .virtual_size = virtual_size,
+        .template.length = template ? virtual_size : 0,
         .cluster_size = IMAGE_CLUSTER,
         .journal_size = 1 * MiB,
     };
 
     thinvm_store_create(sim_device(sim), &params, &error_abort);
+}
+
+void coroutine_fn image_create(ThinvmSim *sim, uint64_t virtual_size)
+{
+    create(sim, virtual_size, false);
+}
+
+void coroutine_fn image_create_clone(ThinvmSim *sim, uint64_t virtual_size)
+{
+    create(sim, virtual_size, true);
 }
 
 static uint64_t current_epoch(ThinvmStore *st)
@@ -260,9 +273,9 @@ int coroutine_fn image_overwrite(ThinvmSim *sim, ThinvmStore *st,
     return ret;
 }
 
-int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
-                                      uint64_t guest, uint64_t count,
-                                      uint64_t tag, uint64_t *ticket)
+static int coroutine_fn map_clusters(ThinvmStore *st, uint64_t guest,
+                                     uint64_t count, uint64_t tag,
+                                     ThinvmSource source, uint64_t *ticket)
 {
     unsigned token = request_begin(st);
     uint64_t dummy;
@@ -273,6 +286,7 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
             .type = THINVM_OP_MAP,
             .guest = guest,
             .valid = THINVM_ALL_VALID,
+            .source = source,
         };
 
         uint64_t max = MIN(count, THINVM_ENTRIES_PER_LEAF -
@@ -299,19 +313,81 @@ int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
     return ret;
 }
 
+int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
+                                      uint64_t guest, uint64_t count,
+                                      uint64_t tag, uint64_t *ticket)
+{
+    return map_clusters(st, guest, count, tag, THINVM_SOURCE_BACKING, ticket);
+}
+
+int coroutine_fn image_copy_template(ThinvmSim *sim, ThinvmStore *st,
+                                     uint64_t guest, uint64_t count,
+                                     uint64_t *ticket)
+{
+    return map_clusters(st, guest, count, TAG_TEMPLATE, THINVM_SOURCE_TEMPLATE,
+                        ticket);
+}
+
+int coroutine_fn image_unmark(ThinvmStore *st, uint64_t guest)
+{
+    unsigned token = request_begin(st);
+    ThinvmOp op = {
+        .type = THINVM_OP_VALIDATE,
+        .guest = guest,
+        .valid = THINVM_ALL_VALID,
+    };
+    ThinvmMapping m;
+    uint64_t ticket;
+    int ret;
+
+    ret = thinvm_store_lookup(st, THINVM_TREE_DISK, NULL, guest, 1, true, &m);
+    if (ret == 0 && m.source == THINVM_SOURCE_TEMPLATE) {
+        op.physical = m.physical;
+        ret = thinvm_store_execute(st, &op, &ticket, NULL);
+        if (ret == 0 && image_fault != IMAGE_FAULT_UNMARK) {
+            ret = thinvm_store_commit(st, THINVM_COMMIT_DURABLE, false);
+        }
+    }
+    request_end(st, token);
+    return ret;
+}
+
+static void template_read(uint64_t guest, uint8_t *buf)
+{
+    image_fill(buf, guest * IMAGE_SECTORS, IMAGE_SECTORS, TAG_TEMPLATE);
+}
+
+int coroutine_fn image_read_both(ThinvmSim *sim, ThinvmStore *st,
+                                 const ThinvmPointer *root, uint64_t guest,
+                                 uint8_t *buf)
+{
+    g_autofree uint8_t *other = g_malloc(IMAGE_CLUSTER);
+    int ret = image_read_root(sim, st, root, guest, buf);
+
+    if (ret == 0) {
+        image_by_template = true;
+        ret = image_read_root(sim, st, root, guest, other);
+    }
+    return ret == 0 && memcmp(buf, other, IMAGE_CLUSTER) ? -EIO : ret;
+}
+
 int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
                                  const ThinvmPointer *root, uint64_t guest,
                                  uint8_t *buf)
 {
     unsigned token = request_begin(st);
     unsigned turns = take_dawdle();
+    bool by_template = image_by_template;
     ThinvmMapping m;
     int ret;
 
+    image_by_template = false;
     ret = thinvm_store_lookup(st, THINVM_TREE_DISK, root, guest, 1, false, &m);
     dawdle(sim, turns);
     memset(buf, 0, IMAGE_CLUSTER);
-    if (ret == 0 && m.type == THINVM_MAPPING_DATA) {
+    if (ret == 0 && by_template && m.source == THINVM_SOURCE_TEMPLATE) {
+        template_read(guest, buf);
+    } else if (ret == 0 && m.type == THINVM_MAPPING_DATA) {
         ret = st->dev->co_pread(st->dev, m.physical * IMAGE_CLUSTER,
                                 IMAGE_CLUSTER, buf);
         for (unsigned i = 0; i < THINVM_PARTS; i++) {
@@ -334,6 +410,7 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                               uint8_t *buf)
 {
     unsigned turns = take_dawdle();
+    bool by_template = image_by_template;
 
     for (;;) {
         bool changed = false, repeat;
@@ -347,6 +424,7 @@ int coroutine_fn image_follow(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
         changes = thinvm_store_changes(st);
         if (ret == 0) {
             image_dawdle = turns;
+            image_by_template = by_template;
             ret = image_read(sim, st, guest, buf);
         }
         /* also when reading fails: perhaps it was moved, and cut off there */

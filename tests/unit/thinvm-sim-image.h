@@ -20,6 +20,8 @@
 /* What a sector that nobody wrote reads as, and one that nobody may see */
 #define TAG_ZERO            0ULL
 #define TAG_FOREIGN         UINT64_MAX
+/* What the template has everywhere */
+#define TAG_TEMPLATE        (1ULL << 36)
 
 /* Fill @sectors sectors from guest sector @first with @tag */
 void image_fill(uint8_t *buf, uint64_t first, unsigned sectors, uint64_t tag);
@@ -28,6 +30,8 @@ uint64_t image_tag(const uint8_t *buf, uint64_t sector);
 
 /* Create an image with 16 KiB clusters and a journal of 1 MiB */
 void coroutine_fn image_create(ThinvmSim *sim, uint64_t virtual_size);
+/* The same for one whose clusters can be marked as the template's */
+void coroutine_fn image_create_clone(ThinvmSim *sim, uint64_t virtual_size);
 /* Open and begin writing with an epoch above what the journal has */
 ThinvmStore *coroutine_fn image_open(ThinvmSim *sim);
 
@@ -52,11 +56,21 @@ int coroutine_fn image_overwrite(ThinvmSim *sim, ThinvmStore *st,
 int coroutine_fn image_write_clusters(ThinvmSim *sim, ThinvmStore *st,
                                       uint64_t guest, uint64_t count,
                                       uint64_t tag, uint64_t *ticket);
+/* The same with the template's data, marked */
+int coroutine_fn image_copy_template(ThinvmSim *sim, ThinvmStore *st,
+                                     uint64_t guest, uint64_t count,
+                                     uint64_t *ticket);
+/* Take a mark away so that the cluster may be written in place; alone */
+int coroutine_fn image_unmark(ThinvmStore *st, uint64_t guest);
 /* Read one guest cluster, as a guest would; @buf: IMAGE_CLUSTER bytes */
 int coroutine_fn image_read(ThinvmSim *sim, ThinvmStore *st, uint64_t guest,
                             uint8_t *buf);
 /* The same in a snapshot, whose root this is */
 int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
+                                 const ThinvmPointer *root, uint64_t guest,
+                                 uint8_t *buf);
+/* The same while nobody writes; what is marked is the template's, or -EIO */
+int coroutine_fn image_read_both(ThinvmSim *sim, ThinvmStore *st,
                                  const ThinvmPointer *root, uint64_t guest,
                                  uint8_t *buf);
 /* Tag of the first sector of the cluster */
@@ -75,6 +89,9 @@ void coroutine_fn image_check(ThinvmStore *st);
  * copies between its read and its write.
  */
 extern unsigned image_dawdle;
+/* The next image_read() or image_follow() reads what is marked from the
+ * template */
+extern bool image_by_template;
 
 /* Rules that these helpers can be made to break, for tests of the tests */
 typedef enum ImageFault {
@@ -85,6 +102,7 @@ typedef enum ImageFault {
     IMAGE_FAULT_COPY,           /* writes in place do not heed copiers */
     IMAGE_FAULT_MOVE,           /* compaction does not tell writers of it */
     IMAGE_FAULT_TOUCH,          /* writes do not ask for checksums of data */
+    IMAGE_FAULT_UNMARK,         /* a mark's end is not durable before data */
     IMAGE_FAULT_HIDDEN,         /* another reader's catch-up hides a change */
 } ImageFault;
 extern ImageFault image_fault;
