@@ -21,6 +21,9 @@
 #include "handover.h"
 
 #define THINVM_OPT_JOURNAL_SIZE "journal_size"
+#define THINVM_OPT_TEMPLATE_FILE "template_file"
+#define THINVM_OPT_TEMPLATE_FMT "template_fmt"
+#define THINVM_OPT_TEMPLATE_DIGEST "template_digest"
 
 QemuOptsList thinvm_create_opts = {
     .name = "thinvm-create-opts",
@@ -52,6 +55,19 @@ QemuOptsList thinvm_create_opts = {
             .type = QEMU_OPT_STRING,
             .help = "Space taken in advance (allowed values: off, metadata, "
                     "falloc, full)",
+        }, {
+            .name = THINVM_OPT_TEMPLATE_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "Image whose contents are copied: a full clone, which "
+                    "remembers what it still has in common with it",
+        }, {
+            .name = THINVM_OPT_TEMPLATE_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Format of the template",
+        }, {
+            .name = THINVM_OPT_TEMPLATE_DIGEST,
+            .type = QEMU_OPT_STRING,
+            .help = "What the template's contents must be, sha256:...",
         },
         { /* end of list */ }
     },
@@ -146,6 +162,16 @@ static bool thinvm_create_params(const BlockdevCreateOptionsThinvm *opts,
                    "are possible", strlen(name), THINVM_MAX_BACKING_NAME);
         return false;
     }
+    if (opts->template_digest && !opts->q_template) {
+        error_setg(errp, "The digest of a template was given without a "
+                   "template");
+        return false;
+    }
+    if (opts->q_template && *name) {
+        error_setg(errp, "A disk with a template is a full clone; it cannot "
+                   "have backing file '%s' too", name);
+        return false;
+    }
     pstrcpy(params->backing.name, sizeof(params->backing.name), name);
     pstrcpy(params->backing.format, sizeof(params->backing.format), format);
     if (*name && opts->has_preallocation &&
@@ -185,30 +211,124 @@ static int coroutine_fn thinvm_create_preallocate(BlockDriverState *file,
     return ret;
 }
 
+/* The template that was given, and what is known of it; NULL: an error */
+static BlockBackend * coroutine_fn
+thinvm_create_template(const BlockdevCreateOptionsThinvm *opts,
+                       ThinvmTemplateId *id, uint8_t *digest, Error **errp)
+{
+    BlockDriverState *bs;
+    BlockBackend *blk;
+    int ret;
+
+    if (opts->template_digest &&
+        !thinvm_template_parse(opts->template_digest, digest, errp)) {
+        return NULL;
+    }
+    bs = bdrv_co_open_blockdev_ref(opts->q_template, errp);
+    if (!bs) {
+        return NULL;
+    }
+    /* Nobody may change it meanwhile */
+    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ,
+                             BLK_PERM_CONSISTENT_READ |
+                             BLK_PERM_WRITE_UNCHANGED, errp);
+    bdrv_co_unref(bs);
+    if (!blk) {
+        return NULL;
+    }
+    bdrv_graph_co_rdlock();
+    ret = thinvm_template_identify((BdrvChild *)blk_root(blk), id, errp);
+    bdrv_graph_co_rdunlock();
+    if (ret >= 0 && (!id->length || id->length > opts->size)) {
+        error_setg(errp, "The template has %" PRIu64 " bytes; it must have "
+                   "some, and a disk of %" PRIu64 " bytes must hold them",
+                   id->length, opts->size);
+        ret = -EINVAL;
+    }
+    if (ret < 0) {
+        blk_co_unref(blk);
+        return NULL;
+    }
+    if (!opts->template_digest) {
+        memcpy(digest, id->digest, sizeof(id->digest));
+    }
+    /* It is known when all of it was read; until then the copy is not whole */
+    memset(id->digest, 0, sizeof(id->digest));
+    return blk;
+}
+
+/* A copy that failed is no image */
+static void coroutine_fn thinvm_create_undo(BlockDriverState *bs)
+{
+    BlockBackend *blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ |
+                                           BLK_PERM_WRITE, BLK_PERM_ALL,
+                                           NULL);
+    ThinvmBlkDevice d;
+
+    if (blk) {
+        thinvm_device_init_blk(&d, blk);
+        thinvm_store_erase(&d.device, NULL);
+        blk_co_unref(blk);
+    }
+}
+
+static int coroutine_fn thinvm_create_fill(BlockdevCreateOptionsThinvm *opts,
+                                           BlockDriverState *bs,
+                                           BlockBackend *template,
+                                           const ThinvmTemplateId *id,
+                                           const uint8_t *digest, Error **errp)
+{
+    PreallocMode prealloc = opts->has_preallocation ? opts->preallocation
+                                                    : PREALLOC_MODE_OFF;
+    int ret = 0;
+
+    if (template) {
+        ret = thinvm_create_copy(bs, template, id,
+                                 thinvm_template_hash_known(digest) ? digest
+                                                                    : NULL,
+                                 errp);
+        if (ret < 0) {
+            thinvm_create_undo(bs);
+        }
+    }
+    if (ret >= 0 && prealloc != PREALLOC_MODE_OFF && opts->size) {
+        ret = thinvm_create_preallocate(bs, opts->size, prealloc, errp);
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_co_create(BlockdevCreateOptions *options, Error **errp)
 {
     BlockdevCreateOptionsThinvm *opts = &options->u.thinvm;
-    PreallocMode prealloc = opts->has_preallocation ? opts->preallocation
-                                                    : PREALLOC_MODE_OFF;
+    uint8_t digest[THINVM_TEMPLATE_HASH_SIZE] = { };
+    BlockBackend *blk, *template = NULL;
     ThinvmCreateParams params;
     ThinvmBlkDevice d;
     BlockDriverState *bs;
-    BlockBackend *blk;
     int ret;
 
     assert(options->driver == BLOCKDEV_DRIVER_THINVM);
     if (!thinvm_create_params(opts, &params, errp)) {
         return -EINVAL;
     }
+    if (opts->q_template) {
+        template = thinvm_create_template(opts, &params.template, digest,
+                                          errp);
+        if (!template) {
+            return -EINVAL;
+        }
+    }
     bs = bdrv_co_open_blockdev_ref(opts->file, errp);
     if (!bs) {
-        return -EIO;
+        ret = -EIO;
+        goto out;
     }
     blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
                              BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
     if (!blk) {
         bdrv_co_unref(bs);
-        return -EPERM;
+        ret = -EPERM;
+        goto out;
     }
     blk_set_allow_write_beyond_eof(blk, true);
 
@@ -221,11 +341,15 @@ int coroutine_fn thinvm_co_create(BlockdevCreateOptions *options, Error **errp)
         ret = thinvm_store_create(&d.device, &params, errp);
     }
     blk_co_unref(blk);
-    if (ret >= 0 && prealloc != PREALLOC_MODE_OFF && params.virtual_size) {
-        ret = thinvm_create_preallocate(bs, params.virtual_size, prealloc,
-                                        errp);
+    if (ret >= 0) {
+        ret = thinvm_create_fill(opts, bs, template, &params.template, digest,
+                                 errp);
     }
     bdrv_co_unref(bs);
+out:
+    if (template) {
+        blk_co_unref(template);
+    }
     return ret < 0 ? ret : 0;
 }
 
@@ -240,6 +364,7 @@ static BlockdevCreateOptions *thinvm_create_options(QDict *qdict, Error **errp)
         { BLOCK_OPT_BACKING_FMT,    "backing-fmt" },
         { BLOCK_OPT_CLUSTER_SIZE,   "cluster-size" },
         { THINVM_OPT_JOURNAL_SIZE,  "journal-size" },
+        { THINVM_OPT_TEMPLATE_DIGEST, "template-digest" },
         { NULL, NULL },
     };
     BlockdevCreateOptions *options = NULL;
@@ -296,17 +421,53 @@ static int coroutine_fn thinvm_create_on(const char *filename,
     return ret;
 }
 
+/* A template's name in @qdict becomes that of a node; NULL: there is none */
+static bool coroutine_fn thinvm_create_open_template(QDict *qdict,
+                                                     BlockDriverState **bs,
+                                                     Error **errp)
+{
+    const char *file = qdict_get_try_str(qdict, THINVM_OPT_TEMPLATE_FILE);
+    const char *format = qdict_get_try_str(qdict, THINVM_OPT_TEMPLATE_FMT);
+    QDict *options = NULL;
+
+    *bs = NULL;
+    if (!file) {
+        if (format) {
+            error_setg(errp, "Format '%s' of a template was given without a "
+                       "template", format);
+        }
+        return !format;
+    }
+    if (format) {
+        options = qdict_new();
+        qdict_put_str(options, "driver", format);
+    }
+    *bs = bdrv_co_open(file, NULL, options, 0, errp);
+    if (!*bs) {
+        return false;
+    }
+    qdict_del(qdict, THINVM_OPT_TEMPLATE_FILE);
+    qdict_del(qdict, THINVM_OPT_TEMPLATE_FMT);
+    qdict_put_str(qdict, "template", bdrv_get_node_name(*bs));
+    return true;
+}
+
 int coroutine_fn thinvm_co_create_opts(BlockDriver *drv, const char *filename,
                                        QemuOpts *opts, Error **errp)
 {
     /* What is left in opts is for the protocol */
     g_autoptr(QDict) qdict =
         qemu_opts_to_qdict_filtered(opts, NULL, &thinvm_create_opts, true);
-    BlockdevCreateOptions *options = thinvm_create_options(qdict, errp);
+    BlockDriverState *template = NULL;
+    BlockdevCreateOptions *options = NULL;
     bool device;
     int ret;
 
+    if (thinvm_create_open_template(qdict, &template, errp)) {
+        options = thinvm_create_options(qdict, errp);
+    }
     if (!options) {
+        bdrv_co_unref(template);
         return -EINVAL;
     }
     ret = thinvm_create_check_file(filename, &device, errp);
@@ -316,6 +477,7 @@ int coroutine_fn thinvm_co_create_opts(BlockDriver *drv, const char *filename,
     if (ret >= 0) {
         ret = thinvm_create_on(filename, options, errp);
     }
+    bdrv_co_unref(template);
     qapi_free_BlockdevCreateOptions(options);
     return ret;
 }

@@ -73,6 +73,7 @@ ImageInfoSpecific *thinvm_get_specific_info(BlockDriverState *bs, Error **errp)
         .compatible_features = s->compatible,
         .readonly_compatible_features = s->readonly_compatible,
         .incompatible_features = s->incompatible,
+        .q_template = thinvm_template_info(s),
     };
     spec->type = IMAGE_INFO_SPECIFIC_KIND_THINVM;
     spec->u.thinvm.data = data;
@@ -104,6 +105,8 @@ static void thinvm_statistics(BDRVThinvmState *s, ThinvmStatistics *dst,
         .pending_operations = stats.pending_operations,
         .allocated_clusters = info->allocated_clusters,
         .free_clusters = info->free_clusters,
+        .template_bytes = stat64_get(&s->template_bytes),
+        .template_failures = stat64_get(&s->template_failures),
     };
 }
 
@@ -206,5 +209,7 @@ int coroutine_fn thinvm_co_check(BlockDriverState *bs, BdrvCheckResult *result,
     result->bfi.allocated_clusters = res.allocated_clusters;
     result->bfi.total_clusters = res.total_clusters;
     result->bfi.fragmented_clusters = res.fragmented_clusters;
-    return 0;
+    /* In an image that is damaged it would not say much */
+    return s->template && !s->view && !res.corruptions && !res.check_errors
+           ? thinvm_io_compare_template(bs, result) : 0;
 }

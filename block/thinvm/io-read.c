@@ -30,6 +30,7 @@ typedef struct ReadPiece {
     BlockDriverState *bs;
     int tree;
     uint64_t offset, bytes;         /* of the guest */
+    bool from_template;             /* if that can be read, else: */
     bool from_file;
     uint64_t device_offset;         /* if from_file */
     ThinvmSource source;            /* else */
@@ -103,6 +104,11 @@ static int coroutine_fn GRAPH_RDLOCK read_piece(const ReadPiece *p)
     BlockDriverState *bs = p->bs;
     int ret;
 
+    if (p->from_template &&
+        thinvm_io_read_template(bs, p->offset, p->bytes, p->qiov,
+                                p->qiov_offset, p->flags) == 0) {
+        return 0;
+    }
     if (!p->from_file) {
         return thinvm_io_read_source(bs, p->tree, p->source, p->offset,
                                      p->bytes, p->qiov, p->qiov_offset,
@@ -176,6 +182,8 @@ static void GRAPH_RDLOCK choose_piece(ReadPiece *p, const ThinvmMapping *m,
     }
     p->device_offset = thinvm_device_offset(s, m, p->offset);
     if (!thinvm_mapping_mixed(m)) {
+        p->from_template = thinvm_io_in_template(p->bs, m, p->offset,
+                                                 p->bytes);
         return;
     }
 
@@ -270,6 +278,7 @@ read_once(BlockDriverState *bs, ThinvmStore *st, int tree, uint64_t offset,
         return ret;
     }
     if (likely(m.type == THINVM_MAPPING_DATA && m.valid == THINVM_ALL_VALID &&
+               m.source != THINVM_SOURCE_TEMPLATE &&
                thinvm_clamp(s, offset, bytes, m.count) == bytes)) {
         BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
         return bdrv_co_preadv_part(bs->file,

@@ -164,6 +164,19 @@ static int coroutine_fn prepare_parts(WriteChunk *c)
     return prepare_registered_parts(c);
 }
 
+static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    uint64_t ticket = 0;
+    Error *err = NULL;
+    int ret = thinvm_store_execute_summed(s->store, op,
+                                          c->summed ? &c->sum : NULL, &ticket,
+                                          &err);
+
+    c->r->ticket = MAX(c->r->ticket, ticket);
+    return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
+}
+
 /* Where new clusters would continue what lies before them; 0: no wish */
 static uint64_t coroutine_fn goal(WriteChunk *c)
 {
@@ -232,6 +245,30 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
     return 0;
 }
 
+/*
+ * There is no space for a copy of a cluster that is marked as the template's.
+ * Then it loses the mark, and may be written in place if it is not shared.
+ * The mark must be gone durably before: else it would come back with a crash,
+ * and vouch for data that are not the template's.  -EAGAIN: look again.
+ */
+static int coroutine_fn unmark(WriteChunk *c)
+{
+    BDRVThinvmState *s = c->bs->opaque;
+    ThinvmOp op = {
+        .type = THINVM_OP_VALIDATE,
+        .tree = c->tree,
+        .guest = c->first,
+        .physical = c->old.physical,
+        .valid = THINVM_ALL_VALID,
+    };
+    int ret = execute(c, &op);
+
+    if (ret == 0) {
+        ret = thinvm_store_commit(s->store, THINVM_COMMIT_DURABLE, true);
+    }
+    return ret < 0 ? ret : -EAGAIN;
+}
+
 static int coroutine_fn GRAPH_RDLOCK prepare_exclusive(WriteChunk *c)
 {
     BDRVThinvmState *s = c->bs->opaque;
@@ -246,6 +283,9 @@ static int coroutine_fn GRAPH_RDLOCK prepare_exclusive(WriteChunk *c)
     }
     if (ret == 0) {
         ret = reserve(c);
+        if (ret == -ENOSPC && c->old.source == THINVM_SOURCE_TEMPLATE) {
+            ret = unmark(c);
+        }
     }
     if (ret < 0) {
         thinvm_inflight_end_request(s, &c->inflight);
@@ -371,6 +411,11 @@ fill_part(WriteChunk *c, uint64_t offset, uint64_t bytes, uint8_t *buf)
     QEMUIOVector qiov;
 
     if (c->kind == WRITE_COPY && (c->old.valid & bit)) {
+        qemu_iovec_init_buf(&qiov, buf, bytes);
+        if (thinvm_io_in_template(bs, &c->old, offset, bytes) &&
+            thinvm_io_read_template(bs, offset, bytes, &qiov, 0, 0) == 0) {
+            return 0;
+        }
         BLKDBG_CO_EVENT(bs->file, BLKDBG_COW_READ);
         return bdrv_co_pread(bs->file,
                              thinvm_device_offset(s, &c->old, offset), bytes,
@@ -609,19 +654,6 @@ static int coroutine_fn GRAPH_RDLOCK write_data(WriteChunk *c)
 
 /* ------------------------------------------------------------------ */
 /* 4: make it visible                                                  */
-
-static int coroutine_fn execute(WriteChunk *c, const ThinvmOp *op)
-{
-    BDRVThinvmState *s = c->bs->opaque;
-    uint64_t ticket = 0;
-    Error *err = NULL;
-    int ret = thinvm_store_execute_summed(s->store, op,
-                                          c->summed ? &c->sum : NULL, &ticket,
-                                          &err);
-
-    c->r->ticket = MAX(c->r->ticket, ticket);
-    return ret < 0 ? thinvm_io_report(c->bs, ret, err) : 0;
-}
 
 static int coroutine_fn publish_validate(WriteChunk *c)
 {

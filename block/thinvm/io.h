@@ -165,6 +165,19 @@ int coroutine_fn GRAPH_RDLOCK
 thinvm_io_read_source(BlockDriverState *bs, int tree, ThinvmSource source,
                       uint64_t offset, uint64_t bytes, QEMUIOVector *qiov,
                       size_t qiov_offset, BdrvRequestFlags flags);
+/*
+ * May [offset, offset + bytes), which @m covers, be read from the template?
+ * By the same look-up that says where the image has it: while it is marked
+ * nothing else has been written there.
+ */
+bool GRAPH_RDLOCK thinvm_io_in_template(BlockDriverState *bs,
+                                        const ThinvmMapping *m,
+                                        uint64_t offset, uint64_t bytes);
+/* If this fails the image has it too */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_read_template(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
+                        QEMUIOVector *qiov, size_t qiov_offset,
+                        BdrvRequestFlags flags);
 /* A whole request: epoch, mode, and all; any offset and length in bytes */
 int coroutine_fn GRAPH_RDLOCK
 thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,

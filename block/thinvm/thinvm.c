@@ -110,6 +110,13 @@ thinvm_open_superblock(BlockDriverState *bs, Error **errp)
     s->compatible = sb.compatible;
     s->readonly_compatible = sb.readonly_compatible;
     s->incompatible = sb.incompatible;
+    s->template_id = sb.template;
+    if (sb.template.length && !thinvm_template_hash_known(sb.template.digest) &&
+        !thinvm_create_is_copying(bs->file->bs)) {
+        error_setg(errp, "Creating the image was interrupted before its "
+                   "template was copied; create it again");
+        return -EINVAL;
+    }
 
     unknown = sb.readonly_compatible & ~THINVM_READONLY_COMPATIBLE_KNOWN;
     if (unknown) {
@@ -154,16 +161,21 @@ static const char *thinvm_given(const char *option)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_look(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    int ret = thinvm_device_forget_cache(bs, errp);
+
+    return ret < 0 ? ret : thinvm_open_superblock(bs, errp);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_open(BlockDriverState *bs, void *opaque, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
     bool take;
     int ret;
 
-    ret = thinvm_device_forget_cache(bs, errp);
-    if (ret >= 0) {
-        ret = thinvm_open_superblock(bs, errp);
-    }
+    ret = thinvm_co_look(bs, NULL, errp);
     if (ret < 0) {
         return ret;
     }
@@ -230,6 +242,18 @@ static int thinvm_give_up(BlockDriverState *bs, ThinvmClaimState state,
     return thinvm_run(bs, thinvm_co_give_up, &state, errp);
 }
 
+/* A wrong one is refused before anything is written */
+static int thinvm_look_at_template(BlockDriverState *bs, Error **errp)
+{
+    int ret = thinvm_run(bs, thinvm_co_look, NULL, errp);
+
+    if (ret >= 0) {
+        GRAPH_RDLOCK_GUARD_MAINLOOP();
+        ret = thinvm_template_check(bs, errp);
+    }
+    return ret;
+}
+
 static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
                                       int flags, Error **errp)
 {
@@ -252,6 +276,9 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
         }
     }
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    if (ret >= 0) {
+        ret = thinvm_template_open(bs, options, errp);
+    }
     if (ret < 0) {
         return ret;
     }
@@ -263,7 +290,12 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     thinvm_worker_init(s);
     thinvm_pulse_init(s);
 
-    ret = thinvm_run(bs, thinvm_co_open, NULL, errp);
+    /* who asks for information alone cannot read it, and need not */
+    ret = s->template && !(flags & BDRV_O_NO_IO)
+          ? thinvm_look_at_template(bs, errp) : 0;
+    if (ret >= 0) {
+        ret = thinvm_run(bs, thinvm_co_open, NULL, errp);
+    }
     if (ret < 0) {
         if (s->owner) {
             thinvm_give_up(bs, THINVM_CLAIM_CLOSED, NULL);
@@ -519,6 +551,10 @@ thinvm_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 {
     BDRVThinvmState *s = bs->opaque;
 
+    if (!role) {
+        thinvm_template_perm(nperm, nshared);
+        return;
+    }
     bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
     if ((role & BDRV_CHILD_IMAGE) && !(role & BDRV_CHILD_COW) &&
         (s->options.mode == THINVM_CACHE_MODE_MIGRATION ||

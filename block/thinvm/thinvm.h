@@ -10,6 +10,8 @@
  *   options.c           run-time options
  *   device.c            what the store reads and writes: a child or a backend
  *   create.c            creating images, and what size they will have
+ *   create-template.c   full clones: copying a template, with marks
+ *   template.c          full clones: the template that is read from
  *   change.c            resize, backing file, amend, making empty
  *   info.c              information, statistics, check
  *   driver-snapshot.c   internal snapshots
@@ -31,6 +33,7 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "qapi/qapi-types-thinvm.h"
+#include "qemu/cutils.h"
 #include "qemu/stats64.h"
 #include "store.h"
 
@@ -124,6 +127,12 @@ struct BDRVThinvmState {
     uint64_t cluster_size;          /* bytes */
     uint64_t journal_size;          /* bytes */
     uint64_t compatible, readonly_compatible, incompatible; /* features */
+    /* template.c: what the image remembers of its template, if it does; and
+     * that template, if it was given to us.  Set at open for good */
+    ThinvmTemplateId template_id;
+    BdrvChild *template;
+    Stat64 template_bytes, template_failures;
+    int64_t template_resume_ns;     /* atomic: leave it alone until then */
     /*
      * Set where the node shows a snapshot: look-ups of the disk use its tree
      * instead of the active one, and it has its own size.  The node is
@@ -210,6 +219,9 @@ thinvm_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
                         int64_t dst_offset, int64_t bytes,
                         BdrvRequestFlags read_flags,
                         BdrvRequestFlags write_flags);
+/* check: is what is marked as the template's so?  Adds to @result */
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_compare_template(BlockDriverState *bs, BdrvCheckResult *result);
 int coroutine_fn GRAPH_RDLOCK
 thinvm_co_save_vmstate(BlockDriverState *bs, QEMUIOVector *qiov, int64_t pos);
 int coroutine_fn GRAPH_RDLOCK
@@ -503,6 +515,43 @@ thinvm_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
                       Error **errp);
 BlockMeasureInfo *thinvm_measure(QemuOpts *opts, BlockDriverState *in_bs,
                                  Error **errp);
+
+/* create-template.c */
+
+/*
+ * Copy @template to the image on @file, which has just been created, and
+ * complete @id.  @digest: the contents must have that one, unless NULL.
+ */
+int coroutine_fn GRAPH_UNLOCKED
+thinvm_create_copy(BlockDriverState *file, BlockBackend *template,
+                   const ThinvmTemplateId *id, const uint8_t *digest,
+                   Error **errp);
+/* Is the image on this node being filled by thinvm_create_copy()? */
+bool thinvm_create_is_copying(BlockDriverState *file);
+
+/* template.c */
+
+/* "sha256:" and 64 digits, to 32 bytes; and back */
+bool thinvm_template_parse(const char *text, uint8_t *digest, Error **errp);
+char *thinvm_template_name(const uint8_t *digest);
+static inline bool thinvm_template_hash_known(const uint8_t *hash)
+{
+    return !buffer_is_zero(hash, THINVM_TEMPLATE_HASH_SIZE);
+}
+/*
+ * What can be told of a template without reading it: its length, what its
+ * node says of its digest (else zeroes), what a boot cache knows it by
+ */
+int GRAPH_RDLOCK thinvm_template_identify(BdrvChild *child,
+                                          ThinvmTemplateId *id, Error **errp);
+/* Take option "template" */
+int GRAPH_UNLOCKED thinvm_template_open(BlockDriverState *bs, QDict *options,
+                                        Error **errp);
+/* Is it the image's?  If not, says why */
+int GRAPH_RDLOCK thinvm_template_check(BlockDriverState *bs, Error **errp);
+void GRAPH_RDLOCK thinvm_template_perm(uint64_t *nperm, uint64_t *nshared);
+/* What qemu-img info tells; NULL: none */
+ThinvmCloneTemplate *thinvm_template_info(BDRVThinvmState *s);
 
 /* change.c */
 extern QemuOptsList thinvm_amend_opts;

@@ -33,7 +33,7 @@ FIELDS = {
     'vmstate_root': (192, '<Q'), 'count_root': (208, '<Q'),
     'space_root': (224, '<Q'), 'snapshot_root': (240, '<Q'),
     'backing': (256, '<Q'), 'reserved_root_0': (272, '<Q'),
-    'reserved': (400, '<Q'),
+    'reserved': (400, '<Q'), 'template_digest': (416, '<32s'),
 }
 TYPE_PAGE = 1
 
