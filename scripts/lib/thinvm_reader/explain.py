@@ -13,9 +13,9 @@ from .image import read_superblocks
 from .journal import Journal
 from .pages import Pages
 from .structures import (
-    CLAIM_OFFSET, COUNT, EMPTY, HEARTBEAT_OFFSET, LEVELS, MAP, NAME,
+    BACKING, CLAIM_OFFSET, COUNT, EMPTY, HEARTBEAT_OFFSET, LEVELS, MAP, NAME,
     NB_CLAIMS, NONE, PAGE, PAGEPTR, ROOTS, SNAPSHOTS, SPACE, SUM_CLAIM,
-    SUM_HEARTBEAT, SUPERBLOCK_FIELDS, Device, FormatError, Superblock,
+    SUM_HEARTBEAT, SUPERBLOCK_FIELDS, TEMPLATE, ZEROES, Device, FormatError, Superblock,
     checksum_without, entry_fields)
 
 STATES = {1: 'active', 2: 'released', 3: 'closed', 4: 'returned'}
@@ -239,7 +239,8 @@ class Explanation:
                 if mapping:
                     physical, valid, source = entry_fields(value)
                     item.update({'physical': physical, 'valid': valid,
-                                 'else': 'zeroes' if source else 'backing',
+                                 'else': {BACKING: 'backing', ZEROES: 'zeroes',
+                                          TEMPLATE: 'template'}[source],
                                  'shared': bool(value >> 59 & 1)})
                 else:
                     item['count'] = value

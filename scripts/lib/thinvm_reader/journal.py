@@ -9,7 +9,7 @@ import struct
 from .structures import (
     ALL_VALID, COUNTER_MAX, JOURNAL_OFFSET, KIB, MAX_CLUSTERS,
     MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_DATA, SUM_RECORD,
-    checksum, checksum_without, require)
+    TEMPLATE, checksum, checksum_without, require)
 
 RECORD_MAX = 256 * KIB
 
@@ -70,7 +70,9 @@ class Operation:
         if name in ('MAP', 'UNMAP', 'VALIDATE', 'INVALIDATE', 'MAP_RUN'):
             n = {'MAP': self.count, 'UNMAP': self.count,
                  'MAP_RUN': 512}.get(name, 1)
-            check(self.tree < 2 and self.source < 2 and n >= 1)
+            mark = (name == 'MAP' and self.source == TEMPLATE and
+                    self.tree == 0 and self.valid == ALL_VALID)
+            check(self.tree < 2 and (self.source < 2 or mark) and n >= 1)
             check(self.guest + n <= MAX_GUEST_CLUSTERS)
             if name != 'UNMAP':
                 check(self.physical and self.physical + n <= MAX_CLUSTERS)

@@ -9,9 +9,9 @@ import collections
 import struct
 
 from .structures import (
-    COUNT, COUNT_MAX, COUNT_METADATA, EMPTY, EXTENT_MAX_PAGES, MAP, NAME,
-    NONE, PAGE, PAGEPTR, RUN, SNAPSHOTS, SPACE, SUM_PAGE, UNIFORM,
-    UNWRITTEN_RUN, ZERO, ZEROES, FormatError, Snapshot, checksum,
+    ALL_VALID, COUNT, COUNT_MAX, COUNT_METADATA, EMPTY, EXTENT_MAX_PAGES, MAP,
+    NAME, NONE, PAGE, PAGEPTR, RUN, SNAPSHOTS, SPACE, SUM_PAGE, TEMPLATE,
+    UNIFORM, UNWRITTEN_RUN, ZERO, ZEROES, FormatError, Snapshot, checksum,
     decode_backing, decode_pointer, entry_fields, require)
 
 class Page:
@@ -217,7 +217,9 @@ class Pages:
                 continue
             physical, valid, source = entry_fields(entry)
             here = f'{where}, entry {i}'
-            require(not entry >> 60 and source <= ZEROES,
+            marked = (source == TEMPLATE and self.sb.template and
+                      valid == ALL_VALID)
+            require(not entry >> 60 and (source <= ZEROES or marked),
                     f'{here}: reserved bits or source in {entry:#x}')
             if physical:
                 self._judge_clusters(physical, 1, here)

@@ -7,8 +7,8 @@
 from .structures import (
     ALL_VALID, BACKING, COUNT_MAX, COUNT_METADATA, DELETED, DISK, EMPTY,
     EXTENT_MAX_PAGES, MAP, MAX_GUEST_CLUSTERS, MAX_SLOTS, NONE, PAGEPTR,
-    PROTECTED, RUN, TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES, FormatError,
-    Pointer, Snapshot, decode_backing, entry_fields, make_entry, require,
+    PROTECTED, RUN, TEMPLATE, TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES,
+    FormatError, Pointer, Snapshot, decode_backing, entry_fields, make_entry, require,
     run_entry)
 from .pages import Extent, Page, Pages
 
@@ -196,12 +196,15 @@ class State(Pages):
                 self._change_counts(old, 1, -1)
             return make_entry(op.physical + i, op.valid, op.source)
 
+        require(op.source != TEMPLATE or self.sb.template,
+                'MAP marks clusters as those of a template: there is none')
         self._take_clusters(op.physical, op.count, 1, 'MAP')
         self._entries(op, change)
 
     def _op_validate(self, op):
         entry = self.lookup(self.roots[op.tree], op.guest)
         physical, valid, source = entry_fields(entry)
+        source = BACKING if source == TEMPLATE else source      # no mark then
         if physical == op.physical:
             self._entries(op, lambda entry, i: make_entry(
                 physical, valid | op.valid, source, entry >> 59 & 1))

@@ -28,7 +28,7 @@ SUM_SUPERBLOCK, SUM_RECORD, SUM_CLAIM, SUM_HEARTBEAT, SUM_PAGE = range(1, 6)
 SUM_HOT, SUM_RELEASE, SUM_DATA = 6, 7, 8
 NONE, PAGEPTR, RUN, UNWRITTEN_RUN, ZERO, UNIFORM = range(6)
 POINTER_NAMES = ('none', 'page', 'run', 'unwritten run', 'zero', 'uniform')
-BACKING, ZEROES = 0, 1
+BACKING, ZEROES, TEMPLATE = 0, 1, 3     # the last one is a mark
 DISK, VMSTATE = 0, 1
 DELETED, TRASH, PROTECTED = 1, 2, 4
 
@@ -171,7 +171,7 @@ def entry_fields(entry):
 
 
 def make_entry(physical, valid, source, shared=False):
-    if valid == ALL_VALID:
+    if valid == ALL_VALID and source != TEMPLATE:
         source = BACKING
     return physical | valid << 40 | source << 56 | int(shared) << 59
 
@@ -186,6 +186,7 @@ def run_entry(pointer, index):
 # --- Superblock -------------------------------------------------------------
 
 AUTOCLEAR_PROMISES = 1
+INCOMPATIBLE_TEMPLATE = 1
 SUPERBLOCK = struct.Struct('<8sHHI16sQQQQIIQQQQQQQQIIQQIIQ' + 'QII' * 6 +
                            '128sQ104s')
 SUPERBLOCK_FIELDS = (
@@ -203,6 +204,12 @@ ROOTS = (
     ('backing', (NONE, PAGEPTR)),
 )
 assert SUPERBLOCK.size == 512
+
+
+# length; SHA-256 of the contents, zeroes while they are being copied; what a
+# boot cache knows them by
+TEMPLATE_ID = struct.Struct('<Q32s32s')
+Template = collections.namedtuple('Template', 'length digest identity')
 
 
 class NotThinvm(FormatError):
@@ -230,6 +237,10 @@ class Superblock:
                 *values[n + 3 * i:n + 3 * i + 3], allowed,
                 f'{where}, {name}', in_map=i < 2))
         self.reserved = values[-3] + values[-1]
+        self.template = None
+        if self.incompatible & INCOMPATIBLE_TEMPLATE:
+            self.template = Template(*TEMPLATE_ID.unpack(values[-1][:72]))
+            self.reserved = values[-3] + values[-1][72:]
         self.promised_pages = values[-2]
         self.promises_exact = bool(self.autoclear & AUTOCLEAR_PROMISES)
         self._judge(where)
@@ -238,8 +249,9 @@ class Superblock:
         if self.major != 1:
             return (f'format version {self.major}.{self.minor} is not known '
                     'to this program (it knows 1)')
-        if self.incompatible:
-            return f'unknown incompatible features {self.incompatible:#x}'
+        unknown = self.incompatible & ~INCOMPATIBLE_TEMPLATE
+        if unknown:
+            return f'unknown incompatible features {unknown:#x}'
         return None
 
     def _judge(self, where):
@@ -272,6 +284,10 @@ class Superblock:
                 (self.minor or not self.promised_pages),
                 f'{where}: reserved bytes are not zero')
         between('promised_pages', 0, MAX_CLUSTERS)
+        if self.template:
+            length = self.template.length
+            require(512 <= length <= MAX_SIZE and length % 512 == 0,
+                    f'{where}: length {length} of the template')
 
     @property
     def first_cluster(self):
