@@ -13,10 +13,10 @@ from .image import read_superblocks
 from .journal import Journal
 from .pages import Pages
 from .structures import (
-    BACKING, CLAIM_OFFSET, COUNT, EMPTY, HEARTBEAT_OFFSET, LEVELS, MAP, NAME,
-    NB_CLAIMS, NONE, PAGE, PAGEPTR, ROOTS, SNAPSHOTS, SPACE, SUM_CLAIM,
-    SUM_HEARTBEAT, SUPERBLOCK_FIELDS, TEMPLATE, ZEROES, Device, FormatError, Superblock,
-    checksum_without, entry_fields)
+    BACKING, CLAIM_OFFSET, COUNT, EMPTY, HEARTBEAT_OFFSET, LEVELS, MAP,
+    NAME, NB_CLAIMS, NONE, PAGE, PAGEPTR, ROOTS, SNAPSHOTS, SPACE,
+    SUM_CLAIM, SUM_HEARTBEAT, SUPERBLOCK_FIELDS, TEMPLATE, ZEROES, Device,
+    FormatError, Superblock, checksum_without, entry_fields)
 
 STATES = {1: 'active', 2: 'released', 3: 'closed', 4: 'returned'}
 

@@ -8,8 +8,8 @@ import struct
 
 from .structures import (
     ALL_VALID, COUNTER_MAX, JOURNAL_OFFSET, KIB, MAX_CLUSTERS,
-    MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_DATA, SUM_RECORD,
-    TEMPLATE, checksum, checksum_without, require)
+    MAX_GUEST_CLUSTERS, MAX_SIZE, MAX_SLOTS, MIB, PAGE, SUM_DATA,
+    SUM_RECORD, TEMPLATE, checksum, checksum_without, require)
 
 RECORD_MAX = 256 * KIB
 

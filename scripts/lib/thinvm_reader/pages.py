@@ -9,10 +9,10 @@ import collections
 import struct
 
 from .structures import (
-    ALL_VALID, COUNT, COUNT_MAX, COUNT_METADATA, EMPTY, EXTENT_MAX_PAGES, MAP,
-    NAME, NONE, PAGE, PAGEPTR, RUN, SNAPSHOTS, SPACE, SUM_PAGE, TEMPLATE,
-    UNIFORM, UNWRITTEN_RUN, ZERO, ZEROES, FormatError, Snapshot, checksum,
-    decode_backing, decode_pointer, entry_fields, require)
+    ALL_VALID, COUNT, COUNT_MAX, COUNT_METADATA, EMPTY, EXTENT_MAX_PAGES,
+    MAP, NAME, NONE, PAGE, PAGEPTR, RUN, SNAPSHOTS, SPACE, SUM_PAGE,
+    TEMPLATE, UNIFORM, UNWRITTEN_RUN, ZERO, ZEROES, FormatError, Snapshot,
+    checksum, decode_backing, decode_pointer, entry_fields, require)
 
 class Page:
     """A metadata page; items are entries, pointers, counts or snapshots."""

@@ -8,8 +8,8 @@ from .structures import (
     ALL_VALID, BACKING, COUNT_MAX, COUNT_METADATA, DELETED, DISK, EMPTY,
     EXTENT_MAX_PAGES, MAP, MAX_GUEST_CLUSTERS, MAX_SLOTS, NONE, PAGEPTR,
     PROTECTED, RUN, TEMPLATE, TRASH, UNWRITTEN_RUN, VMSTATE, ZERO, ZEROES,
-    FormatError, Pointer, Snapshot, decode_backing, entry_fields, make_entry, require,
-    run_entry)
+    FormatError, Pointer, Snapshot, decode_backing, entry_fields,
+    make_entry, require, run_entry)
 from .pages import Extent, Page, Pages
 
 
