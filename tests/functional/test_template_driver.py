@@ -90,16 +90,17 @@ def local(ctx):
           cluster.states('a'))
 
 
-def read_until(reader, node, stop, problems):
+def read_until(reader, begun, stop, problems):
     """A client of its own that reads all the time, and compares."""
-    client = NBDClient(reader.ctx, reader.export_nbd_path, node)
     data = reader.contents.data
     offset = 0
     try:
+        client = NBDClient(reader.ctx, reader.export_nbd_path, 'template')
         while not stop.is_set():
             length = min(192 * 1024, len(data) - offset)
             if client.read(offset, length) != data[offset:offset + length]:
                 raise ValueError('wrong data at %d' % offset)
+            begun.set()
             offset = (offset + 777 * 512) % (len(data) // 512 * 512)
     except (OSError, ValueError, ConnectionError) as err:
         problems.append(err)
@@ -108,15 +109,20 @@ def read_until(reader, node, stop, problems):
 class Load:
     """Clients that read until it is left; no read may fail."""
 
-    def __init__(self, reader, nodes=3 * ('template',)):
+    def __init__(self, reader, count=3):
         self.stop = threading.Event()
+        self.begun = [threading.Event() for _ in range(count)]
         self.problems = []
         self.threads = [threading.Thread(target=read_until, args=(
-            reader, node, self.stop, self.problems)) for node in nodes]
+            reader, begun, self.stop, self.problems)) for begun in self.begun]
 
     def __enter__(self):
+        """Until all have read: QEMU's NBD server cannot have clients that
+        come while it is drained, whatever it exports."""
         for thread in self.threads:
             thread.start()
+        for begun in self.begun:
+            begun.wait(60)
 
     def __exit__(self, *exc):
         self.stop.set()
@@ -480,6 +486,7 @@ def below_others(ctx):
                       if row.get('connected')], 30, 'the cache is used')
     reader.export_nbd('moved', writable=False)
     mover = NBDClient(ctx, reader.export_nbd_path, 'moved')
+    mover.read(0, 512)
     with Load(reader):
         for number in range(6):
             for thread in ('thread%d' % (number % 2), None):

@@ -62,7 +62,8 @@ def _download(where):
     done = subprocess.run(
         ['apt-get', '-qq', '-y', '--no-install-recommends', '--download-only',
          '-o', 'Dir::Cache::archives=' + where, '-o', 'Debug::NoLocking=1',
-         '-o', 'Acquire::Retries=3', '-o', 'APT::Sandbox::User=',
+         '-o', 'Acquire::Retries=2', '-o', 'Acquire::http::Timeout=20',
+         '-o', 'APT::Sandbox::User=',
          'install', '--reinstall', *PACKAGES],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False)
