@@ -190,7 +190,7 @@ def full_group(ctx, one, daemon, source, more):
                [1].split('.')[0])
     one.sh('lvcreate -an -L %dM -n ballast vg' % (free - 16))
     daemon.qmp.cmd_raw('blockdev-add', {
-        'driver': 'host_device', 'node-name': 'source', 'read-only': True,
+        'driver': 'host_device', 'node-name': 'source',
         'filename': one.device(source)})
     daemon.qmp.cmd('block-export-del', id='e')
     daemon.qmp.wait_event('BLOCK_EXPORT_DELETED', 60)
