@@ -114,6 +114,7 @@ static void free_space_of(struct mount *m)
     memset(head, 0, sizeof(*head));
     head->fmh_count = 512;
     memset(&head->fmh_keys[1], 0xff, sizeof(head->fmh_keys[1]));
+    head->fmh_keys[1].fmr_length = 0;   /* xfs insists upon it */
     head->fmh_keys[1].fmr_reserved[0] = 0;
     head->fmh_keys[1].fmr_reserved[1] = 0;
     head->fmh_keys[1].fmr_reserved[2] = 0;

@@ -48,7 +48,7 @@ LIBRARIES = '''
 # Firmware, and what tests call.
 RUN_TIME = '''
     busybox-static dmsetup e2fsprogs fuse3 ipxe-qemu kmod libiscsi-bin
-    qemu-system-data seabios tgt
+    qemu-system-data seabios tgt xfsprogs
 '''.split()
 
 

@@ -9,7 +9,8 @@ blocks.
 import os
 
 from lib.context import check, wait_for
-from lib.files import MIB, START, FilesGuest, Told, blocks_of, partitioned_disk
+from lib.files import (MIB, START, FilesGuest, Told, blocks_of, initramfs,
+                       partitioned_disk)
 from lib.testing import test
 
 SIZE = 256 * MIB
@@ -119,6 +120,75 @@ def linear_map(ctx):
     check(min(found[1]) >= 20 * MIB // 4096 and
           max(found[1]) < (20 * MIB + half) // 4096,
           'pages %d to %d of the second disk', min(found[1]), max(found[1]))
+    guest.poweroff()
+
+
+def scatter(path, pieces):
+    """Parts of a file into images: (offset, length, image, offset there)..."""
+    with open(path, 'rb') as source:
+        for start, length, image, at in pieces:
+            with open(image, 'r+b') as file:
+                for step in range(0, length, MIB):
+                    source.seek(start + step)
+                    data = source.read(MIB)
+                    if any(data):
+                        file.seek(at + step)
+                        file.write(data)
+
+
+def pages_full_of(path, byte):
+    """The 4 KiB pages of an image with nothing but this byte."""
+    wanted, found = bytes([byte]) * 4096, set()
+    with open(path, 'rb') as file:
+        for number in range(os.stat(path).st_size // 4096):
+            if file.read(4096) == wanted:
+                found.add(number)
+    return found
+
+
+@test()
+def xfs(ctx):
+    """xfs, on linear pieces of two disks: dirty pages, and free space."""
+    half = 160 * MIB
+    file_system = ctx.path('xfs')
+    with open(file_system, 'wb') as file:
+        file.truncate(2 * half)
+    ctx.run(ctx.need('mkfs.xfs', 'xfsprogs'), '-q', file_system)
+    images = [ctx.path('one'), ctx.path('two')]
+    for image in images:
+        with open(image, 'wb') as file:
+            file.truncate(SIZE)
+    scatter(file_system, ((0, half, images[1], 20 * MIB),
+                          (half, half, images[0], 10 * MIB)))
+    guest = FilesGuest(ctx, [(images[0], 'one'), (images[1], 'two')],
+                       boot=initramfs(ctx, modules_too=('xfs',)))
+    guest.ask('linear lv 0,%d,%s,%d %d,%d,%s,%d' % (
+        half // 512, device_of(guest, 'vdb'), 20 * MIB // 512, half // 512,
+        half // 512, device_of(guest, 'vda'), 10 * MIB // 512))
+    guest.ask('mount /dev/lv /mnt xfs')
+    guest.ask('write /mnt/a 0 %d' % (170 * MIB))
+    guest.ask('sync')
+    begin(guest)
+    disks = [number_of(guest.hints, name) for name in ('one', 'two')]
+    for at in (0, 165):     # MiB
+        guest.ask('write /mnt/a %d %d' % (at * MIB, 2 * MIB))
+
+    def told():
+        found = [Told(guest.hints.lines, d).dirty for d in disks]
+        return sum(map(len, found)) >= 4 * MIB // 4096 and found
+    found = wait_for(told, 120, 'the dirty pages of the file')
+    free = [Told(guest.hints.lines, d).free for d in disks]
+    guest.ask('fsync /mnt/a')
+    for i in range(2):
+        # the first write was of ones, the others of twos and threes
+        new = pages_full_of(images[i], 2) | pages_full_of(images[i], 3)
+        check(new, 'the file has no such page on disk %d', i)
+        check(new <= found[i], '%d pages were not told', len(new - found[i]))
+        check(len(found[i]) <= len(new) + 64, '%d pages are told to be dirty, '
+              '%d are', len(found[i]), len(new))
+        check(not free[i] & (new | pages_full_of(images[i], 1)),
+              'pages in use are told as free')
+    check(sum(map(len, free)) >= 60 * MIB // 4096, 'hardly anything is free')
     guest.poweroff()
 
 

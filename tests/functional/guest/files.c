@@ -7,7 +7,7 @@
  * /agent if there is one, and obeys one-line commands from the virtio-serial
  * port org.thinvm.test; words are separated by one space:
  *
- *   mount DEVICE PATH           ext4; answers "ok"
+ *   mount DEVICE PATH [TYPE]    ext4 if it is not said; answers "ok"
  *   linear NAME START,LENGTH,MAJOR:MINOR,AT ...
  *                               a device-mapper device of linear pieces
  *                               (sectors), as LVM makes them; answers "ok
@@ -191,10 +191,10 @@ static int sync_file(const char *path)
     return ret;
 }
 
-static int mount_at(const char *device, const char *path)
+static int mount_at(const char *device, const char *path, const char *type)
 {
     mkdir(path, 0755);
-    return mount(device, path, "ext4", 0, NULL);
+    return mount(device, path, type, 0, NULL);
 }
 
 static int trim(const char *path)
@@ -253,8 +253,8 @@ static void obey(char *line, FILE *answers)
         fflush(answers);
         return;
     }
-    if (nb == 3 && !strcmp(word[0], "mount")) {
-        ret = mount_at(word[1], word[2]);
+    if ((nb == 3 || nb == 4) && !strcmp(word[0], "mount")) {
+        ret = mount_at(word[1], word[2], nb == 4 ? word[3] : "ext4");
     } else if (nb > 2 && !strcmp(word[0], "linear")) {
         ret = make_linear(word, nb, &device);
     } else if (nb == 4 && !strcmp(word[0], "write")) {

@@ -35,7 +35,7 @@ def _run(argv, **more):
     return done.stdout
 
 
-def initramfs(ctx, with_agent=True):
+def initramfs(ctx, with_agent=True, modules_too=()):
     """(kernel, initramfs) with this guest's /init and the agent."""
     init, agent = ctx.path('files-init'), ctx.path('agent')
     _run(['gcc', '-O2', '-Wall', '-static', '-pthread', '-s', '-o', init] +
@@ -55,7 +55,8 @@ def initramfs(ctx, with_agent=True):
             members.append(cpio_entry(name, stat.S_IFREG | 0o755,
                                        file.read()))
     for number, name in enumerate(modules_in_order(
-            modules, MODULES + ('dm-mod', 'virtio_scsi', 'sd_mod'))):
+            modules, MODULES + ('dm-mod', 'virtio_scsi', 'sd_mod') +
+            tuple(modules_too))):
         data = kernel_module(modules, name)
         if data:
             members.append(cpio_entry('modules/%02d-%s' % (number, name),
