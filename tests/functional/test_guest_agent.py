@@ -199,6 +199,32 @@ def device_of(guest, name):
 
 
 @test()
+def stripes(ctx):
+    """What lies on a device that the agent cannot see through is unknown, and
+    told so; a disk beside it is told as ever."""
+    images = [partitioned_disk(ctx, name, SIZE) for name in ('a', 'b')]
+    guest = FilesGuest(ctx, [(images[0], 'plain'), (images[1], 'striped')])
+    guest.ask('mount /dev/vda1 /mnt')
+    guest.ask('striped st 0,%d,%s,%d' % (
+        (SIZE - START) // 512 // 128 * 128, device_of(guest, 'vdb'),
+        START // 512))
+    guest.ask('mount /dev/st /st')
+    guest.ask('write /mnt/a 0 %d' % (4 * MIB))
+    guest.ask('write /st/b 0 %d' % (4 * MIB))
+    guest.ask('sync')
+    begin(guest)
+    plain = number_of(guest.hints, 'plain')
+    guest.ask('write /st/b 0 %d' % (2 * MIB))
+    guest.hints.expect(r'coverage %d 0 %d mapping' % (plain, 2 * MIB))
+    guest.ask('write /mnt/a 0 %d' % MIB)
+    guest.hints.expect(r'coverage %d %d %d mapping' % (plain, MIB, 2 * MIB))
+    check(not any(line.startswith('disk') and 'striped' in line
+                  for line in guest.hints.lines),
+          'the disk below the stripes is told of')
+    guest.poweroff()
+
+
+@test()
 def silent_and_robust(ctx):
     """Silent until it is asked, after "stop", and after nonsense; starts
     afresh when it is asked who it is."""

@@ -12,6 +12,8 @@
  *                               a device-mapper device of linear pieces
  *                               (sectors), as LVM makes them; answers "ok
  *                               MAJOR:MINOR", and it is /dev/NAME
+ *   striped NAME START,LENGTH,MAJOR:MINOR,AT ...
+ *                               the same of stripes, which are no LVM linear map
  *   write PATH OFFSET LENGTH    buffered, answers when write() has returned
  *   fsync PATH | delete PATH | sync | umount PATH
  *   trim PATH                   FITRIM of all that is free
@@ -112,9 +114,10 @@ static int dm(int control, unsigned long request, struct dm_ioctl *io,
     return ioctl(control, request, io);
 }
 
-/* "linear NAME PIECE...": 0, and the device's number in *@device */
-static int make_linear(char **word, unsigned nb, dev_t *device)
+/* "linear|striped NAME PIECE...": 0, and the device's number in *@device */
+static int make_mapped(char **word, unsigned nb, dev_t *device)
 {
+    bool striped = !strcmp(word[0], "striped");
     static char buf[16384];
     struct dm_ioctl *io = (void *)buf;
     int control = open("/dev/mapper/control", O_RDWR | O_CLOEXEC);
@@ -141,8 +144,9 @@ static int make_linear(char **word, unsigned nb, dev_t *device)
         }
         spec->sector_start = start;
         spec->length = length;
-        strcpy(spec->target_type, "linear");
-        sprintf(at + sizeof(*spec), "%u:%u %llu", major, minor, sector);
+        strcpy(spec->target_type, word[0]);
+        sprintf(at + sizeof(*spec), "%s%u:%u %llu", striped ? "1 128 " : "",
+                major, minor, sector);
         spec->next = sizeof(*spec) + 64;
         at += spec->next;
     }
@@ -255,8 +259,9 @@ static void obey(char *line, FILE *answers)
     }
     if ((nb == 3 || nb == 4) && !strcmp(word[0], "mount")) {
         ret = mount_at(word[1], word[2], nb == 4 ? word[3] : "ext4");
-    } else if (nb > 2 && !strcmp(word[0], "linear")) {
-        ret = make_linear(word, nb, &device);
+    } else if (nb > 2 && (!strcmp(word[0], "linear") ||
+                          !strcmp(word[0], "striped"))) {
+        ret = make_mapped(word, nb, &device);
     } else if (nb == 4 && !strcmp(word[0], "write")) {
         ret = write_file(word[1], word[2], word[3]);
     } else if (nb == 2 && !strcmp(word[0], "fsync")) {
