@@ -257,10 +257,10 @@ class TestCase(iotests.QMPTestCase):
             time.sleep(0.02)
 
 
-def logged_writes(log):
+def logged_writes(log, data=False):
     """
     What blklogwrites logged: [(offset, bytes, flags)] in bytes; flag 1 is a
-    flush, 2 FUA, 4 a discard.
+    flush, 2 FUA, 4 a discard.  With @data: what was written is a fourth field.
     """
     entries = []
     with open(log, 'rb') as f:
@@ -270,9 +270,13 @@ def logged_writes(log):
         for _ in range(count):
             start = f.tell()
             where, length, flags = struct.unpack('<QQQ', f.read(24))
-            entries.append((where * sector, length * sector, flags))
-            data = 0 if flags & 4 else length
-            f.seek(start + sector + data * sector)
+            entry = (where * sector, length * sector, flags)
+            f.seek(start + sector)
+            if data:
+                entry += (b'' if flags & 4 else f.read(length * sector),)
+            entries.append(entry)
+            f.seek(start + sector +
+                   (0 if flags & 4 else length) * sector)
     return entries
 
 
