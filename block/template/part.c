@@ -47,6 +47,18 @@ static bool lock_part(int fd, const char *name, bool wait)
     return RETRY_ON_EINTR(flock(fd, LOCK_EX)) == 0;
 }
 
+/*
+ * While this waited for the lock, a commit may have moved the file to its final
+ * name: it is a copy now, which nobody may touch.  Its links do not tell that.
+ */
+static bool has_name(TemplateStore *s, const char *name, const struct stat *st)
+{
+    struct stat named;
+
+    return fstatat(s->tmp, name, &named, AT_SYMLINK_NOFOLLOW) == 0 &&
+           named.st_dev == st->st_dev && named.st_ino == st->st_ino;
+}
+
 /* Locked, and still the file of that name; -1, EWOULDBLOCK: others have it */
 static int open_and_lock(TemplateStore *s, const char *name, bool wait)
 {
@@ -66,7 +78,7 @@ static int open_and_lock(TemplateStore *s, const char *name, bool wait)
             errno = EINVAL;
             return -1;
         }
-        if (st.st_nlink) {
+        if (has_name(s, name, &st)) {
             break;
         }
         close(fd);
@@ -220,11 +232,16 @@ static bool part_rename(TemplatePart *p, const char *chunks_tmp,
     g_autofree char *chunks = template_file_name(&c->digest, ".chunks");
     g_autofree char *data = template_file_name(&c->digest, ".raw");
 
+    /* While the part is still locked: a later one has its own progress */
+    if (p->progress_name) {
+        unlinkat(s->tmp, p->progress_name, 0);
+    }
     if (renameat(s->tmp, chunks_tmp, s->dir, chunks) < 0 ||
         renameat(s->tmp, p->name, s->dir, data) < 0 || fsync(s->dir) < 0) {
         return part_error(s, "rename", p->name, errp);
     }
     g_clear_pointer(&p->name, g_free);
+    g_clear_pointer(&p->progress_name, g_free);
     return true;
 }
 

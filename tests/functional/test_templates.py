@@ -7,6 +7,7 @@ tool says about them.
 
 import fcntl
 import os
+import shutil
 
 from lib.bootcache import in_parallel
 from lib.context import Failure, check, wait_for
@@ -277,6 +278,42 @@ def waiting(ctx):
         check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
         os.unlink(cluster.copy('a', contents))
         cluster.run('a', 'rebalance')
+
+
+@test()
+def overtaken(ctx):
+    """Who waited for a run that then gave the file its final name touches
+    neither that copy nor what somebody else brings in since."""
+    cluster = StoreCluster(ctx, {'a': 1, 'b': 1})
+    contents = Contents(ctx)
+    cluster.add('b', contents)
+    copy = cluster.copy('a', contents)
+    part = '%s/tmp/%s.part' % (cluster.path('a'),
+                               contents.digest.replace(':', '-'))
+    os.makedirs(os.path.dirname(part), exist_ok=True)
+    with open(part, 'wb') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        process = cluster.start('a', 'add', '-f', 'raw', '--digest',
+                                contents.digest, contents.raw)
+        wait_for(lambda: 'waiting for' in process.log_tail(), 60, 'it waits')
+        other.write(contents.data)
+        other.flush()
+        shutil.copyfile(cluster.copy('b', contents, '.chunks'),
+                        cluster.copy('a', contents, '.chunks'))
+        os.rename(part, copy)
+        with open(part, 'wb') as third:
+            fcntl.flock(third, fcntl.LOCK_EX)
+            fcntl.flock(other, fcntl.LOCK_UN)
+            wait_for(lambda: process.log_tail().count('waiting for') == 2 or
+                     not process.alive(), 60, 'it waits again')
+            cluster.run('a', 'verify')
+            check(process.alive() and os.path.exists(part),
+                  'another run was overtaken: %s', process.log_tail())
+    check(process.wait(60) == 0, 'add: %s', process.log_tail())
+    check('already' in process.log_tail(), 'add: %s', process.log_tail())
+    cluster.run('a', 'verify')
+    cluster.compare(contents, cluster.blockdev('a', contents))
+    check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
 
 
 @test()
