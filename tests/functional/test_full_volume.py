@@ -57,12 +57,58 @@ class Volume(File):
         require_clean(self.ctx, self)
 
 
-def fill_and_pause(ctx, werror, iothreads, megabytes, step):
+class LostGuest(Exception):
+    """All requests have been answered, and the guest does not go on."""
+
+
+TRIES = 5
+
+
+def fill_and_pause(ctx, *args):
+    """As fill_once().  QEMU 10.0 loses an interrupt of a disk with iothreads
+    now and then when the machine stops: a completion's is deferred
+    (defer_call()) until after the drain, and by then nobody listens.  The
+    disk has done all that it was asked for, and the guest sleeps."""
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            return fill_once(ctx, *args)
+        except LostGuest as err:
+            check(left, '%s, %d times', err, TRIES)
+            ctx.log('%s; once more' % err)
+    return None
+
+
+def all_answered(vm, queues):
+    """Of the requests in the disk's queues."""
+    status = [vm.qmp.cmd('x-query-virtio-queue-status', queue=n,
+                         path='/machine/peripheral/full/virtio-backend')
+              for n in range(queues)]
+    vm.ctx.log('queues: %s' % status)
+    return not any(queue['inuse'] or
+                   queue['last-avail-idx'] != queue['shadow-avail-idx']
+                   for queue in status)
+
+
+def wait_for_pause(vm, guest, queues):
+    """Until the guest stands still for want of space, or is done."""
+    for left in range(7, -1, -1):
+        try:
+            wait_for(lambda: vm.status() != 'running' or done(guest), 30,
+                     'the guest stands still, or is done')
+            return
+        except Failure:
+            if all_answered(vm, queues):
+                raise LostGuest('the guest waits for what was done') from None
+            if not left:
+                raise
+
+
+def fill_once(ctx, werror, iothreads, megabytes, step):
     """A guest fills a volume with 64 requests at a time; each time that it
     stands still the volume grows by @step.  Returns how often that was."""
-    volume = Volume(ctx, 'volume')
+    volume = Volume(ctx, ctx.unique('volume'))
     device = {'driver': 'virtio-blk-pci', 'drive': NODE, 'write-cache': 'on',
-              'num-queues': 4, 'werror': werror}
+              'num-queues': 4, 'werror': werror, 'id': 'full'}
     extra = []
     for number in range(iothreads):
         extra += ['-object', 'iothread,id=io%d' % number]
@@ -77,8 +123,7 @@ def fill_and_pause(ctx, werror, iothreads, megabytes, step):
     guest.ask('fill lanes=64 blocks=%d' % megabytes, 'filling')
     pauses = 0
     while True:
-        wait_for(lambda: vm.status() != 'running' or done(guest), 240,
-                 'the guest stands still, or is done')
+        wait_for_pause(vm, guest, 4)
         if vm.status() == 'running':
             break
         error = vm.qmp.wait_event('BLOCK_IO_ERROR', 20)['data']
