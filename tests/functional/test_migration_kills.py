@@ -76,14 +76,22 @@ class Scene:
         self.channel.wait_quiet('forth')
 
     def device(self):
-        """What is sent from now on, the target gets a part of or nothing."""
+        """What is sent from now on, the target gets a part of or nothing.
+
+        QEMU's migration thread sends the rest of the memory with the BQL
+        taken, so the source's main loop stands still while the wire is held:
+        ask it nothing.  The thread may have the BQL even before the reply to
+        migrate-continue is written (its dispatcher goes once round the main
+        loop for that), so do not wait for the reply either.
+        """
         self.pre_switchover()
         self.channel.hold('forth')
-        self.continue_()
-        # It may be waiting for the wire in its main loop: ask it nothing.
-        self.source.qmp.wait_event(
-            'THINVM_CACHE_MODE_CHANGED', 30,
-            lambda data: data['new-mode'] == 'migration')
+        qmp = self.source.qmp
+        qmp.poll()
+        qmp.events.clear()              # of the phases before
+        qmp.send('migrate-continue', state='pre-switchover')
+        qmp.wait_event('THINVM_CACHE_MODE_CHANGED', 30,
+                       lambda data: data['new-mode'] == 'migration')
 
     def switched(self):
         self.pre_switchover()

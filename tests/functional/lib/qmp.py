@@ -33,6 +33,7 @@ class QMP:
         self.owner = owner
         self.events = []
         self._next_id = 0
+        self._unawaited = {}        # id -> command, of send()
         self._buffer = b''
         self._sock = socket.socket(socket.AF_UNIX)
 
@@ -76,6 +77,9 @@ class QMP:
             self.events.append(message)
             self.ctx.log('%s event %s %s' % (
                 self.owner.name, message['event'], message.get('data')))
+        command = self._unawaited.pop(message.get('id'), None)
+        if command and 'error' in message:
+            raise QMPError(command, message['error'])
 
     def cmd(self, command, timeout=60, **arguments):
         """Execute a command; underscores in argument names become dashes."""
@@ -83,7 +87,14 @@ class QMP:
                      for key, value in arguments.items() if value is not None}
         return self.cmd_raw(command, arguments, timeout)
 
-    def cmd_raw(self, command, arguments=None, timeout=60):
+    def send(self, command, **arguments):
+        """Start a command whose reply may come at any time, or never; an
+        error is raised by whoever reads it."""
+        self._send(command, {key.replace('_', '-'): value
+                             for key, value in arguments.items()})
+        self._unawaited[self._next_id] = command
+
+    def _send(self, command, arguments):
         self._next_id += 1
         request = {'execute': command, 'id': self._next_id}
         if arguments:
@@ -92,6 +103,9 @@ class QMP:
             self._sock.sendall(json.dumps(request).encode() + b'\n')
         except OSError as err:
             raise QMPClosed('%s: %s' % (self.owner.name, err)) from None
+
+    def cmd_raw(self, command, arguments=None, timeout=60):
+        self._send(command, arguments)
         end = time.monotonic() + timeout
         while True:
             message = self._read(max(0.01, end - time.monotonic()))
