@@ -5,16 +5,15 @@ A guest with ext4 writes through its page cache, its agent talks to QEMU's
 object thinvm-hints, and the disk goes by NBD to another process.
 """
 
-import os
-
 from lib.context import check, wait_for
 from lib.files import MIB, START, FilesGuest, blocks_of, partitioned_disk
 from lib.image import File, create, require_clean
+from lib.nbd import NBDClient
 from lib.qsd import StorageDaemon
 from lib.testing import ANY, test
 
 SIZE = 256 * MIB
-SOON, COLD, GONE = 16 * MIB, 64 * MIB, 48 * MIB
+FILES, ONE, GONE = 8, 16 * MIB, 24 * MIB
 
 
 def begin_copy(ctx, guest, **options):
@@ -49,31 +48,47 @@ def heard(guest):
 
 
 def fill(guest, image):
-    """Files on the guest's disk: one is in front of the other, one is gone.
-    Returns how much the image then has beside the two."""
+    """Files on the guest's disk; one is deleted.  Returns (path, sorted places
+    of the blocks) of the others in the order in which they lie on the disk,
+    which is the file system's choice."""
     guest.ask('mount /dev/vda1 /mnt')
-    for name, size in (('soon', SOON), ('cold', COLD), ('gone', GONE)):
-        guest.ask('write /mnt/%s 0 %d' % (name, size))
-        guest.ask('fsync /mnt/' + name)
+    sizes = [('/f%d' % number, ONE) for number in range(FILES)]
+    for name, size in sizes + [('/gone', GONE)]:
+        guest.ask('write /mnt%s 0 %d' % (name, size))
+        guest.ask('fsync /mnt' + name)
     guest.ask('delete /mnt/gone')
     guest.ask('sync')
-    check(max(blocks_of(image, START, '/soon')) <
-          min(blocks_of(image, START, '/cold')), 'ext4 has another order')
-    return os.stat(image).st_blocks * 512 - SOON - COLD
+    return sorted([('/mnt' + name, sorted(blocks_of(image, START, name)))
+                   for name, _ in sizes], key=lambda file: file[1])
 
 
-def pass_over(guest, others):
-    """The guest says that a file is dirty; the job goes on behind it."""
-    guest.qmp.cmd('job-pause', id='move')
-    guest.ask('write /mnt/soon 0 %d' % SOON)
-    wait_for(lambda: heard(guest).get('dirty-known', 0) >= SOON and
-             heard(guest)['ranges'], 120, 'the object has heard of the file')
-    guest.qmp.cmd('block-job-set-speed', device='move', speed=4 * MIB)
-    guest.qmp.cmd('job-resume', id='move')
-    wait_for(lambda: statistics(guest)['sent'] >= others + 8 * MIB, 120,
-             'the job is busy with the other file')
+def pass_over(ctx, guest, daemon, files):
+    """The guest says that the second file is dirty; the job, which has not
+    come to the first, goes on to the third.  The target tells where it is:
+    how much was sent does not, as it need not begin where the disk does."""
+    target = NBDClient(ctx, daemon.nbd_path(), 'disk')
+    before, (soon, blocks), behind = files
+
+    def was_sent(block):
+        return any(target.read(block, 4096))
+
     guest.qmp.cmd('job-pause', id='move')
     wait_job(guest, 'paused')
+    check(before[1][-1] < blocks[0] and blocks[-1] < behind[1][0],
+          'the files lie within each other')
+    check(not was_sent(before[1][-1]) and not was_sent(blocks[0]),
+          'the job is too far already')
+    guest.ask('write %s 0 %d' % (soon, ONE))
+    wait_for(lambda: heard(guest).get('dirty-known', 0) >= ONE and
+             heard(guest)['ranges'], 120, 'the object has heard of the file')
+    guest.qmp.cmd('block-job-set-speed', device='move', speed=6 * MIB)
+    guest.qmp.cmd('job-resume', id='move')
+    wait_for(lambda: was_sent(behind[1][1024]), 120,
+             'the job is busy with the file behind')
+    guest.qmp.cmd('job-pause', id='move')
+    wait_job(guest, 'paused')
+    check(was_sent(before[1][-1]), 'the job has begun behind the dirty file')
+    target.close()
 
 
 def require_equal(ctx, guest, image, daemon):
@@ -95,19 +110,22 @@ def hints_spare(ctx):
     guest.ask('vm dirty_expire_centisecs 2500')
     guest.ask('vm dirty_ratio 80')
     guest.ask('vm dirty_background_ratio 60')
-    others = fill(guest, image)
+    files = fill(guest, image)
     daemon, place = begin_copy(
         ctx, guest, hints='hints', hints_disk='the%20disk', trim=True,
         speed=65536, auto_finalize=False)
     wait_for(lambda: heard(guest), 120, 'the agent has named its disk')
-    pass_over(guest, others - GONE)
+    # The job begins where 3/8 of what there is lie in front; so much fits into
+    # four files, wherever on the disk all that is no file of ours may lie
+    files = files[3:6]
+    pass_over(ctx, guest, daemon, files)
     check(statistics(guest)['spared-hints'] == 0, 'spared before a write')
-    guest.ask('fsync /mnt/soon')
+    guest.ask('fsync ' + files[1][0])
     spared = statistics(guest)['spared-hints']
-    check(spared >= SOON // 2, 'hints have spared %d bytes', spared)
+    check(spared >= ONE // 2, 'hints have spared %d bytes', spared)
 
-    guest.ask('load /mnt/soon 4 4 300 random sync')
-    guest.ask('load /mnt/cold 32 4 100 random buffered')
+    guest.ask('load %s 4 4 300 random sync' % files[1][0])
+    guest.ask('load %s 16 4 100 random buffered' % files[2][0])
     guest.qmp.cmd('block-job-set-speed', device='move', speed=0)
     guest.qmp.cmd('job-resume', id='move')
     wait_job(guest, 'ready')
@@ -116,7 +134,7 @@ def hints_spare(ctx):
     require_equal(ctx, guest, image, daemon)
     job = statistics(guest)
     ctx.log('statistics: %s' % job)
-    check(job['sent'] - job['resent'] <= SOON + COLD + others - GONE + 8 * MIB,
+    check(job['sent'] - job['resent'] <= FILES * ONE + GONE // 2,
           'a file that was deleted was sent: %s', job)
     check(job['resent'] <= 12 * MIB, 'sent again: %s', job)
     guest.qmp.cmd('job-finalize', id='move')

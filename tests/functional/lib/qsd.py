@@ -54,6 +54,9 @@ class StorageDaemon:
     def nbd_url(self, node='disk'):
         return 'nbd+unix:///%s?socket=%s' % (node, self._nbd)
 
+    def nbd_path(self):
+        return self._nbd
+
     def remove_export(self, name):
         self.qmp.cmd('block-export-del', id=name, mode='hard')
         self.qmp.wait_event('BLOCK_EXPORT_DELETED', 30,
