@@ -35,6 +35,40 @@ static int open_tmp(TemplateStore *s, const char *name)
                   O_CLOEXEC, 0600);
 }
 
+/* @readonly: it is in a commit, or of one that died in it, and not of root */
+static int open_part(TemplateStore *s, const char *name, bool *readonly)
+{
+    int fd = open_tmp(s, name);
+
+    *readonly = fd < 0 && errno == EACCES;
+    if (*readonly) {
+        fd = openat(s->tmp, name,
+                    O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        if (fd < 0 && errno == ENOENT) {
+            *readonly = false;          /* it has its final name now */
+            fd = open_tmp(s, name);
+        }
+    }
+    return fd;
+}
+
+/* With its lock, so that this is no commit's file */
+static bool make_writable(int fd, const struct stat *st)
+{
+    if (st->st_mode & S_IWUSR) {
+        errno = EACCES;                 /* that is not why it cannot be */
+        return false;
+    }
+    return fchmod(fd, 0600) == 0;
+}
+
+static int close_failed(int fd, int error)
+{
+    close(fd);
+    errno = error;
+    return -1;
+}
+
 static bool lock_part(int fd, const char *name, bool wait)
 {
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
@@ -63,23 +97,23 @@ static bool has_name(TemplateStore *s, const char *name, const struct stat *st)
 static int open_and_lock(TemplateStore *s, const char *name, bool wait)
 {
     struct stat st;
+    bool readonly;
     int fd;
 
-    while ((fd = open_tmp(s, name)) >= 0) {
+    while ((fd = open_part(s, name, &readonly)) >= 0) {
         if (!lock_part(fd, name, wait)) {
-            int saved = errno;
-
-            close(fd);
-            errno = saved;
-            return -1;
+            return close_failed(fd, errno);
         }
         if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
-            close(fd);
-            errno = EINVAL;
-            return -1;
+            return close_failed(fd, EINVAL);
         }
         if (has_name(s, name, &st)) {
-            break;
+            if (!readonly) {
+                break;
+            }
+            if (!make_writable(fd, &st)) {
+                return close_failed(fd, errno);
+            }
         }
         close(fd);
     }

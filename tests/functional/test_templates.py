@@ -10,7 +10,7 @@ import os
 import shutil
 
 from lib.bootcache import in_parallel
-from lib.context import Failure, check, wait_for
+from lib.context import Failure, Process, check, wait_for
 from lib.image import MiB
 from lib.nbd import NBDClient
 from lib.qsd import StorageDaemon
@@ -311,6 +311,34 @@ def overtaken(ctx):
                   'another run was overtaken: %s', process.log_tail())
     check(process.wait(60) == 0, 'add: %s', process.log_tail())
     check('already' in process.log_tail(), 'add: %s', process.log_tail())
+    cluster.run('a', 'verify')
+    cluster.compare(contents, cluster.blockdev('a', contents))
+    check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
+
+
+@test()
+def write_protected(ctx):
+    """A part that is being committed cannot be written, except by root: who
+    comes then waits, and goes on with it if that run died."""
+    cluster = StoreCluster(ctx, {'a': 1})
+    contents = Contents(ctx)
+    argv = cluster.argv('a', 'add', '-f', 'raw', '--digest', contents.digest,
+                        contents.raw)
+    if os.geteuid() == 0:
+        argv = ['setpriv', '--bounding-set=-all', '--inh-caps=-all', *argv]
+    part = '%s/tmp/%s.part' % (cluster.path('a'),
+                               contents.digest.replace(':', '-'))
+    os.makedirs(os.path.dirname(part), exist_ok=True)
+    with open(part, 'wb') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'nonsense' * MiB)
+        other.flush()
+        os.chmod(part, 0o444)
+        process = Process(ctx, 'add', argv)
+        wait_for(lambda: 'waiting for' in process.log_tail() or
+                 not process.alive(), 60, 'it waits')
+        check(process.alive(), 'it did not wait: %s', process.log_tail())
+    check(process.wait(60) == 0, 'add: %s', process.log_tail())
     cluster.run('a', 'verify')
     cluster.compare(contents, cluster.blockdev('a', contents))
     check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
