@@ -165,8 +165,8 @@ static bool coalesce(ThinvmJournal *j, const ThinvmOp *op)
 }
 
 /*
- * The record that an operation has just joined has checksums of all of its data,
- * or of none.
+ * The record that an operation has just joined has checksums of all of its
+ * data, or of none.
  */
 static void note_sum(ThinvmStore *st, bool summed)
 {
