@@ -23,7 +23,7 @@ typedef struct HintRange {
 struct PrecopyHintMap {
     GSequence *ranges;
     size_t nb, max;
-    uint64_t dropped;
+    uint64_t dropped, looked;
     int64_t purged;             /* when */
 };
 
@@ -53,6 +53,11 @@ size_t precopy_hint_map_count(const PrecopyHintMap *m)
 uint64_t precopy_hint_map_dropped(const PrecopyHintMap *m)
 {
     return m->dropped;
+}
+
+uint64_t precopy_hint_map_looked(const PrecopyHintMap *m)
+{
+    return m->looked;
 }
 
 static int hint_compare(gconstpointer a, gconstpointer b, gpointer opaque)
@@ -126,6 +131,7 @@ static GSequenceIter *hint_cut(PrecopyHintMap *m, int64_t start, int64_t end,
         if (r->start >= end) {
             break;
         }
+        m->looked++;
         if (kind != PRECOPY_HINT_NONE && r->kind != kind) {
             i = next;
             continue;

@@ -34,6 +34,8 @@ void precopy_hint_map_get(const PrecopyHintMap *m, int64_t offset,
 
 size_t precopy_hint_map_count(const PrecopyHintMap *m);
 uint64_t precopy_hint_map_dropped(const PrecopyHintMap *m);
+/* Ranges that were changed, or in the way, so far: what it has cost */
+uint64_t precopy_hint_map_looked(const PrecopyHintMap *m);
 
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PrecopyHintMap, precopy_hint_map_free)
 

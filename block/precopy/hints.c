@@ -28,6 +28,8 @@
 /* What is read in a second, and at once */
 #define HINTS_LINES_PER_SECOND  2000
 #define HINTS_BURST             200
+/* Ranges that were looked at count as a line */
+#define HINTS_LOOKS             64
 #define HINTS_DEFAULT_RANGES    65536
 #define HINTS_MAX_RANGES        (1024 * 1024)
 /* What the agent is asked for */
@@ -274,6 +276,7 @@ static bool hints_ranges(ThinvmHints *h, const PrecopyHintLine *line)
 {
     HintsDisk *d = &h->disk[line->disk];
     int64_t now = precopy_clock_ms();
+    uint64_t looked;
 
     QEMU_LOCK_GUARD(&h->lock);
     if (!d->known) {
@@ -286,9 +289,13 @@ static bool hints_ranges(ThinvmHints *h, const PrecopyHintLine *line)
             return false;
         }
     }
+    looked = precopy_hint_map_looked(d->map);
     for (int i = 0; i < line->nb_ranges && hints_is_used(h, line->disk); i++) {
         hints_range(d, line, &line->range[i], now);
     }
+    /* A short line can make us look at all ranges, again and again */
+    looked = precopy_hint_map_looked(d->map) - looked;
+    h->tokens -= looked / (double)HINTS_LOOKS;
     return true;
 }
 
