@@ -15,9 +15,10 @@
  * The job is ready, and stays so, when what is left is within the bound: then
  * the guest may be stopped for as long as the rest takes.  If that does not
  * come about, the guest is faster than the link, and what the user asked for
- * in that case happens until it is in time again and writes less.  A guest that is seen to
- * make blocks dirty as fast as the link cleans them is not waited for; else it
- * counts as no progress that the least so far has stood for a while.
+ * in that case happens until it is in time again and writes less.  A guest
+ * that is seen to make blocks dirty as fast as the link cleans them is not
+ * waited for; else it counts as no progress that the least so far has stood
+ * for a while.  While the job is paused, nobody waits for it.
  */
 
 #include "qemu/osdep.h"
@@ -27,6 +28,7 @@
 
 #define PRECOPY_MEASURE_MS      250
 #define PRECOPY_LEAST_BOUND     (1024 * 1024)
+#define PRECOPY_MOST_BOUND      (1LL << 62)
 /* Before the rate is known: as long as Linux keeps pages dirty */
 #define PRECOPY_FIRST_HORIZON   30000
 #define PRECOPY_LEAST_HORIZON   50
@@ -128,8 +130,9 @@ static uint64_t precopy_rate(PrecopyJob *s)
 
 uint64_t precopy_bound(PrecopyJob *s)
 {
-    return MAX(precopy_rate(s) / 1000.0 * s->downtime_limit,
-               PRECOPY_LEAST_BOUND);
+    /* The limit is a minute at most, the rate whatever a user wants */
+    return MAX(MIN(precopy_rate(s) / 1000.0 * s->downtime_limit,
+                   PRECOPY_MOST_BOUND), PRECOPY_LEAST_BOUND);
 }
 
 /*
@@ -179,13 +182,12 @@ static void precopy_choose_hold(PrecopyConverge *c, bool on)
     c->pace_since = now;
 }
 
-static void precopy_set_outpaced(PrecopyJob *s, bool on)
+/* A guest does not wait for a job that stands still */
+static void precopy_apply_pace(PrecopyJob *s)
 {
-    PrecopyConverge *c = &s->converge;
+    bool on = s->converge.outpaced && !s->converge.standing;
     uint64_t rate = precopy_rate(s);
 
-    precopy_choose_hold(c, on);
-    c->outpaced = on;
     switch (s->when_outpaced) {
     case PRECOPY_OUTPACED_WRITE_BLOCKING:
         precopy_track_set_write_through(s->track, on);
@@ -200,6 +202,19 @@ static void precopy_set_outpaced(PrecopyJob *s, bool on)
     default:
         g_assert_not_reached();
     }
+}
+
+static void precopy_set_outpaced(PrecopyJob *s, bool on)
+{
+    precopy_choose_hold(&s->converge, on);
+    s->converge.outpaced = on;
+    precopy_apply_pace(s);
+}
+
+void precopy_converge_stand(PrecopyJob *s, bool standing)
+{
+    s->converge.standing = standing;
+    precopy_apply_pace(s);
 }
 
 /* How long a guest's write is held back: what counts is what it made dirty */

@@ -193,6 +193,10 @@ static void precopy_filter_child_perm(BlockDriverState *bs, BdrvChild *c,
     } else {
         bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm,
                            nshared);
+        /* A write that does not come by here would never be copied */
+        if (!(bs->open_flags & BDRV_O_INACTIVE)) {
+            *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+        }
     }
 }
 

@@ -27,10 +27,21 @@ typedef struct PrecopyHandOver {
 static void coroutine_fn precopy_hand_over_entry(void *opaque)
 {
     PrecopyHandOver *h = opaque;
+    PrecopyJob *s = h->job;
 
-    h->sent = precopy_send_rest(h->job);
+    if (!qatomic_read(&s->ret)) {
+        /* What failed before and was not to end the job is tried again */
+        qatomic_set(&s->failed, false);
+        h->sent = precopy_send_rest(s);
+    }
     qatomic_set(&h->done, true);
     aio_wait_kick();
+}
+
+/* The job has begun its last phase, and perhaps ended */
+static bool precopy_is_ending(PrecopyJob *s)
+{
+    return s->finished || s->in_drain;
 }
 
 /* Nobody writes any more; the job stands still while this is done */
@@ -41,32 +52,53 @@ static bool precopy_send_rest_now(PrecopyJob *s, BlockDriverState *filter)
     };
 
     bdrv_drained_begin(filter);
-    aio_co_enter(s->common.job.aio_context,
-                 qemu_coroutine_create(precopy_hand_over_entry, &h));
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !qatomic_read(&h.done));
+    if (!precopy_is_ending(s)) {
+        aio_co_enter(s->common.job.aio_context,
+                     qemu_coroutine_create(precopy_hand_over_entry, &h));
+        AIO_WAIT_WHILE_UNLOCKED(NULL, !qatomic_read(&h.done));
+    }
     bdrv_drained_end(filter);
     return h.sent;
+}
+
+/* The target may be inactive already; when the VM stops, all is flushed */
+static bool GRAPH_RDLOCK precopy_target_inactive(PrecopyJob *s)
+{
+    return blk_bs(s->target)->open_flags & BDRV_O_INACTIVE;
 }
 
 /* In the main loop, when the filter is being inactivated */
 int precopy_hand_over(PrecopyJob *s, BlockDriverState *filter)
 {
+    Job *job = &s->common.job;
+    bool sent;
+
     GLOBAL_STATE_CODE();
 
-    if (!job_is_ready(&s->common.job)) {
+    if (!job_is_ready(job)) {
         error_report("Job '%s' is not ready: the target does not hold what "
                      "the disk holds. Wait for the job, or cancel it, before "
-                     "the guest migrates", s->common.job.id);
+                     "the guest migrates", job->id);
         return -EBUSY;
     }
     trace_precopy_hand_over(s, precopy_track_left(s->track));
-    /* The target may be inactive already; when the VM stops, all is flushed */
-    if ((blk_bs(s->target)->open_flags & BDRV_O_INACTIVE)
-        ? precopy_track_left(s->track) || qatomic_read(&s->in_flight)
-        : !precopy_send_rest_now(s, filter)) {
-        error_report("Job '%s' could not send the rest of the disk",
-                     s->common.job.id);
-        return -EIO;
+    /* In its last phase it ends while we wait, and takes the filter out */
+    WITH_JOB_LOCK_GUARD() {
+        job_ref_locked(job);
     }
-    return 0;
+    bdrv_ref(filter);
+    sent = precopy_target_inactive(s)
+        ? !precopy_track_left(s->track) && !qatomic_read(&s->in_flight)
+        : precopy_send_rest_now(s, filter);
+    if (!sent && precopy_is_ending(s)) {
+        error_report("Job '%s' was about to end: let the guest migrate when "
+                     "it has", job->id);
+    } else if (!sent) {
+        error_report("Job '%s' could not send the rest of the disk", job->id);
+    }
+    bdrv_unref(filter);
+    WITH_JOB_LOCK_GUARD() {
+        job_unref_locked(job);
+    }
+    return sent ? 0 : -EIO;
 }

@@ -162,6 +162,8 @@ bool coroutine_fn precopy_send_rest(PrecopyJob *s)
 /* Returns true if both sides are the same, and the source is drained */
 static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
 {
+    bool same;
+
     precopy_wait_all(s);
     /* What can be flushed before should not keep the guest waiting */
     if (qatomic_read(&s->failed) || precopy_flush_target(s) < 0 ||
@@ -171,7 +173,10 @@ static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
     trace_precopy_last_phase(s, precopy_left(s));
     s->in_drain = true;
     bdrv_drained_begin(bs);
-    if (precopy_send_rest(s) && !job_is_cancelled(&s->common.job)) {
+    qatomic_set(&s->sending_rest, true);
+    same = precopy_send_rest(s) && !job_is_cancelled(&s->common.job);
+    qatomic_set(&s->sending_rest, false);
+    if (same) {
         return true;
     }
     bdrv_drained_end(bs);
@@ -394,28 +399,44 @@ static bool precopy_cancel(Job *job, bool force)
     /* Nothing can be said of a target before the job is ready */
     force = force || !job_is_ready(job);
     if (force && s->target) {
+        /* The guest does not wait for the target any longer */
+        precopy_track_set_write_through(s->track, false);
         bdrv_cancel_in_flight(blk_bs(s->target));
     }
     return force;
 }
 
+/* The link is free while the job is paused, and the guest does not wait */
 static void coroutine_fn precopy_pause(Job *job)
 {
-    precopy_wait_all(container_of(job, PrecopyJob, common.job));
+    PrecopyJob *s = container_of(job, PrecopyJob, common.job);
+
+    precopy_converge_stand(s, true);
+    precopy_track_wait_ops(s->track);
+    precopy_wait_all(s);
+}
+
+static void coroutine_fn precopy_resume(Job *job)
+{
+    precopy_converge_stand(container_of(job, PrecopyJob, common.job),
+                           job_is_cancelled(job));
 }
 
 static bool precopy_drained_poll(BlockJob *job)
 {
     PrecopyJob *s = container_of(job, PrecopyJob, common);
 
-    /* Unless it is our own drain, only a pause keeps us from new requests */
+    /*
+     * Unless it is our own drain, only a pause keeps us from new requests.
+     * After ours has begun there are more, which whoever drains now awaits.
+     */
     WITH_JOB_LOCK_GUARD() {
         if (!job->job.paused && !job_is_cancelled_locked(&job->job) &&
             !s->in_drain) {
             return true;
         }
     }
-    return qatomic_read(&s->in_flight);
+    return qatomic_read(&s->sending_rest) || qatomic_read(&s->in_flight);
 }
 
 const BlockJobDriver precopy_job_driver = {
@@ -429,6 +450,7 @@ const BlockJobDriver precopy_job_driver = {
         .abort          = precopy_abort,
         .clean          = precopy_clean,
         .pause          = precopy_pause,
+        .resume         = precopy_resume,
         .complete       = precopy_complete,
         .cancel         = precopy_cancel,
     },

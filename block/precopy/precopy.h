@@ -59,6 +59,7 @@ typedef struct PrecopyConverge {
     uint64_t least_left;        /* the best so far */
     int64_t least_since;        /* ms: when that was */
     bool outpaced;
+    bool standing;              /* the job is paused */
     int64_t pace_since;         /* ms: when that was said */
     int64_t hold;               /* ms: for how long at least */
 } PrecopyConverge;
@@ -91,6 +92,7 @@ struct PrecopyJob {
     bool failed;                /* a request failed since this was cleared */
     bool should_complete;
     bool in_drain;              /* our own */
+    bool sending_rest;          /* atomic: in the last phase */
     bool finished;              /* the graph has been put right */
     bool pivoted;
     int64_t last_pause_ns;
@@ -127,6 +129,8 @@ void precopy_converge_measure(PrecopyJob *s);
 uint64_t precopy_bound(PrecopyJob *s);
 /* A sweep is over: begin another, or say that there is nothing to do */
 bool precopy_converge_next(PrecopyJob *s);
+/* The job pauses, or goes on */
+void precopy_converge_stand(PrecopyJob *s, bool standing);
 int64_t precopy_throttle_ns(PrecopyJob *s, int64_t offset, int64_t bytes);
 /* Bytes that a request should have at most, and all in flight together */
 int64_t precopy_converge_bytes(PrecopyJob *s);

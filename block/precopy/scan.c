@@ -47,6 +47,10 @@ static int coroutine_fn precopy_scan_zero(PrecopyJob *s, int64_t offset,
     for (done = 0; done < bytes; done += n) {
         int ret;
 
+        job_pause_point(&s->common.job);
+        if (job_is_cancelled(&s->common.job)) {
+            return 0;
+        }
         if (precopy_target_zero(s, offset + done, bytes - done, &n)) {
             continue;
         }

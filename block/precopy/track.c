@@ -84,7 +84,8 @@ static void track_blocks(const PrecopyTrack *t, int64_t offset, int64_t bytes,
     int64_t end = MIN(offset + bytes, t->length);
 
     *first = offset / t->granularity;
-    *nb = MAX(DIV_ROUND_UP(end, t->granularity) - *first, 0);
+    /* A guest may well write nothing, amid a block */
+    *nb = bytes ? MAX(DIV_ROUND_UP(end, t->granularity) - *first, 0) : 0;
 }
 
 static void track_count_spared(PrecopyTrack *t, int64_t first, int64_t nb)
@@ -260,6 +261,14 @@ void precopy_track_end_op(PrecopyTrack *t, PrecopyOp *op)
     QTAILQ_REMOVE(&t->ops, op, next);
     while (qemu_co_enter_next(&op->waiters, &t->lock)) {
         /* each of them looks for itself */
+    }
+}
+
+void coroutine_fn precopy_track_wait_ops(PrecopyTrack *t)
+{
+    QEMU_LOCK_GUARD(&t->lock);
+    while (!QTAILQ_EMPTY(&t->ops)) {
+        qemu_co_queue_wait(&QTAILQ_FIRST(&t->ops)->waiters, &t->lock);
     }
 }
 

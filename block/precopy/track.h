@@ -146,6 +146,9 @@ void precopy_track_zeroed(PrecopyTrack *t, int64_t bytes, bool was_data);
 
 void precopy_track_end_op(PrecopyTrack *t, PrecopyOp *op);
 
+/* Until nobody works on any block */
+void coroutine_fn precopy_track_wait_ops(PrecopyTrack *t);
+
 /*
  * If writes go through: wait until nobody works on the range, enter @op for
  * it and return true.
