@@ -189,6 +189,12 @@ static void test_bound(void)
     g_assert_cmpint(precopy_bound(s), ==, 50 * MiB);
     s->converge.rate = 0;
     g_assert_cmpint(precopy_bound(s), ==, 500 * MiB);
+    /* Whatever the user wants */
+    s->downtime_limit = 60000;
+    s->common.speed = INT64_MAX;
+    g_assert_cmpint(precopy_bound(s), >, DISK);
+    s->converge.rate = UINT64_MAX;
+    g_assert_cmpint(precopy_bound(s), >, DISK);
     job_free(s);
 }
 
@@ -256,6 +262,35 @@ static void test_throttle(void)
     precopy_converge_next(s);
     g_assert_false(s->converge.outpaced);
     g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), ==, 0);
+    job_free(s);
+}
+
+/* While the job is paused nobody waits for it; then what was right is again */
+static void test_standing(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_WRITE_BLOCKING);
+
+    s->converge.rate = 20 * MiB;
+    precopy_converge_stand(s, true);
+    precopy_converge_stand(s, false);
+    g_assert_false(s->track->write_through);
+    guest_writes(s, 6 * MiB);
+    g_assert_true(s->track->write_through);
+    precopy_converge_stand(s, true);
+    g_assert_false(s->track->write_through);
+    g_assert_true(s->converge.outpaced);
+    precopy_converge_stand(s, false);
+    g_assert_true(s->track->write_through);
+    job_free(s);
+
+    s = job_new(PRECOPY_OUTPACED_THROTTLE);
+    s->converge.rate = 1 * MiB;
+    guest_writes(s, 4 * MiB);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), >, 0);
+    precopy_converge_stand(s, true);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), ==, 0);
+    precopy_converge_stand(s, false);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), >, 0);
     job_free(s);
 }
 
@@ -500,6 +535,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-pace/bound", test_bound);
     g_test_add_func("/precopy-pace/faster", test_faster);
     g_test_add_func("/precopy-pace/throttle", test_throttle);
+    g_test_add_func("/precopy-pace/standing", test_standing);
     g_test_add_func("/precopy-pace/continue", test_continue);
     g_test_add_func("/precopy-pace/stalled", test_stalled);
     g_test_add_func("/precopy-pace/release", test_release);

@@ -154,6 +154,28 @@ static void test_track_runs(void)
     precopy_track_free(t);
 }
 
+static void wrote_something(void *opaque, int64_t offset, int64_t bytes,
+                            int64_t now)
+{
+    g_assert_cmpint(bytes, >, 0);
+}
+
+/* A write of nothing, amid a block and at the ends */
+static void test_track_empty(void)
+{
+    PrecopyTrack *t = precopy_track_new(100 * GRAN + 512, GRAN);
+
+    t->hint_written = wrote_something;
+    precopy_track_wrote(t, 512, 0, 0);
+    precopy_track_wrote(t, 0, 0, 0);
+    precopy_track_wrote(t, 100 * GRAN + 512, 0, 0);
+    precopy_track_wrote_both(t, 512, 0, 0);
+    precopy_track_mark(t, 512, 0);
+    precopy_track_discarded(t, 512, 0);
+    g_assert_cmpint(precopy_track_left(t), ==, 0);
+    precopy_track_free(t);
+}
+
 static void test_track_in_flight(void)
 {
     PrecopyTrack *t = precopy_track_new(64 * GRAN, GRAN);
@@ -282,6 +304,8 @@ static void test_granularity(void)
 {
     g_assert_cmpint(precopy_default_granularity(0), ==, 4096);
     g_assert_cmpint(precopy_default_granularity(1LL << 40), ==, 4096);
+    g_assert_cmpint(precopy_default_granularity((1LL << 41) - 1), ==, 4096);
+    g_assert_cmpint(precopy_default_granularity(1LL << 41), ==, 8192);
     g_assert_cmpint(precopy_default_granularity(1LL << 42), ==, 16384);
     g_assert_cmpint(precopy_default_granularity(INT64_MAX) , <=, 1LL << 35);
 }
@@ -536,6 +560,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy/heat-neighbours", test_heat_neighbours);
     g_test_add_func("/precopy/heat-bounded", test_heat_bounded);
     g_test_add_func("/precopy/track-runs", test_track_runs);
+    g_test_add_func("/precopy/track-empty", test_track_empty);
     g_test_add_func("/precopy/track-in-flight", test_track_in_flight);
     g_test_add_func("/precopy/track-history", test_track_history);
     g_test_add_func("/precopy/track-hints", test_track_hints);
