@@ -3,7 +3,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * See reader.h.  A thread that fetches chunk after chunk as requests do, and
+ * See reader.h.  A thread that fetches run after run as requests do, and
  * puts them into a part of the store (part.c): what a process that died has
  * left is gone on with, and of those that bring the same one does it and the
  * others wait.  The digest of the whole decides in the end (T1).  If the chunks
@@ -14,6 +14,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
+#include "qemu/host-utils.h"
 #include "qemu/memalign.h"
 #include "qemu/timer.h"
 #include "reader.h"
@@ -109,49 +110,89 @@ static bool keep_speed(Bringer *b, uint32_t bytes)
     return !is_over(b->r);
 }
 
-/* From wherever, as long as it takes */
-static bool fetch(Bringer *b, uint64_t n)
+/*
+ * From wherever, as long as it takes: how many of @count chunks, from the first
+ * one on, that are; 0 if it is over.
+ */
+static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf)
 {
-    while (reader_fetch(b->r, &b->link, n, b->buf) < 0) {
-        tell_state(b->r, THINVM_TEMPLATE_BRING_OVER_STATE_WAITING,
-                   "no copy can be read");
-        if (!pause_for(b->r, RETRY_MS)) {
-            return false;
+    ReaderMask right;
+
+    do {
+        ReaderWait wait = reader_wait(b->r);
+
+        right = reader_fetch(b->r, &b->link, n, count, &wait, buf);
+        if (!right) {
+            tell_state(b->r, THINVM_TEMPLATE_BRING_OVER_STATE_WAITING,
+                       "no copy can be read");
+            if (!pause_for(b->r, RETRY_MS)) {
+                return 0;
+            }
         }
-    }
+    } while (!right);
     tell_state(b->r, THINVM_TEMPLATE_BRING_OVER_STATE_RUNNING, NULL);
-    return true;
+    return cto32(right);
 }
 
 /* Is it there already, as it must be? */
-static bool have_chunk(Bringer *b, uint64_t offset, uint32_t bytes, uint64_t n)
+static bool have_chunk(Bringer *b, uint64_t n, uint8_t *buf)
 {
+    uint64_t offset = n * b->r->chunks->chunk_size;
+    uint32_t bytes = template_chunk_bytes(b->r->chunks, n);
+
     return offset + bytes <= b->part->done &&
-           template_part_read(b->part, b->buf, bytes, offset, NULL) &&
-           reader_is_right(b->r, n, b->buf);
+           template_part_read(b->part, buf, bytes, offset, NULL) &&
+           reader_is_right(b->r, n, buf);
+}
+
+static bool put_chunk(Bringer *b, uint64_t n, const uint8_t *buf, Error **errp)
+{
+    uint64_t offset = n * b->r->chunks->chunk_size;
+    uint32_t bytes = template_chunk_bytes(b->r->chunks, n);
+
+    /* What is wrong in the part may be where zeroes belong */
+    return (offset >= b->part->done && buffer_is_zero(buf, bytes)) ||
+           template_part_write(b->part, buf, bytes, offset, errp);
+}
+
+/* What is not there; how many chunks that were, 0 if not */
+static unsigned fetch_and_put(Bringer *b, uint64_t n, unsigned count,
+                              uint8_t *buf, Error **errp)
+{
+    const TemplateChunks *c = b->r->chunks;
+    bool is_new = n * c->chunk_size >= b->part->done;
+    unsigned got = fetch(b, n, is_new ? count : 1, buf);
+
+    for (unsigned i = 0; i < got; i++) {
+        if (!keep_speed(b, template_chunk_bytes(c, n + i)) ||
+            !put_chunk(b, n + i, buf + (size_t)i * c->chunk_size, errp)) {
+            return 0;
+        }
+    }
+    return got;
 }
 
 /* False without an error: it is over */
-static bool bring_chunk(Bringer *b, uint64_t n, Error **errp)
+static bool bring_run(Bringer *b, uint64_t n, unsigned count, Error **errp)
 {
     TemplateReader *r = b->r;
     uint64_t offset = n * r->chunks->chunk_size, end;
-    uint32_t bytes = template_chunk_bytes(r->chunks, n);
+    unsigned got;
 
-    if (!have_chunk(b, offset, bytes, n)) {
-        if (!fetch(b, n) || !keep_speed(b, bytes)) {
-            return false;
-        }
-        /* What is wrong in the part may be where zeroes belong */
-        if ((offset < b->part->done || !buffer_is_zero(b->buf, bytes)) &&
-            !template_part_write(b->part, b->buf, bytes, offset, errp)) {
+    end = MIN(offset + (uint64_t)count * r->chunks->chunk_size,
+              r->chunks->length);
+    for (unsigned i = 0; i < count; i += got) {
+        uint8_t *buf = b->buf + (size_t)i * r->chunks->chunk_size;
+
+        got = have_chunk(b, n + i, buf)
+              ? 1 : fetch_and_put(b, n + i, count - i, buf, errp);
+        if (!got) {
             return false;
         }
     }
-    if (!template_hasher_add(b->hasher, b->buf, bytes, errp)) {
+    if (!template_hasher_add(b->hasher, b->buf, end - offset, errp)) {
         return false;
     }
-    end = offset + bytes;
     WITH_QEMU_LOCK_GUARD(&r->lock) {
         r->bring.done = end;
     }
@@ -194,14 +235,23 @@ static bool finish(Bringer *b, Error **errp)
         reader_refute(r, error_get_pretty(*errp));
         return false;
     }
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        if (r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
+            r->trust = THINVM_TEMPLATE_TRUST_LOCAL;     /* it was true */
+        }
+    }
     return may_come(r, errp) &&
            template_part_commit(b->part, c, false, &existed, errp);
 }
 
 static bool bring_part(Bringer *b, Error **errp)
 {
-    for (uint64_t n = 0; n < b->r->chunks->nb_chunks; n++) {
-        if (is_over(b->r) || !bring_chunk(b, n, errp)) {
+    const TemplateChunks *c = b->r->chunks;
+    unsigned run = template_io_bytes(c->chunk_size) / c->chunk_size;
+
+    for (uint64_t n = 0; n < c->nb_chunks; n += run) {
+        if (is_over(b->r) ||
+            !bring_run(b, n, MIN(run, c->nb_chunks - n), errp)) {
             return false;
         }
     }
@@ -214,7 +264,7 @@ static void note_stopped(Bringer *b)
     uint64_t done;
 
     WITH_QEMU_LOCK_GUARD(&b->r->lock) {
-        done = QEMU_ALIGN_DOWN(b->r->bring.done, TEMPLATE_CHUNK_SIZE);
+        done = QEMU_ALIGN_DOWN(b->r->bring.done, TEMPLATE_IO_BYTES);
     }
     if (done > b->part->done) {
         template_part_note(b->part, done, NULL);
@@ -262,16 +312,14 @@ static bool bring(Bringer *b, Error **errp)
 static bool use_copy(TemplateReader *r, Error **errp)
 {
     ERRP_GUARD();
-    LocalCopy *copy = local_copy_open(r->stores, &r->o.digest, NULL, errp);
 
-    if (!copy) {
-        if (!*errp) {
-            error_setg(errp, "It was brought over, and removed at once");
-        }
-        return false;
+    if (reader_take_local(r, "it was brought over", errp)) {
+        return true;
     }
-    reader_set_local(r, copy, "it was brought over");
-    return true;
+    if (!*errp) {
+        error_setg(errp, "It was brought over, and removed at once");
+    }
+    return false;
 }
 
 /* Is it over?  Not if it was to go on in the moment in which it stopped. */
@@ -281,9 +329,6 @@ static bool end(TemplateReader *r, bool ok, const char *problem)
 
     if (!ok && !problem && !r->stopping && !r->bring.stop) {
         return false;
-    }
-    if (ok && r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
-        r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
     }
     set_state(&r->bring, ok ? THINVM_TEMPLATE_BRING_OVER_STATE_DONE :
               problem ? THINVM_TEMPLATE_BRING_OVER_STATE_FAILED :
@@ -299,7 +344,8 @@ static void *bring_thread(void *opaque)
     Error *err = NULL;
     bool ok;
 
-    b.buf = qemu_memalign(qemu_real_host_page_size(), r->chunks->chunk_size);
+    b.buf = qemu_memalign(qemu_real_host_page_size(),
+                          template_io_bytes(r->chunks->chunk_size));
     do {
         WITH_QEMU_LOCK_GUARD(&r->lock) {
             r->bring.done = 0;

@@ -99,6 +99,30 @@ bool template_length_check(uint64_t length, const char *what, Error **errp)
     return true;
 }
 
+uint32_t template_chunk_size_default(uint64_t length)
+{
+    uint32_t size = TEMPLATE_CHUNK_SIZE_MIN;
+
+    while (DIV_ROUND_UP(length, size) * TEMPLATE_DIGEST_SIZE >
+           TEMPLATE_HASHES_DEFAULT) {
+        size *= 2;
+    }
+    return size;
+}
+
+bool template_chunk_size_fits(uint64_t chunk_size, uint64_t length)
+{
+    return is_power_of_2(chunk_size) &&
+           chunk_size >= TEMPLATE_CHUNK_SIZE_MIN &&
+           chunk_size <= TEMPLATE_CHUNK_SIZE_MAX &&
+           DIV_ROUND_UP(length, chunk_size) <= TEMPLATE_CHUNKS_MAX;
+}
+
+uint32_t template_io_bytes(uint32_t chunk_size)
+{
+    return MAX(chunk_size, TEMPLATE_IO_BYTES);
+}
+
 uint32_t template_chunk_bytes(const TemplateChunks *c, uint64_t chunk)
 {
     return MIN(c->chunk_size, c->length - chunk * c->chunk_size);
@@ -151,9 +175,7 @@ bool template_chunks_root(const TemplateChunks *c, TemplateDigest *root,
 
 static bool chunks_check(const TemplateChunks *c, Error **errp)
 {
-    if (!is_power_of_2(c->chunk_size) ||
-        c->chunk_size < TEMPLATE_CHUNK_SIZE_MIN ||
-        c->chunk_size > TEMPLATE_CHUNK_SIZE_MAX) {
+    if (!template_chunk_size_fits(c->chunk_size, 0)) {
         error_setg(errp, "its chunk size is %" PRIu32, c->chunk_size);
         return false;
     }
@@ -262,10 +284,22 @@ void template_hasher_free(TemplateHasher *h)
 bool template_hasher_add(TemplateHasher *h, const void *buf, uint32_t bytes,
                          Error **errp)
 {
-    assert(h->next < h->chunks->nb_chunks);
-    assert(bytes == template_chunk_bytes(h->chunks, h->next));
-    return qcrypto_hash_update(h->whole, buf, bytes, errp) == 0 &&
-           template_sha256(buf, bytes, &h->chunks->hashes[h->next++], errp);
+    if (qcrypto_hash_update(h->whole, buf, bytes, errp) < 0) {
+        return false;
+    }
+    while (bytes) {
+        uint32_t n;
+
+        assert(h->next < h->chunks->nb_chunks);
+        n = template_chunk_bytes(h->chunks, h->next);
+        assert(n <= bytes);
+        if (!template_sha256(buf, n, &h->chunks->hashes[h->next++], errp)) {
+            return false;
+        }
+        buf += n;
+        bytes -= n;
+    }
+    return true;
 }
 
 TemplateChunks *template_hasher_finish(TemplateHasher *h, Error **errp)

@@ -12,13 +12,16 @@
 
 #include "template.h"
 
-/* What new templates get; others are read, too */
-#define TEMPLATE_CHUNK_SIZE         MiB
 #define TEMPLATE_CHUNK_SIZE_MIN     (64 * KiB)
 #define TEMPLATE_CHUNK_SIZE_MAX     (16 * MiB)
 #define TEMPLATE_LENGTH_MAX         (4 * TiB)
-#define TEMPLATE_CHUNKS_MAX         (TEMPLATE_LENGTH_MAX / TEMPLATE_CHUNK_SIZE)
+#define TEMPLATE_CHUNKS_MAX         (TEMPLATE_LENGTH_MAX / MiB)
 #define TEMPLATE_CHUNKS_HEADER      4096
+/* The hashes of chunks of the default size take no more */
+#define TEMPLATE_HASHES_DEFAULT     (8 * MiB)
+
+/* How much is read, written and noted at once where all of it passes by */
+#define TEMPLATE_IO_BYTES           MiB
 
 typedef struct TemplateChunks {
     TemplateDigest digest;          /* of the whole */
@@ -33,6 +36,16 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(TemplateChunks, template_chunks_free)
 
 /* Can it be stored?  The error names @what. */
 bool template_length_check(uint64_t length, const char *what, Error **errp);
+
+/*
+ * What new templates of that length get, the same on every node: the smallest
+ * chunks whose hashes are few enough.
+ */
+uint32_t template_chunk_size_default(uint64_t length);
+/* May a template of that length (0: any) have them? */
+bool template_chunk_size_fits(uint64_t chunk_size, uint64_t length);
+/* Of a whole number of chunks */
+uint32_t template_io_bytes(uint32_t chunk_size);
 
 uint32_t template_chunk_bytes(const TemplateChunks *c, uint64_t chunk);
 uint64_t template_chunks_file_size(const TemplateChunks *c);
@@ -60,7 +73,7 @@ TemplateHasher *template_hasher_new(uint64_t length, uint32_t chunk_size,
 void template_hasher_free(TemplateHasher *h);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(TemplateHasher, template_hasher_free)
 
-/* The chunk that comes next, whole */
+/* The chunks that come next, each whole */
 bool template_hasher_add(TemplateHasher *h, const void *buf, uint32_t bytes,
                          Error **errp);
 /* After the last one */

@@ -18,7 +18,7 @@
 
 #define FILENAME_PREFIX         "thinvm-template:"
 
-/* A boot reads from about a hundred chunks, again and again */
+/* What a boot reads mostly fits */
 #define DEFAULT_CACHE           (64 * MiB)
 #define MAX_CACHE               (16 * GiB)
 #define DEFAULT_TIMEOUT_MS      5000

@@ -12,7 +12,11 @@
  *    need be believed anything; or else
  *  - compared between all that answer, which shows damage and a single liar,
  *    but not a liar who is alone.  What they agreed on is put to the test when
- *    the whole has come to this node (bring.c, keeper.c).
+ *    the whole has come to this node (bring.c, replica.c).
+ *
+ * Nodes may have hashes of chunks of different sizes, which can be compared
+ * only as far as chunks are zeroes.  One list of each size is kept, then; the
+ * reader's chunks are the largest, and what was read has to be right by all.
  */
 
 #include "qemu/osdep.h"
@@ -27,6 +31,9 @@
 #define POLL_US             2000
 #define GRACE_MS            200
 #define PROBLEMS_TOLD       8
+
+QEMU_BUILD_BUG_ON(TEMPLATE_CHUNK_SIZE_MIN << READER_OTHERS_MAX !=
+                  TEMPLATE_CHUNK_SIZE_MAX);
 
 /* What a node has said */
 typedef struct Answer {
@@ -116,35 +123,34 @@ static GPtrArray *ask_all(TemplateReader *r)
 /* ------------------------------------------------------------------ */
 /* Choosing                                                            */
 
-/* The hashes themselves, from the node that gave this answer */
-static bool read_hashes(TemplateReader *r, Answer *a)
+/* The hashes themselves, from the node that gave this answer; or NULL */
+static TemplateChunks *read_hashes(TemplateReader *r, Answer *a)
 {
     uint64_t bytes = a->chunks->nb_chunks * TEMPLATE_DIGEST_SIZE;
     LinkPatience patience = reader_patience(r);
     uint64_t size = TEMPLATE_CHUNKS_HEADER + bytes;
     Error *err = NULL;
+    TemplateChunks *c = NULL;
     uint8_t *buf;
-    bool ok;
 
     if (link_size(a->link) != size &&
         link_size(a->link) != ROUND_UP(size, BDRV_SECTOR_SIZE)) {
         warn_report("Template node '%s': node '%s': the list of hashes has %"
                     PRIu64 " bytes instead of %" PRIu64, r->node_name,
                     a->replica->node->name, link_size(a->link), size);
-        return false;
+        return NULL;
     }
     buf = qemu_memalign(LINK_ALIGNMENT, ROUND_UP(bytes, LINK_ALIGNMENT));
-    ok = link_read(a->link, TEMPLATE_CHUNKS_HEADER, bytes, buf, &patience,
-                   &err) &&
-         template_chunks_decode_hashes(a->chunks, a->header, buf, &err);
-    if (ok) {
-        r->chunks = g_steal_pointer(&a->chunks);
+    if (link_read(a->link, TEMPLATE_CHUNKS_HEADER, bytes, buf, &patience,
+                  &err) &&
+        template_chunks_decode_hashes(a->chunks, a->header, buf, &err)) {
+        c = g_steal_pointer(&a->chunks);
     } else {
         warn_reportf_err(err, "Template node '%s': node '%s': the list of "
                          "hashes: ", r->node_name, a->replica->node->name);
     }
     qemu_vfree(buf);
-    return ok;
+    return c;
 }
 
 static bool is_wanted(TemplateReader *r, const Answer *a)
@@ -153,38 +159,142 @@ static bool is_wanted(TemplateReader *r, const Answer *a)
                          template_digest_equal(&a->root, &r->o.hashes));
 }
 
-/* From the nearest that has them; the others' say the same */
-static bool take_hashes(TemplateReader *r, GPtrArray *answers)
+/*
+ * Of chunks of that size, from the nearest that has them; the others' say the
+ * same.
+ */
+static TemplateChunks *take_hashes_of(TemplateReader *r, GPtrArray *answers,
+                                      uint32_t chunk_size)
 {
-    for (unsigned i = 0; i < answers->len; i++) {
+    TemplateChunks *c = NULL;
+
+    for (unsigned i = 0; !c && i < answers->len; i++) {
         Answer *a = g_ptr_array_index(answers, i);
 
-        if (is_wanted(r, a) && read_hashes(r, a)) {
-            return true;
+        if (is_wanted(r, a) && a->chunks &&
+            a->chunks->chunk_size == chunk_size) {
+            c = read_hashes(r, a);
         }
     }
-    return false;
+    return c;
+}
+
+/* Of the largest chunks first */
+static bool take_hashes(TemplateReader *r, GPtrArray *answers)
+{
+    for (uint32_t size = TEMPLATE_CHUNK_SIZE_MAX;
+         size >= TEMPLATE_CHUNK_SIZE_MIN; size /= 2) {
+        TemplateChunks *c = take_hashes_of(r, answers, size);
+
+        if (c && !r->chunks) {
+            r->chunks = c;
+        } else if (c) {
+            r->others[r->nb_others++] = c;
+        }
+    }
+    return r->chunks;
+}
+
+static void set_disagreement(Error **errp, const char *who)
+{
+    error_setg(errp, "%s do not agree on the hashes of the template's chunks: "
+               "say by option 'hashes' which are right ('thinvm-template list "
+               "--json' tells it, on a node that has the template)", who);
+}
+
+static bool contradict(const Answer *a, const Answer *b)
+{
+    return a->chunks->length != b->chunks->length ||
+           (a->chunks->chunk_size == b->chunks->chunk_size &&
+            !template_digest_equal(&a->root, &b->root));
 }
 
 static bool do_agree(GPtrArray *answers, Error **errp)
 {
-    const Answer *first = NULL;
-
     for (unsigned i = 0; i < answers->len; i++) {
         const Answer *a = g_ptr_array_index(answers, i);
 
-        if (a->header && first &&
-            !template_digest_equal(&a->root, &first->root)) {
-            error_setg(errp, "Nodes '%s' and '%s' do not agree on the hashes "
-                       "of the template's chunks: say by option 'hashes' which "
-                       "are right ('thinvm-template list --json' tells it, on "
-                       "a node that has the template)",
-                       first->replica->node->name, a->replica->node->name);
-            return false;
+        for (unsigned j = 0; a->header && j < i; j++) {
+            const Answer *b = g_ptr_array_index(answers, j);
+
+            if (b->header && contradict(a, b)) {
+                g_autofree char *who = g_strdup_printf("Nodes '%s' and '%s'",
+                    b->replica->node->name, a->replica->node->name);
+
+                set_disagreement(errp, who);
+                return false;
+            }
         }
-        first = first ?: a->header ? a : NULL;
     }
     return true;
+}
+
+static bool zero_hash(uint32_t chunk_size, TemplateDigest *hash, Error **errp)
+{
+    g_autofree uint8_t *zeroes = g_malloc0(chunk_size);
+
+    return template_sha256(zeroes, chunk_size, hash, errp);
+}
+
+/* Are the chunks [@n, @end) zeroes?  @zero: the hash of one of them */
+static bool are_zeroes(const TemplateChunks *c, uint64_t n, uint64_t end,
+                       const TemplateDigest *zero)
+{
+    while (n < end && template_digest_equal(&c->hashes[n], zero)) {
+        n++;
+    }
+    return n == end;
+}
+
+/* Zeroes are never read, so lists must agree on them beforehand */
+static bool agree_on_zeroes(TemplateReader *r, const TemplateChunks *other,
+                            Error **errp)
+{
+    const TemplateChunks *c = r->chunks;
+    unsigned parts = c->chunk_size / other->chunk_size;
+    TemplateDigest zero;
+
+    if (!zero_hash(other->chunk_size, &zero, errp)) {
+        return false;
+    }
+    for (uint64_t n = 0; n < c->length / c->chunk_size; n++) {
+        if (are_zeroes(c, n, n + 1, &r->zeroes) !=
+            are_zeroes(other, n * parts, (n + 1) * parts, &zero)) {
+            set_disagreement(errp, "Nodes with chunks of different sizes");
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_agreed(TemplateReader *r)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    return r->trust == THINVM_TEMPLATE_TRUST_AGREED;
+}
+
+bool reader_is_contradicted(TemplateReader *r, uint64_t n, const uint8_t *buf)
+{
+    uint32_t bytes = template_chunk_bytes(r->chunks, n);
+
+    for (unsigned i = 0; i < r->nb_others && is_agreed(r); i++) {
+        const TemplateChunks *c = r->others[i];
+        uint64_t m = n * (r->chunks->chunk_size / c->chunk_size);
+
+        for (uint32_t at = 0; at < bytes; at += c->chunk_size, m++) {
+            TemplateDigest hash;
+
+            if (!template_sha256(buf + at, template_chunk_bytes(c, m), &hash,
+                                 NULL) ||
+                !template_digest_equal(&hash, &c->hashes[m])) {
+                reader_refute(r, "nodes with chunks of different sizes do not "
+                              "agree on their hashes");
+                return true;
+            }
+        }
+    }
+    return false;
 }
 
 static void set_not_found(TemplateReader *r, Error **errp)
@@ -276,10 +386,36 @@ static bool find_remote(TemplateReader *r, Error **errp)
 
 static bool prepare(TemplateReader *r, Error **errp)
 {
-    g_autofree uint8_t *zeroes = g_malloc0(r->chunks->chunk_size);
+    if (!zero_hash(r->chunks->chunk_size, &r->zeroes, errp) ||
+        !template_chunks_root(r->chunks, &r->root, errp)) {
+        return false;
+    }
+    for (unsigned i = 0; i < r->nb_others; i++) {
+        if (!agree_on_zeroes(r, r->others[i], errp)) {
+            return false;
+        }
+    }
+    return true;
+}
 
-    return template_sha256(zeroes, r->chunks->chunk_size, &r->zeroes, errp) &&
-           template_chunks_root(r->chunks, &r->root, errp);
+/*
+ * The copy on this node has others than option "hashes" says.  That is right if
+ * these are of chunks of another size, which a node that has them can tell.
+ */
+static bool are_of_other_size(TemplateReader *r)
+{
+    g_autoptr(GPtrArray) answers = ask_all(r);
+    bool found = false;
+
+    collect(r, answers);
+    for (unsigned i = 0; i < answers->len; i++) {
+        const Answer *a = g_ptr_array_index(answers, i);
+
+        found = found || (is_wanted(r, a) &&
+                          a->chunks->length == r->chunks->length &&
+                          a->chunks->chunk_size != r->chunks->chunk_size);
+    }
+    return found;
 }
 
 bool reader_find(TemplateReader *r, Error **errp)
@@ -295,8 +431,12 @@ bool reader_find(TemplateReader *r, Error **errp)
     if ((!r->local && !find_remote(r, errp)) || !prepare(r, errp)) {
         return false;
     }
-    if (r->o.has_hashes && !template_digest_equal(&r->root, &r->o.hashes)) {
-        error_setg(errp, "Option 'hashes' does not fit the copy on this node");
+    if (r->o.has_hashes && !template_digest_equal(&r->root, &r->o.hashes) &&
+        !are_of_other_size(r)) {
+        error_setg(errp, "Option 'hashes' does not fit the copy on this node, "
+                   "whose chunks have %" PRIu32 " bytes, and no node that "
+                   "answers has such hashes of chunks of another size",
+                   r->chunks->chunk_size);
         return false;
     }
     return true;

@@ -40,45 +40,14 @@ static int64_t now_ms(void)
 /* ------------------------------------------------------------------ */
 /* A copy on this node                                                 */
 
-/* Did this node make other hashes from the contents than we were told? */
-static void check_trust(TemplateReader *r, const TemplateChunks *c)
+static void look_for_local(TemplateReader *r)
 {
-    bool same = c->chunk_size == r->chunks->chunk_size &&
-                c->length == r->chunks->length &&
-                !memcmp(c->hashes, r->chunks->hashes,
-                        c->nb_chunks * sizeof(TemplateDigest));
-
-    if (c->length != r->chunks->length ||
-        (c->chunk_size == r->chunks->chunk_size && !same)) {
-        reader_refute(r, "the copy on this node has other hashes than those "
-                      "that were taken from other nodes");
-        return;
-    }
-    QEMU_LOCK_GUARD(&r->lock);
-    if (same && r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
-        r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
-    }
-}
-
-static void look_for_local(Keeper *k)
-{
-    TemplateReader *r = k->r;
-    LocalCopy *old = reader_local(r), *copy = NULL;
-    g_autoptr(TemplateChunks) chunks = NULL;
+    LocalCopy *old = reader_local(r);
 
     if (!old || local_copy_replaced(old)) {
         /* One that is not right was told of when the node was opened */
-        copy = local_copy_open(r->stores, &r->o.digest, &chunks, NULL);
-    }
-    if (copy) {
-        check_trust(r, chunks);
-    }
-    if (copy && copy->nb_chunks == r->chunks->nb_chunks &&
-        chunks->length == r->chunks->length) {
-        reader_set_local(r, copy, old ? "it was put in place of another file"
-                                      : "it is on this node");
-    } else {
-        local_copy_unref(copy);
+        reader_take_local(r, old ? "it was put in place of another file"
+                                 : "it is on this node", NULL);
     }
     local_copy_unref(old);
 }
@@ -222,7 +191,7 @@ static void *keeper_thread(void *opaque)
     while (!r->stopping) {
         qemu_mutex_unlock(&r->lock);
         if (now_ms() >= k.looked + LOOK_MS) {
-            look_for_local(&k);
+            look_for_local(r);
             k.looked = now_ms();
         }
         keep_connection(&k);

@@ -70,13 +70,14 @@ static LocalCopy *open_on(TemplateStore *s, const TemplateDigest *digest,
         .store = s,
         .path = template_store_path(s, digest),
         .fd = fd,
-        .nb_chunks = c->nb_chunks,
-        .verified = bitmap_new(c->nb_chunks),
-        .wrong = bitmap_new(c->nb_chunks),
     };
-    if (chunks) {
+    if (!*chunks) {
         *chunks = g_steal_pointer(&c);
+    } else {
+        copy->own = g_steal_pointer(&c);
     }
+    copy->verified = bitmap_new((*chunks)->nb_chunks);
+    copy->wrong = bitmap_new((*chunks)->nb_chunks);
     return copy;
 }
 
@@ -114,6 +115,7 @@ static void local_copy_clear(gpointer opaque)
 
     close(copy->fd);
     g_free(copy->path);
+    template_chunks_free(copy->own);
     g_free(copy->verified);
     g_free(copy->wrong);
 }

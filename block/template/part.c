@@ -132,7 +132,7 @@ static uint64_t read_progress(TemplatePart *p)
         return 0;
     }
     done = ldq_le_p(buf);
-    return done % TEMPLATE_CHUNK_SIZE || done > st.st_size ? 0 : done;
+    return done % TEMPLATE_IO_BYTES || done > st.st_size ? 0 : done;
 }
 
 static TemplatePart *part_open(TemplatePart *p, bool *busy, Error **errp)
@@ -222,6 +222,16 @@ bool template_part_note(TemplatePart *p, uint64_t done, Error **errp)
     stq_le_p(buf, done);
     return template_pwrite(p->progress_fd, buf, sizeof(buf), 0) ||
            part_error(p->store, "write", p->progress_name, errp);
+}
+
+bool template_part_cut(TemplatePart *p, uint64_t done, Error **errp)
+{
+    if (p->done <= done) {
+        return true;
+    }
+    p->done = done;
+    return ftruncate(p->fd, done) == 0 ||
+           part_error(p->store, "truncate", p->name, errp);
 }
 
 bool template_part_restart(TemplatePart *p, Error **errp)

@@ -29,6 +29,8 @@ typedef struct Waiter {
 
 struct ReaderChunk {
     uint64_t n;
+    bool ahead;                     /* no request has asked for it */
+    unsigned place;                 /* in its run, which is queued */
     uint8_t *data;                  /* once it has been read */
     int ret;
     bool done;
@@ -36,6 +38,14 @@ struct ReaderChunk {
     QSIMPLEQ_HEAD(, Waiter) waiters;
     QTAILQ_ENTRY(ReaderChunk) link; /* queue or unused */
 };
+
+/* How far to read ahead of a stream: a part of what it has read already */
+#define AHEAD_MAX               TEMPLATE_IO_BYTES
+#define AHEAD_PART              4
+/* ... and of the memory that there is */
+#define AHEAD_PART_OF_CACHE     16
+/* Requests that follow each other may skip so much */
+#define STREAM_GAP              (256 * KiB)
 
 /* ------------------------------------------------------------------ */
 /* Chunks in memory                                                    */
@@ -77,6 +87,7 @@ static void chunk_unuse(TemplateReader *r, ReaderChunk *c)
 
 static void *reader_thread(void *opaque);
 
+/* For one more run that is queued */
 static void start_thread(TemplateReader *r)
 {
     if (r->nb_queued > r->idle_threads && r->nb_threads < READER_THREADS_MAX) {
@@ -85,19 +96,48 @@ static void start_thread(TemplateReader *r)
     }
 }
 
+static unsigned run_max(const TemplateReader *r)
+{
+    return template_io_bytes(r->chunks->chunk_size) / r->chunks->chunk_size;
+}
+
+/*
+ * It continues the run at the end of the queue, or begins another one.  None
+ * waits for what nobody has asked for.
+ */
+static void chunk_queue(TemplateReader *r, ReaderChunk *c)
+{
+    const ReaderChunk *last = QTAILQ_LAST(&r->queue);
+
+    if (last && last->n + 1 == c->n && last->ahead == c->ahead &&
+        last->place + 1 < run_max(r)) {
+        c->place = last->place + 1;
+    } else {
+        r->nb_queued++;
+        start_thread(r);
+        qemu_cond_signal(&r->work);
+    }
+    QTAILQ_INSERT_TAIL(&r->queue, c, link);
+}
+
+static ReaderChunk *chunk_new(TemplateReader *r, uint64_t n, bool ahead)
+{
+    ReaderChunk *c = g_new0(ReaderChunk, 1);
+
+    c->n = n;
+    c->ahead = ahead;
+    QSIMPLEQ_INIT(&c->waiters);
+    g_hash_table_insert(r->in_memory, &c->n, c);
+    chunk_queue(r, c);
+    return c;
+}
+
 static ReaderChunk *chunk_use(TemplateReader *r, uint64_t n)
 {
     ReaderChunk *c = g_hash_table_lookup(r->in_memory, &n);
 
     if (!c) {
-        c = g_new0(ReaderChunk, 1);
-        c->n = n;
-        QSIMPLEQ_INIT(&c->waiters);
-        g_hash_table_insert(r->in_memory, &c->n, c);
-        QTAILQ_INSERT_TAIL(&r->queue, c, link);
-        r->nb_queued++;
-        start_thread(r);
-        qemu_cond_signal(&r->work);
+        c = chunk_new(r, n, false);
     } else if (!c->users) {
         QTAILQ_REMOVE(&r->unused, c, link);
     }
@@ -108,23 +148,96 @@ static ReaderChunk *chunk_use(TemplateReader *r, uint64_t n)
 /* ------------------------------------------------------------------ */
 /* Threads                                                             */
 
-static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data,
-                       int ret)
+/* NULL: it cannot be read */
+static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data)
 {
     Waiter *w;
 
-    c->ret = ret;
+    c->ret = data ? 0 : -EIO;
     c->done = true;
-    if (ret < 0) {
-        qemu_vfree(data);
-    } else {
-        c->data = data;
-        r->memory += r->chunks->chunk_size;
-    }
+    c->data = data;
+    r->memory += data ? r->chunks->chunk_size : 0;
     while ((w = QSIMPLEQ_FIRST(&c->waiters))) {
         QSIMPLEQ_REMOVE_HEAD(&c->waiters, next);
         aio_co_wake(w->co);
     }
+    if (c->ahead) {
+        chunk_unuse(r, c);
+    }
+}
+
+/* The first in the queue; how many chunks it has */
+static unsigned take_run(TemplateReader *r, ReaderChunk **run)
+{
+    unsigned count = 0;
+
+    do {
+        run[count] = QTAILQ_FIRST(&r->queue);
+        QTAILQ_REMOVE(&r->queue, run[count], link);
+        count++;
+    } while (!QTAILQ_EMPTY(&r->queue) && QTAILQ_FIRST(&r->queue)->place);
+    r->nb_queued--;
+    return count;
+}
+
+/* Those of a run that are in @right are in @buf; 0: the first one failed */
+static void run_done(TemplateReader *r, ReaderChunk **run, ReaderMask right,
+                     const uint8_t *buf)
+{
+    uint32_t size = r->chunks->chunk_size;
+    uint8_t *data[READER_RUN_MAX] = { };
+
+    for (unsigned i = 0; i < READER_RUN_MAX; i++) {
+        if (right & BIT(i)) {
+            data[i] = qemu_memalign(qemu_real_host_page_size(), size);
+            memcpy(data[i], buf + (size_t)i * size,
+                   template_chunk_bytes(r->chunks, run[i]->n));
+        }
+    }
+    QEMU_LOCK_GUARD(&r->lock);
+    if (!right) {
+        chunk_done(r, run[0], NULL);
+    }
+    for (unsigned i = 0; i < READER_RUN_MAX; i++) {
+        if (right & BIT(i)) {
+            chunk_done(r, run[i], data[i]);
+        }
+    }
+}
+
+/* How many chunks from @first on are not in @done? */
+static unsigned not_done(ReaderMask done, unsigned first, unsigned count)
+{
+    unsigned n = 0;
+
+    while (first + n < count && !(done & BIT(first + n))) {
+        n++;
+    }
+    return n;
+}
+
+/* A copy may have only a part of it right */
+static void run_read(TemplateReader *r, ReaderLink *link, ReaderChunk **run,
+                     unsigned count)
+{
+    ReaderWait wait = reader_wait(r);
+    uint32_t size = r->chunks->chunk_size;
+    uint8_t *buf = qemu_memalign(qemu_real_host_page_size(),
+                                 (size_t)count * size);
+    ReaderMask done = 0;
+
+    for (unsigned i = 0; i < count; i++) {
+        uint8_t *at = buf + (size_t)i * size;
+        unsigned n = not_done(done, i, count);
+
+        if (n) {
+            ReaderMask right = reader_fetch(r, link, run[i]->n, n, &wait, at);
+
+            run_done(r, run + i, right, at);
+            done |= (right | 1) << i;
+        }
+    }
+    qemu_vfree(buf);
 }
 
 /* Until there is work; the keeper has a connection for times without any */
@@ -146,26 +259,20 @@ static void *reader_thread(void *opaque)
 {
     TemplateReader *r = opaque;
     ReaderLink link = { };
-    ReaderChunk *c;
+    ReaderChunk *run[READER_RUN_MAX];
 
     qemu_mutex_lock(&r->lock);
     while (!r->stopping) {
-        uint8_t *data;
-        int ret;
+        unsigned count;
 
-        c = QTAILQ_FIRST(&r->queue);
-        if (!c) {
+        if (QTAILQ_EMPTY(&r->queue)) {
             thread_rest(r, &link);
             continue;
         }
-        QTAILQ_REMOVE(&r->queue, c, link);
-        r->nb_queued--;
+        count = take_run(r, run);
         qemu_mutex_unlock(&r->lock);
-        data = qemu_memalign(qemu_real_host_page_size(),
-                             r->chunks->chunk_size);
-        ret = reader_fetch(r, &link, c->n, data);
+        run_read(r, &link, run, count);
         qemu_mutex_lock(&r->lock);
-        chunk_done(r, c, data, ret);
     }
     qemu_mutex_unlock(&r->lock);
     reader_disconnect(&link);
@@ -191,7 +298,8 @@ static Piece piece_at(const TemplateReader *r, uint64_t offset, uint64_t bytes)
 
 static bool chunk_is_zero(const TemplateReader *r, uint64_t n)
 {
-    return template_chunk_bytes(r->chunks, n) == r->chunks->chunk_size &&
+    return !qatomic_read(&r->doubtful_zeroes) &&
+           template_chunk_bytes(r->chunks, n) == r->chunks->chunk_size &&
            template_digest_equal(&r->chunks->hashes[n], &r->zeroes);
 }
 
@@ -224,32 +332,50 @@ static int direct_read(void *opaque)
     return template_pread(d->copy->fd, d->buf, d->bytes, d->offset) ? 0 : -EIO;
 }
 
-/*
- * A part of a chunk of the local copy that has been verified.  False if it
- * has not, or if the disk cannot read it.
- */
-static bool coroutine_fn co_read_direct(TemplateReader *r, const Piece *p,
-                                        QEMUIOVector *qiov, size_t qiov_offset)
+/* How much, from the beginning of @bytes on, is verified and no zeroes? */
+static uint32_t direct_bytes(const TemplateReader *r, const LocalCopy *copy,
+                             uint64_t offset, uint64_t bytes)
 {
-    DirectRead d = {
-        .copy = reader_local(r),
-        .offset = p->n * r->chunks->chunk_size + p->at,
-        .bytes = p->bytes,
-    };
-    bool ok = false;
+    uint32_t found = 0;
 
-    if (d.copy && r->o.verify == THINVM_TEMPLATE_VERIFY_ONCE &&
-        test_bit(p->n, d.copy->verified) && !test_bit(p->n, d.copy->wrong)) {
-        d.buf = qemu_memalign(qemu_real_host_page_size(), p->bytes);
-        ok = thread_pool_submit_co(direct_read, &d) == 0;
-        if (ok) {
-            qemu_iovec_from_buf(qiov, qiov_offset, d.buf, p->bytes);
-            stat64_add(&r->stats.local_bytes, p->bytes);
+    bytes = MIN(bytes, r->chunks->length - offset);
+    while (found < MIN(bytes, TEMPLATE_IO_BYTES)) {
+        Piece p = piece_at(r, offset + found, bytes - found);
+
+        if (chunk_is_zero(r, p.n) || !test_bit(p.n, copy->verified) ||
+            test_bit(p.n, copy->wrong)) {
+            break;
+        }
+        found += p.bytes;
+    }
+    return found;
+}
+
+/*
+ * From chunks of the local copy that have been verified: how much that was, 0
+ * if the first one has not, or if the disk cannot read them.
+ */
+static uint32_t coroutine_fn co_read_direct(TemplateReader *r, uint64_t offset,
+                                            uint64_t bytes, QEMUIOVector *qiov,
+                                            size_t qiov_offset)
+{
+    DirectRead d = { .copy = reader_local(r), .offset = offset };
+
+    if (d.copy && r->o.verify == THINVM_TEMPLATE_VERIFY_ONCE) {
+        d.bytes = direct_bytes(r, d.copy, offset, bytes);
+    }
+    if (d.bytes) {
+        d.buf = qemu_memalign(qemu_real_host_page_size(), d.bytes);
+        if (thread_pool_submit_co(direct_read, &d) == 0) {
+            qemu_iovec_from_buf(qiov, qiov_offset, d.buf, d.bytes);
+            stat64_add(&r->stats.local_bytes, d.bytes);
+        } else {
+            d.bytes = 0;
         }
         qemu_vfree(d.buf);
     }
     local_copy_unref(d.copy);
-    return ok;
+    return d.bytes;
 }
 
 static bool is_refuted(TemplateReader *r)
@@ -259,22 +385,79 @@ static bool is_refuted(TemplateReader *r)
     return r->trust == THINVM_TEMPLATE_TRUST_REFUTED;
 }
 
-static int coroutine_fn co_read_chunk(TemplateReader *r, const Piece *p,
-                                      QEMUIOVector *qiov, size_t qiov_offset)
+/* ------------------------------------------------------------------ */
+/* Reading ahead                                                       */
+
+/* All with the lock */
+
+/* The stream that a request belongs to, which may be a new one */
+static ReaderStream *stream_of(TemplateReader *r, uint64_t offset,
+                               uint64_t bytes)
+{
+    ReaderStream *found = &r->streams[0];
+
+    for (unsigned i = 0; i < READER_STREAMS; i++) {
+        ReaderStream *s = &r->streams[i];
+
+        if (s->used && offset - s->next <= STREAM_GAP) {
+            found = s;
+            break;
+        }
+        found = s->used < found->used ? s : found;
+    }
+    if (!found->used || offset - found->next > STREAM_GAP) {
+        *found = (ReaderStream) { };
+    }
+    found->next = offset + bytes;
+    found->bytes += bytes;
+    found->used = ++r->clock;
+    return found;
+}
+
+/*
+ * What follows a run that a request has asked for, if that is not the first one
+ * there: so that small chunks do not mean a round trip for each.
+ */
+static void read_ahead(TemplateReader *r, uint64_t offset, uint64_t bytes)
+{
+    ReaderStream *s = stream_of(r, offset, bytes);
+    uint32_t size = r->chunks->chunk_size;
+    uint64_t window = MIN(MIN(s->bytes / AHEAD_PART, AHEAD_MAX),
+                          r->o.cache_size / AHEAD_PART_OF_CACHE);
+    uint64_t end = MIN(QEMU_ALIGN_DOWN(s->next + window, size),
+                       r->chunks->nb_chunks * size);
+    uint64_t from = MAX(s->ahead, ROUND_UP(s->next, size));
+
+    /* On a disk of this node the kernel does that */
+    if (r->local || r->waiting || window < size ||
+        from > s->next + window / 2) {
+        return;
+    }
+    s->ahead = MAX(from, end);
+    for (uint64_t n = from / size; n < end / size; n++) {
+        if (!chunk_is_zero(r, n) && !g_hash_table_contains(r->in_memory, &n)) {
+            chunk_new(r, n, true)->users++;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ */
+/* Requests that are served from chunks                                */
+
+/* What a request needs of one of them, once that has been read */
+static int coroutine_fn co_copy_chunk(TemplateReader *r, ReaderChunk *c,
+                                      const Piece *p, QEMUIOVector *qiov,
+                                      size_t qiov_offset)
 {
     Waiter w = { .co = qemu_coroutine_self() };
-    ReaderChunk *c;
     int ret;
 
     qemu_mutex_lock(&r->lock);
-    c = chunk_use(r, p->n);
     if (!c->done) {
         QSIMPLEQ_INSERT_TAIL(&c->waiters, &w, next);
         qemu_mutex_unlock(&r->lock);
         qemu_coroutine_yield();
         qemu_mutex_lock(&r->lock);
-    } else {
-        stat64_add(&r->stats.cached_bytes, p->bytes);
     }
     ret = c->ret;
     qemu_mutex_unlock(&r->lock);
@@ -287,6 +470,56 @@ static int coroutine_fn co_read_chunk(TemplateReader *r, const Piece *p,
     return ret;
 }
 
+/* The chunks of a request that are no zeroes, as many as make a run */
+static unsigned pieces_of(const TemplateReader *r, uint64_t offset,
+                          uint64_t bytes, Piece *pieces)
+{
+    unsigned count = 0;
+
+    bytes = MIN(bytes, r->chunks->length - offset);
+    while (bytes && count < run_max(r)) {
+        Piece p = piece_at(r, offset, bytes);
+
+        if (chunk_is_zero(r, p.n)) {
+            break;
+        }
+        pieces[count++] = p;
+        offset += p.bytes;
+        bytes -= p.bytes;
+    }
+    return count;
+}
+
+/* From the first of @bytes on, which is not in zeroes; @done: how much */
+static int coroutine_fn co_read_run(TemplateReader *r, uint64_t offset,
+                                    uint64_t bytes, QEMUIOVector *qiov,
+                                    size_t qiov_offset, uint32_t *done)
+{
+    Piece pieces[READER_RUN_MAX];
+    ReaderChunk *run[READER_RUN_MAX];
+    unsigned count = pieces_of(r, offset, bytes, pieces);
+    int ret = 0;
+
+    *done = 0;
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        for (unsigned i = 0; i < count; i++) {
+            run[i] = chunk_use(r, pieces[i].n);
+            if (run[i]->done) {
+                stat64_add(&r->stats.cached_bytes, pieces[i].bytes);
+            }
+            *done += pieces[i].bytes;
+        }
+        read_ahead(r, offset, *done);
+    }
+    for (unsigned i = 0; i < count; i++) {
+        int result = co_copy_chunk(r, run[i], &pieces[i], qiov, qiov_offset);
+
+        ret = ret ?: result;
+        qiov_offset += pieces[i].bytes;
+    }
+    return ret;
+}
+
 int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
                                          uint64_t bytes, QEMUIOVector *qiov,
                                          size_t qiov_offset)
@@ -295,16 +528,20 @@ int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
 
     while (bytes && offset < r->chunks->length && ret == 0) {
         Piece p = piece_at(r, offset, bytes);
+        uint32_t done = p.bytes;
 
         if (chunk_is_zero(r, p.n)) {
-            qemu_iovec_memset(qiov, qiov_offset, 0, p.bytes);
-            stat64_add(&r->stats.zero_bytes, p.bytes);
-        } else if (!co_read_direct(r, &p, qiov, qiov_offset)) {
-            ret = co_read_chunk(r, &p, qiov, qiov_offset);
+            qemu_iovec_memset(qiov, qiov_offset, 0, done);
+            stat64_add(&r->stats.zero_bytes, done);
+        } else {
+            done = co_read_direct(r, offset, bytes, qiov, qiov_offset);
+            if (!done) {
+                ret = co_read_run(r, offset, bytes, qiov, qiov_offset, &done);
+            }
         }
-        offset += p.bytes;
-        qiov_offset += p.bytes;
-        bytes -= p.bytes;
+        offset += done;
+        qiov_offset += done;
+        bytes -= done;
     }
     /* The block layer rounds lengths up */
     qemu_iovec_memset(qiov, qiov_offset, 0, bytes);
@@ -429,6 +666,9 @@ void template_reader_free(TemplateReader *r)
     }
     local_copy_unref(r->local);
     template_chunks_free(r->chunks);
+    for (unsigned i = 0; i < r->nb_others; i++) {
+        template_chunks_free(r->others[i]);
+    }
     g_ptr_array_unref(r->stores);
     placement_free(r->placement);
     cluster_free(r->cluster);

@@ -18,6 +18,9 @@
  * however long a node is silent.  All of a reader is under its lock, which no
  * I/O is done under.
  *
+ * Chunks may be small, so neighbours that are wanted are read together: a run,
+ * of at most TEMPLATE_IO_BYTES or one chunk.
+ *
  * Invariants, with T1 to T3 of template.h:
  *  R1. Nothing that was read is passed on before its hash was compared, but
  *      for chunks of a local copy that were compared earlier (verify=once).
@@ -42,6 +45,12 @@
 #include "placement.h"
 
 #define READER_THREADS_MAX      8
+/* Chunks of a run */
+#define READER_RUN_MAX          (TEMPLATE_IO_BYTES / TEMPLATE_CHUNK_SIZE_MIN)
+/* One for each power of two that the size of chunks may be, but ours */
+#define READER_OTHERS_MAX       8
+QEMU_BUILD_BUG_ON(READER_RUN_MAX > 32);
+#define READER_STREAMS          8
 
 typedef struct ReaderOptions {
     TemplateDigest digest;
@@ -62,14 +71,14 @@ typedef struct LocalCopy {
     TemplateStore *store;
     char *path;
     int fd;                         /* with the locks that say "in use" */
-    uint64_t nb_chunks;
-    unsigned long *verified, *wrong;    /* by chunk; atomic */
+    TemplateChunks *own;            /* its hashes, unless the reader has them */
+    unsigned long *verified, *wrong;    /* by the reader's chunks; atomic */
 } LocalCopy;
 
 /*
- * The first one that is whole and may be used, and, unless NULL, its hashes.
- * NULL without an error if there is none, with one if there is one that is
- * not right.
+ * The first one that is whole and may be used, for a reader whose chunks are
+ * @chunks; if these are NULL they become this copy's.  NULL without an error
+ * if there is none, with one if there is one that is not right.
  */
 LocalCopy *local_copy_open(GPtrArray *stores, const TemplateDigest *digest,
                            TemplateChunks **chunks, Error **errp);
@@ -80,8 +89,6 @@ void local_copy_unref(LocalCopy *copy);
 
 /* ------------------------------------------------------------------ */
 /* Other copies, and what is known of them                             */
-
-#define REPLICA_WRONG_MAX       64
 
 typedef struct Replica {
     ClusterNode *node;
@@ -97,8 +104,8 @@ typedef struct Replica {
     LinkTask *probe;                /* the keeper's: is being tried, by: */
     uint64_t probing_chunk;
     int64_t probe_end;
-    uint64_t wrong[REPLICA_WRONG_MAX];      /* the last ones */
-    unsigned nb_wrong;
+    unsigned long *wrong;           /* by chunk; NULL: none */
+    uint64_t nb_wrong;
     uint64_t bytes, wrong_chunks, failures;
 } Replica;
 
@@ -109,6 +116,14 @@ typedef struct ReaderLink {
 } ReaderLink;
 
 typedef struct ReaderChunk ReaderChunk;
+
+/* Requests that follow each other */
+typedef struct ReaderStream {
+    uint64_t next;                  /* where the next one would begin */
+    uint64_t bytes;                 /* so much has been read */
+    uint64_t ahead;                 /* it is being fetched up to there */
+    uint64_t used;                  /* when; 0: it is free */
+} ReaderStream;
 
 typedef struct BringOver {
     QemuThread thread;
@@ -130,6 +145,8 @@ typedef struct TemplateReader {
     Placement *placement;
     GPtrArray *stores;
     TemplateChunks *chunks;
+    TemplateChunks *others[READER_OTHERS_MAX];  /* what else nodes say */
+    unsigned nb_others;
     TemplateDigest root;            /* the hash of their hashes */
     TemplateDigest zeroes;          /* the hash of a whole chunk of them */
     EventNotifier stop;             /* ends what threads wait for */
@@ -142,6 +159,7 @@ typedef struct TemplateReader {
     unsigned cancelled;             /* times that requests were */
     unsigned waiting;               /* fetches that find no copy */
     ThinvmTemplateTrust trust;
+    bool doubtful_zeroes;           /* atomic: to be read like the rest */
     LocalCopy *local;
     GPtrArray *replicas;            /* nearest first; [0]: of this node */
     Replica *current;
@@ -151,7 +169,9 @@ typedef struct TemplateReader {
     QTAILQ_HEAD(, ReaderChunk) unused;      /* oldest first */
     uint64_t memory;                /* of all that have been read */
     QemuThread threads[READER_THREADS_MAX], keeper;
-    unsigned nb_threads, idle_threads, nb_queued;
+    unsigned nb_threads, idle_threads, nb_queued;   /* runs */
+    ReaderStream streams[READER_STREAMS];
+    uint64_t clock;                 /* of streams */
     bool keeper_started;
     BringOver bring;
 
@@ -182,6 +202,12 @@ void template_reader_cancel(TemplateReader *r);
 
 /* Find the template, and what its chunks must be */
 bool reader_find(TemplateReader *r, Error **errp);
+/*
+ * Chunk @n has its hash.  Is that contradicted by what other nodes say about
+ * chunks of other sizes?  If they have to be believed, nothing is read then.
+ */
+bool reader_is_contradicted(TemplateReader *r, uint64_t n,
+                            const uint8_t *buf);
 
 /* ------------------------------------------------------------------ */
 /* replica.c                                                           */
@@ -192,8 +218,8 @@ GPtrArray *replicas_new(const TemplateReader *r);
 ThinvmTemplateReplicaList *replicas_describe(TemplateReader *r);
 
 LocalCopy *reader_local(TemplateReader *r);
-/* From now on; NULL is none.  Takes the reference. */
-void reader_set_local(TemplateReader *r, LocalCopy *copy, const char *reason);
+/* Read a copy that has come to this node from now on, if there is one */
+bool reader_take_local(TemplateReader *r, const char *reason, Error **errp);
 
 /* With the lock: what is known of @p has changed */
 void replica_set_usable(TemplateReader *r, Replica *p, const char *reason);
@@ -211,11 +237,25 @@ bool reader_link_check(const TemplateReader *r, const Link *link,
                        Error **errp);
 void reader_disconnect(ReaderLink *l);
 
+/* How long those that want a chunk wait for a copy, from now on */
+typedef struct ReaderWait {
+    int64_t deadline;
+    unsigned cancelled;
+} ReaderWait;
+
+ReaderWait reader_wait(TemplateReader *r);
+
+/* Chunks of a run: bit i is the one after i others */
+typedef uint32_t ReaderMask;
+
 /*
- * Read chunk @n from whichever copy has it right, in a thread.  Waits if there
- * is none.  @buf has room for a whole chunk.
+ * Read chunk @n, in a thread, from whichever copy has it right, and with it of
+ * the @count - 1 after it what it costs nothing to read: those that are right
+ * in @buf now, @n among them.  0 if there was no copy in time.  @buf has room
+ * for @count whole chunks, READER_RUN_MAX at most.
  */
-int reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n, uint8_t *buf);
+ReaderMask reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n,
+                        unsigned count, const ReaderWait *wait, uint8_t *buf);
 
 /* ------------------------------------------------------------------ */
 /* keeper.c                                                            */

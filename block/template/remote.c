@@ -16,14 +16,17 @@
 #include "qapi/qapi-visit-sockets.h"
 #include "qobject/qdict.h"
 #include "block/qdict.h"
+#include "qemu/memalign.h"
 #include "qemu/thread.h"
 #include "qemu/timer.h"
 #include "block/nbd.h"
 #include "io/channel-socket.h"
+#include "link.h"
 #include "remote.h"
 
 #define ANSWER_TIMEOUT_MS   5000
 #define OPEN_TIMEOUT_S      10
+#define CHUNKS_SUFFIX       ".chunks"
 
 typedef struct Question {
     int refs;                       /* under the lock */
@@ -280,4 +283,27 @@ BlockBackend *remote_open(const ClusterNode *node,
         error_prepend(errp, "Node '%s': ", node->name);
     }
     return blk;
+}
+
+TemplateChunks *remote_chunks_header(const ClusterNode *node,
+                                     const TemplateDigest *digest)
+{
+    g_autoptr(TemplateChunks) c = NULL;
+    g_autofree char *name = NULL;
+    char text[TEMPLATE_DIGEST_TEXT];
+    uint8_t *header = NULL;
+    LinkTask *task;
+
+    template_digest_format(digest, text);
+    name = g_strconcat(text, CHUNKS_SUFFIX, NULL);
+    task = link_task_start(node, name, 0, TEMPLATE_CHUNKS_HEADER,
+                           ANSWER_TIMEOUT_MS);
+    link_task_wait(task, ANSWER_TIMEOUT_MS);
+    link_free(link_task_finish(task, &header, NULL));
+    if (header) {
+        c = template_chunks_decode_header(header, NULL);
+    }
+    qemu_vfree(header);
+    return c && template_digest_equal(&c->digest, digest)
+           ? g_steal_pointer(&c) : NULL;
 }

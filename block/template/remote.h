@@ -10,7 +10,7 @@
 #define BLOCK_TEMPLATE_REMOTE_H
 
 #include "system/block-backend.h"
-#include "template.h"
+#include "chunks.h"
 #include "cluster.h"
 
 /* What a node says it has */
@@ -35,5 +35,8 @@ QDict *remote_options(const ClusterNode *node, const TemplateDigest *digest);
 char *remote_uri(const ClusterNode *node, const TemplateDigest *digest);
 BlockBackend *remote_open(const ClusterNode *node,
                           const TemplateDigest *digest, Error **errp);
+/* Without the hashes, and only what that node says; or NULL */
+TemplateChunks *remote_chunks_header(const ClusterNode *node,
+                                     const TemplateDigest *digest);
 
 #endif

@@ -10,6 +10,9 @@
  *
  * The source that is shown is the nearest copy that has answered; a chunk
  * that is wrong there is read from the next one, and changes nothing else.
+ *
+ * Copies are the same whatever size of chunks their nodes have hashes of; the
+ * reader has its own hashes.
  */
 
 #include "qemu/osdep.h"
@@ -27,6 +30,9 @@
 #define STEADY_MS           (60 * 1000)
 /* Between two looks at all copies, while there is none */
 #define WAIT_MS             1000
+/* Of so much (and so many chunks) that was wrong a node is asked no more */
+#define WRONG_BYTES_MAX     (64 * MiB)
+#define WRONG_MAX           64
 
 static int64_t now_ms(void)
 {
@@ -50,6 +56,7 @@ static void replica_free(gpointer opaque)
 
     g_free(p->place);
     g_free(p->problem);
+    g_free(p->wrong);
     g_free(p);
 }
 
@@ -145,6 +152,7 @@ void replica_set_usable(TemplateReader *r, Replica *p, const char *reason)
     g_clear_pointer(&p->problem, g_free);
     if (!was) {
         p->nb_wrong = 0;
+        g_clear_pointer(&p->wrong, g_free);
         p->usable_since = now_ms();
     }
     update_current(r, reason);
@@ -183,7 +191,8 @@ LocalCopy *reader_local(TemplateReader *r)
     return r->local ? local_copy_ref(r->local) : NULL;
 }
 
-void reader_set_local(TemplateReader *r, LocalCopy *copy, const char *reason)
+/* From now on.  Takes the reference. */
+static void set_local(TemplateReader *r, LocalCopy *copy, const char *reason)
 {
     Replica *p = g_ptr_array_index(r->replicas, 0);
 
@@ -208,6 +217,53 @@ void reader_refute(TemplateReader *r, const char *why)
         r->trust = THINVM_TEMPLATE_TRUST_REFUTED;
         reader_event_source(r, NULL, why);
     }
+}
+
+/*
+ * This node made @own from the contents.  False: they are not what we were
+ * told.  Of chunks of another size that is seen when they are read, which is
+ * why all are, then.
+ */
+static bool check_trust(TemplateReader *r, const TemplateChunks *own)
+{
+    const TemplateChunks *c = r->chunks;
+    bool comparable = own->chunk_size == c->chunk_size;
+
+    if (own->length != c->length ||
+        (comparable && memcmp(own->hashes, c->hashes,
+                              c->nb_chunks * sizeof(TemplateDigest)))) {
+        reader_refute(r, "the copy on this node has other hashes than those "
+                      "that were taken from other nodes");
+        return false;
+    }
+    QEMU_LOCK_GUARD(&r->lock);
+    if (r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
+        if (comparable) {
+            r->trust = THINVM_TEMPLATE_TRUST_LOCAL;
+        }
+        qatomic_set(&r->doubtful_zeroes, !comparable);
+    }
+    return true;
+}
+
+bool reader_take_local(TemplateReader *r, const char *reason, Error **errp)
+{
+    LocalCopy *copy = local_copy_open(r->stores, &r->o.digest, &r->chunks,
+                                      errp);
+
+    if (!copy) {
+        return false;
+    }
+    if (!check_trust(r, copy->own)) {
+        error_setg(errp, "The copy on this node has other hashes");
+        local_copy_unref(copy);
+        return false;
+    }
+    if (copy->own->chunk_size == r->chunks->chunk_size) {
+        g_clear_pointer(&copy->own, template_chunks_free);
+    }
+    set_local(r, copy, reason);
+    return true;
 }
 
 /* ------------------------------------------------------------------ */
@@ -281,18 +337,14 @@ bool reader_is_right(TemplateReader *r, uint64_t n, const uint8_t *buf)
 
     return template_sha256(buf, template_chunk_bytes(r->chunks, n), &hash,
                            NULL) &&
-           template_digest_equal(&hash, &r->chunks->hashes[n]);
+           template_digest_equal(&hash, &r->chunks->hashes[n]) &&
+           !reader_is_contradicted(r, n, buf);
 }
 
 /* With the lock */
 static bool replica_is_wrong(const Replica *p, uint64_t n)
 {
-    for (unsigned i = 0; i < MIN(p->nb_wrong, REPLICA_WRONG_MAX); i++) {
-        if (p->wrong[i] == n) {
-            return true;
-        }
-    }
-    return false;
+    return p->wrong && test_bit(n, p->wrong);
 }
 
 /* The first time that it is seen */
@@ -313,12 +365,52 @@ static void note_wrong(TemplateReader *r, Replica *p, uint64_t n)
     stat64_add(&r->stats.wrong_chunks, 1);
     p->wrong_chunks++;
     if (!replica_is_wrong(p, n)) {
-        p->wrong[p->nb_wrong++ % REPLICA_WRONG_MAX] = n;
+        p->wrong = p->wrong ?: bitmap_new(r->chunks->nb_chunks);
+        set_bit(n, p->wrong);
+        p->nb_wrong++;
         tell_wrong(r, p, n);
     }
     /* There is no point in asking it first for everything */
-    if (!p->local && p->usable && p->nb_wrong >= REPLICA_WRONG_MAX) {
+    if (!p->local && p->usable && p->nb_wrong >= WRONG_MAX &&
+        p->nb_wrong * r->chunks->chunk_size >= WRONG_BYTES_MAX) {
         replica_set_problem(r, p, "much of what it sends is wrong", n);
+    }
+}
+
+/* Is that part of it right by the hashes that this node made? */
+static bool is_right_by_own(const LocalCopy *copy, uint64_t offset,
+                            uint32_t bytes)
+{
+    const TemplateChunks *c = copy->own;
+    g_autofree uint8_t *buf = g_malloc(c->chunk_size);
+    uint64_t end = DIV_ROUND_UP(offset + bytes, c->chunk_size);
+    TemplateDigest hash;
+
+    for (uint64_t n = offset / c->chunk_size; n < end; n++) {
+        uint32_t size = template_chunk_bytes(c, n);
+
+        if (!template_pread(copy->fd, buf, size, n * c->chunk_size) ||
+            !template_sha256(buf, size, &hash, NULL) ||
+            !template_digest_equal(&hash, &c->hashes[n])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* It is wrong by the hashes that were taken from other nodes: were they? */
+static void check_agreed(TemplateReader *r, const LocalCopy *copy, uint64_t n)
+{
+    bool agreed;
+
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        agreed = r->trust == THINVM_TEMPLATE_TRUST_AGREED;
+    }
+    if (agreed && copy->own &&
+        is_right_by_own(copy, n * r->chunks->chunk_size,
+                        template_chunk_bytes(r->chunks, n))) {
+        reader_refute(r, "the copy on this node does not have the hashes that "
+                      "were taken from other nodes");
     }
 }
 
@@ -342,14 +434,36 @@ static bool fetch_local(TemplateReader *r, LocalCopy *copy, uint64_t n,
     } else {
         set_bit_atomic(n, copy->wrong);
         note_wrong(r, p, n);
+        check_agreed(r, copy, n);
     }
     return right;
 }
 
-static bool fetch_remote(TemplateReader *r, ReaderLink *l, Replica *p,
-                         uint64_t n, uint8_t *buf)
+static uint8_t *chunk_in(const TemplateReader *r, uint8_t *buf, unsigned i)
 {
-    uint32_t bytes = template_chunk_bytes(r->chunks, n);
+    return buf + (size_t)i * r->chunks->chunk_size;
+}
+
+/* Those that it has right; @again as below */
+static ReaderMask fetch_run_local(TemplateReader *r, LocalCopy *copy,
+                                  uint64_t n, unsigned count, uint8_t *buf,
+                                  bool again)
+{
+    ReaderMask right = 0;
+
+    for (unsigned i = 0; i < count; i++) {
+        if ((again || !test_bit(n + i, copy->wrong)) &&
+            fetch_local(r, copy, n + i, chunk_in(r, buf, i))) {
+            right |= BIT(i);
+        }
+    }
+    return right;
+}
+
+/* False: @p is of no use any more */
+static bool read_remote(TemplateReader *r, ReaderLink *l, Replica *p,
+                        uint64_t n, uint32_t bytes, uint8_t *buf)
+{
     LinkPatience patience;
     Error *err = NULL;
     bool ok = reader_connect(r, l, p, &err);
@@ -377,44 +491,92 @@ static bool fetch_remote(TemplateReader *r, ReaderLink *l, Replica *p,
             replica_set_usable(r, p, "it has answered");
         }
     }
-    if (!reader_is_right(r, n, buf)) {
-        note_wrong(r, p, n);
-        return false;
-    }
-    stat64_add(&r->stats.verified_chunks, 1);
     return true;
 }
 
-/* @again: also what was wrong before, since copies are repaired */
-static bool fetch_once(TemplateReader *r, ReaderLink *l, uint64_t n,
-                       uint8_t *buf, bool again)
+/* All at once; those that are right */
+static ReaderMask fetch_run_remote(TemplateReader *r, ReaderLink *l,
+                                   Replica *p, uint64_t n, unsigned count,
+                                   uint8_t *buf)
+{
+    uint64_t offset = n * r->chunks->chunk_size;
+    uint64_t end = MIN(offset + (uint64_t)count * r->chunks->chunk_size,
+                       r->chunks->length);
+    ReaderMask right = 0;
+
+    if (!read_remote(r, l, p, n, end - offset, buf)) {
+        return 0;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        if (reader_is_right(r, n + i, chunk_in(r, buf, i))) {
+            right |= BIT(i);
+            stat64_add(&r->stats.verified_chunks, 1);
+        } else {
+            note_wrong(r, p, n + i);
+        }
+    }
+    return right;
+}
+
+/*
+ * With the lock: how many of @count chunks to ask @p for, since it has the
+ * others wrong; @again as below
+ */
+static unsigned worth_asking(const TemplateReader *r, const Replica *p,
+                             uint64_t n, unsigned count, bool again)
+{
+    if (r->stopping || !p->usable ||
+        r->trust == THINVM_TEMPLATE_TRUST_REFUTED) {
+        return 0;
+    }
+    for (unsigned i = 0; !again && i < count; i++) {
+        if (replica_is_wrong(p, n + i)) {
+            return i;
+        }
+    }
+    return count;
+}
+
+/*
+ * @again: also what was wrong before, since copies are repaired.  What only one
+ * copy has wrong is all that is read from the next one.
+ */
+static ReaderMask fetch_once(TemplateReader *r, ReaderLink *l, uint64_t n,
+                             unsigned count, uint8_t *buf, bool again)
 {
     LocalCopy *copy = reader_local(r);
-    bool ok = copy && (again || !test_bit(n, copy->wrong)) &&
-              fetch_local(r, copy, n, buf);
+    ReaderMask right = 0;
 
-    local_copy_unref(copy);
-    for (unsigned i = 1; !ok && i < r->replicas->len; i++) {
+    if (copy) {
+        right = fetch_run_local(r, copy, n, count, buf, again);
+        local_copy_unref(copy);
+        count = 1;
+    }
+    for (unsigned i = 1; !(right & 1) && i < r->replicas->len; i++) {
         Replica *p = g_ptr_array_index(r->replicas, i);
-        bool useless;
+        unsigned worth;
 
         WITH_QEMU_LOCK_GUARD(&r->lock) {
-            useless = r->stopping || !p->usable ||
-                      (!again && replica_is_wrong(p, n));
+            worth = worth_asking(r, p, n, count, again);
         }
-        ok = !useless && fetch_remote(r, l, p, n, buf);
+        if (worth) {
+            right |= fetch_run_remote(r, l, p, n, worth, buf);
+        }
+        WITH_QEMU_LOCK_GUARD(&r->lock) {
+            count = p->usable || right ? 1 : count;
+        }
     }
-    return ok;
+    return right & 1 ? right : 0;
 }
 
 /* For a copy; false: there will be none in time */
-static bool wait_for_copy(TemplateReader *r, unsigned cancelled,
-                          int64_t deadline)
+static bool wait_for_copy(TemplateReader *r, const ReaderWait *wait)
 {
-    int64_t left = MIN(deadline - now_ms(), WAIT_MS);
+    int64_t left = MIN(wait->deadline - now_ms(), WAIT_MS);
 
     QEMU_LOCK_GUARD(&r->lock);
-    if (r->stopping || r->cancelled != cancelled || left <= 0) {
+    if (r->stopping || r->cancelled != wait->cancelled || left <= 0 ||
+        r->trust == THINVM_TEMPLATE_TRUST_REFUTED) {
         return false;
     }
     r->waiting++;
@@ -424,21 +586,29 @@ static bool wait_for_copy(TemplateReader *r, unsigned cancelled,
     return true;
 }
 
-int reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n, uint8_t *buf)
+ReaderWait reader_wait(TemplateReader *r)
 {
-    int64_t deadline = now_ms() + r->o.retry_s * INT64_C(1000);
-    unsigned cancelled;
+    QEMU_LOCK_GUARD(&r->lock);
 
-    WITH_QEMU_LOCK_GUARD(&r->lock) {
-        cancelled = r->cancelled;
-    }
-    for (int round = 0; !fetch_once(r, l, n, buf, round); round++) {
+    return (ReaderWait) {
+        .deadline = now_ms() + r->o.retry_s * INT64_C(1000),
+        .cancelled = r->cancelled,
+    };
+}
+
+ReaderMask reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n,
+                        unsigned count, const ReaderWait *wait, uint8_t *buf)
+{
+    ReaderMask right;
+
+    for (int round = 0; !(right = fetch_once(r, l, n, count, buf, round));
+         round++) {
         if (round == 0) {
             stat64_add(&r->stats.waits, 1);
         }
-        if (!wait_for_copy(r, cancelled, deadline)) {
-            return -EIO;
+        if (!wait_for_copy(r, wait)) {
+            return 0;
         }
     }
-    return 0;
+    return right;
 }

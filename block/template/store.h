@@ -108,6 +108,8 @@ bool template_part_write(TemplatePart *p, const void *buf, uint32_t bytes,
                          uint64_t offset, Error **errp);
 /* All before @done is to be found again after a crash */
 bool template_part_note(TemplatePart *p, uint64_t done, Error **errp);
+/* Of what was there already keep @done bytes at most */
+bool template_part_cut(TemplatePart *p, uint64_t done, Error **errp);
 /* Forget what is there */
 bool template_part_restart(TemplatePart *p, Error **errp);
 /*

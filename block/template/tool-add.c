@@ -6,6 +6,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "tool.h"
 
@@ -42,6 +43,8 @@ int tool_init(Tool *t)
 static bool move_copy(Tool *t, TemplateStore *from, TemplateStore *to,
                       const TemplateDigest *digest, Error **errp)
 {
+    g_autoptr(TemplateChunks) c = template_store_read_chunks(from, digest,
+                                                             NULL);
     BlockBackend *blk = template_open_copy(from, digest, errp);
     TemplateDigest same;
     bool existed, gone, ok;
@@ -49,7 +52,8 @@ static bool move_copy(Tool *t, TemplateStore *from, TemplateStore *to,
     if (!blk) {
         return false;
     }
-    ok = tool_receive(t, to, blk, digest, false, &same, &existed, errp);
+    ok = tool_receive(t, to, blk, digest, false, c ? c->chunk_size : 0, &same,
+                      &existed, errp);
     blk_unref(blk);
     return ok && template_store_drop(from, digest, &gone, errp);
 }
@@ -80,7 +84,54 @@ static void tell_places(Tool *t, const TemplateDigest *digest,
     }
 }
 
-static bool add_image(Tool *t, BlockBackend *blk,
+/* Option --chunk-size; 0 without it */
+static bool parse_chunk_size(const Tool *t, uint32_t *chunk_size, Error **errp)
+{
+    uint64_t value;
+
+    *chunk_size = 0;
+    if (!t->chunk_size) {
+        return true;
+    }
+    if (qemu_strtosz(t->chunk_size, NULL, &value) < 0 ||
+        !template_chunk_size_fits(value, 0)) {
+        error_setg(errp, "Option '--chunk-size' is '%.80s'; it must be a power "
+                   "of two from 64K to 16M", t->chunk_size);
+        return false;
+    }
+    *chunk_size = value;
+    return true;
+}
+
+static bool check_chunk_size(const Tool *t, BlockBackend *blk,
+                             uint32_t chunk_size, Error **errp)
+{
+    int64_t length = blk_getlength(blk);
+
+    if (chunk_size && length > 0 && length <= TEMPLATE_LENGTH_MAX &&
+        !template_chunk_size_fits(chunk_size, length)) {
+        error_setg(errp, "Option '--chunk-size' is '%s', of which an image of %"
+                   PRId64 " bytes has more than %" PRIu64 ": it must be "
+                   "larger", t->chunk_size, length,
+                   (uint64_t)TEMPLATE_CHUNKS_MAX);
+        return false;
+    }
+    return true;
+}
+
+/* Its hashes stay as they are, also if other ones were asked for */
+static void tell_chunk_size(TemplateStore *s, const TemplateDigest *digest,
+                            uint32_t wanted)
+{
+    g_autoptr(TemplateChunks) c = template_store_read_chunks(s, digest, NULL);
+
+    if (c && wanted && c->chunk_size != wanted) {
+        info_report("its chunks have %" PRIu32 " bytes; to change that, "
+                    "remove it first", c->chunk_size);
+    }
+}
+
+static bool add_image(Tool *t, BlockBackend *blk, uint32_t chunk_size,
                       const TemplateDigest *expected, Error **errp)
 {
     ClusterDisk *right = expected ?
@@ -92,11 +143,12 @@ static bool add_image(Tool *t, BlockBackend *blk,
     bool existed;
 
     s = s ?: tool_first_store(t, errp);
-    if (!s) {
+    if (!s || !check_chunk_size(t, blk, chunk_size, errp)) {
         return false;
     }
     template_store_sweep(s);
-    if (!tool_receive(t, s, blk, expected, false, &digest, &existed, errp)) {
+    if (!tool_receive(t, s, blk, expected, false, chunk_size, &digest,
+                      &existed, errp)) {
         return false;
     }
     right = placement_on_node(t->placement, &digest, t->node);
@@ -108,6 +160,7 @@ static bool add_image(Tool *t, BlockBackend *blk,
         s = better;
     }
     tell_places(t, &digest, s, existed);
+    tell_chunk_size(s, &digest, chunk_size);
     template_digest_format(&digest, text);
     printf("%s\n", text);
     return true;
@@ -116,11 +169,13 @@ static bool add_image(Tool *t, BlockBackend *blk,
 int tool_add(Tool *t)
 {
     TemplateDigest expected;
+    uint32_t chunk_size;
     Error *err = NULL;
     BlockBackend *blk;
     bool ok;
 
-    if (t->digest && !template_digest_parse(t->digest, &expected, &err)) {
+    if ((t->digest && !template_digest_parse(t->digest, &expected, &err)) ||
+        !parse_chunk_size(t, &chunk_size, &err)) {
         error_report_err(err);
         return TOOL_FAILED;
     }
@@ -129,7 +184,7 @@ int tool_add(Tool *t)
         error_report_err(err);
         return TOOL_FAILED;
     }
-    ok = add_image(t, blk, t->digest ? &expected : NULL, &err);
+    ok = add_image(t, blk, chunk_size, t->digest ? &expected : NULL, &err);
     blk_unref(blk);
     if (!ok) {
         error_reportf_err(err, "'%s' was not added: ", t->argv[0]);

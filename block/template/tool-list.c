@@ -33,8 +33,12 @@ static const char *state_of(Tool *t, const TemplateStore *s,
            ? "here" : "misplaced";
 }
 
-/* What option "hashes" of the driver is to be; NULL if it cannot be told */
-static char *root_of(TemplateStore *s, const TemplateDigest *digest)
+/*
+ * What option "hashes" of the driver is to be, and, unless NULL, of how large
+ * chunks; NULL if it cannot be told.
+ */
+static char *root_of(TemplateStore *s, const TemplateDigest *digest,
+                     uint32_t *chunk_size)
 {
     g_autoptr(TemplateChunks) c = template_store_read_chunks(s, digest, NULL);
     TemplateDigest root;
@@ -42,6 +46,9 @@ static char *root_of(TemplateStore *s, const TemplateDigest *digest)
 
     if (!c || !template_chunks_root(c, &root, NULL)) {
         return NULL;
+    }
+    if (chunk_size) {
+        *chunk_size = c->chunk_size;
     }
     template_digest_format(&root, text);
     return g_strdup(text);
@@ -53,6 +60,7 @@ static void list_entry(Tool *t, TemplateStore *s,
     const char *state = state_of(t, s, e);
     g_autofree char *root = NULL;
     char text[TEMPLATE_DIGEST_TEXT];
+    uint32_t chunk_size;
     QDict *row;
 
     template_digest_format(&e->digest, text);
@@ -70,9 +78,10 @@ static void list_entry(Tool *t, TemplateStore *s,
     qdict_put_str(row, "state", state);
     qdict_put_int(row, "size", e->size);
     qdict_put_int(row, "allocated", e->allocated);
-    root = root_of(s, &e->digest);
+    root = root_of(s, &e->digest, &chunk_size);
     if (root) {
         qdict_put_str(row, "hashes", root);
+        qdict_put_int(row, "chunk-size", chunk_size);
     }
     qlist_append(json, row);
 }
@@ -357,7 +366,7 @@ static bool locate(Tool *t, const TemplateDigest *digest)
 static void print_driver(Tool *t, const TemplateDigest *digest)
 {
     TemplateStore *local = tool_local_copy(t, digest);
-    g_autofree char *root = local ? root_of(local, digest) : NULL;
+    g_autofree char *root = local ? root_of(local, digest, NULL) : NULL;
     g_autoptr(GString) json = NULL;
     QDict *options = qdict_new();
     char text[TEMPLATE_DIGEST_TEXT];

@@ -41,7 +41,9 @@ static void fetch(Rebalance *r, TemplateStore *s, const TemplateDigest *digest)
         ToolReplica *replica = g_ptr_array_index(replicas, i);
         Error *err = NULL;
 
-        if (tool_receive(r->t, s, replica->blk, digest, false, &same, &existed,
+        /* The same hashes on every node, if they are right */
+        if (tool_receive(r->t, s, replica->blk, digest, false,
+                         tool_chunk_size_of(replica, digest), &same, &existed,
                          &err)) {
             printf("%s fetched from %s to disk '%s'\n", text, replica->where,
                    s->disk->name);

@@ -20,13 +20,11 @@
 
 static void tell_chunks(const TemplateFindings *f)
 {
-    uint32_t size = f->chunks ? f->chunks->chunk_size : TEMPLATE_CHUNK_SIZE;
-
     for (unsigned i = 0; i < MIN(f->bad->len, CHUNKS_NAMED); i++) {
         uint64_t n = g_array_index(f->bad, uint64_t, i);
 
         printf("  chunk %" PRIu64 " (from byte %" PRIu64 ") is damaged\n", n,
-               n * size);
+               n * f->chunk_size);
     }
     if (f->bad->len > CHUNKS_NAMED) {
         printf("  and %u more chunks\n", f->bad->len - CHUNKS_NAMED);
@@ -130,10 +128,10 @@ static int each_copy(Tool *t, EachCopy each)
 
 /* Is it damaged, and still to be there?  Says what it is like. */
 static bool examine(Tool *t, TemplateStore *s, const TemplateDigest *digest,
-                    uint64_t offset, uint64_t bytes, TemplateFindings *f,
-                    bool *damaged, Error **errp)
+                    uint64_t offset, uint64_t bytes, uint32_t chunk_size,
+                    TemplateFindings *f, bool *damaged, Error **errp)
 {
-    if (!tool_verify_copy(t, s, digest, offset, bytes, f, errp)) {
+    if (!tool_verify_copy(t, s, digest, offset, bytes, chunk_size, f, errp)) {
         return false;
     }
     *damaged = !template_findings_ok(f) && has_copy(s, digest);
@@ -154,7 +152,7 @@ static bool verify_copy(Tool *t, TemplateStore *s,
     if (!parse_range(t->range, &offset, &bytes, errp)) {
         return false;
     }
-    ok = examine(t, s, digest, offset, bytes, &f, damaged, errp);
+    ok = examine(t, s, digest, offset, bytes, 0, &f, damaged, errp);
     template_findings_clear(&f);
     return ok;
 }
@@ -186,9 +184,37 @@ static bool mend_chunks(TemplateStore *s, TemplateFindings *f,
     return true;
 }
 
+static bool has_hashes(TemplateStore *s, const TemplateDigest *digest)
+{
+    g_autoptr(TemplateChunks) c = template_store_read_chunks(s, digest, NULL);
+
+    return c;
+}
+
+/*
+ * Other copies, and what chunks this one's hashes are to be of, if they are
+ * made anew: those that they are of now, or else other copies'; 0 if none
+ * tells.
+ */
+static GPtrArray *find_replicas(Tool *t, TemplateStore *s,
+                                const TemplateDigest *digest,
+                                uint32_t *chunk_size)
+{
+    g_autoptr(TemplateChunks) own = template_store_read_chunks(s, digest, NULL);
+    GPtrArray *replicas = tool_replicas(t, digest, s);
+
+    *chunk_size = own ? own->chunk_size : 0;
+    for (unsigned i = 0; !*chunk_size && i < replicas->len; i++) {
+        *chunk_size = tool_chunk_size_of(g_ptr_array_index(replicas, i),
+                                         digest);
+    }
+    return replicas;
+}
+
 /* All of it anew */
 static bool fetch_whole(Tool *t, TemplateStore *s,
-                        const TemplateDigest *digest, GPtrArray *replicas)
+                        const TemplateDigest *digest, uint32_t chunk_size,
+                        GPtrArray *replicas)
 {
     TemplateDigest same;
     bool existed;
@@ -197,7 +223,8 @@ static bool fetch_whole(Tool *t, TemplateStore *s,
         ToolReplica *r = g_ptr_array_index(replicas, i);
         Error *err = NULL;
 
-        if (tool_receive(t, s, r->blk, digest, true, &same, &existed, &err)) {
+        if (tool_receive(t, s, r->blk, digest, true, chunk_size, &same,
+                         &existed, &err)) {
             printf("  fetched from %s\n", r->where);
             return true;
         }
@@ -208,8 +235,9 @@ static bool fetch_whole(Tool *t, TemplateStore *s,
 
 /* One step towards a good copy; @again: look at what it is now */
 static bool repair_step(Tool *t, TemplateStore *s,
-                        const TemplateDigest *digest, TemplateFindings *f,
-                        GPtrArray *replicas, bool *again, Error **errp)
+                        const TemplateDigest *digest, uint32_t chunk_size,
+                        TemplateFindings *f, GPtrArray *replicas, bool *again,
+                        Error **errp)
 {
     *again = true;
     if (f->computed && !f->whole_bad && !f->data_problem) {
@@ -226,7 +254,7 @@ static bool repair_step(Tool *t, TemplateStore *s,
         }
         printf("  no other copy has %u of the chunks\n", f->bad->len);
     }
-    *again = fetch_whole(t, s, digest, replicas);
+    *again = fetch_whole(t, s, digest, chunk_size, replicas);
     return true;
 }
 
@@ -240,17 +268,23 @@ static bool repair_copy(Tool *t, TemplateStore *s,
 {
     g_autoptr(GPtrArray) replicas = NULL;
     bool ok = true, again = true;
+    uint32_t chunk_size = 0;
 
+    if (!has_hashes(s, digest)) {
+        replicas = find_replicas(t, s, digest, &chunk_size);
+    }
     for (int step = 0; ok && again && step <= REPAIR_STEPS; step++) {
         TemplateFindings f;
 
-        ok = examine(t, s, digest, 0, UINT64_MAX, &f, damaged, errp);
+        ok = examine(t, s, digest, 0, UINT64_MAX, chunk_size, &f, damaged,
+                     errp);
         again = ok && *damaged && step < REPAIR_STEPS;
         if (again && !replicas) {
-            replicas = tool_replicas(t, digest, s);
+            replicas = find_replicas(t, s, digest, &chunk_size);
         }
         if (again) {
-            ok = repair_step(t, s, digest, &f, replicas, &again, errp);
+            ok = repair_step(t, s, digest, chunk_size, &f, replicas, &again,
+                             errp);
         }
         template_findings_clear(&f);
     }

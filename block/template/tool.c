@@ -34,7 +34,7 @@ typedef struct Command {
 
 static const Command commands[] = {
     { "init", tool_init, "", 0, 0 },
-    { "add", tool_add, "dfip", 1, 1 },
+    { "add", tool_add, "cdfip", 1, 1 },
     { "list", tool_list, "Cj", 0, 0, true },
     { "locate", tool_locate, "aDFNu", 1, 1 },
     { "remove", tool_remove, "", 1, 1 },
@@ -58,10 +58,13 @@ static void help(void)
 "  -V, --version        the version\n"
 "\n"
 "  init                 make this node's disks into stores\n"
-"  add [-f FORMAT] [--image-opts] [--digest DIGEST] [-p] IMAGE\n"
+"  add [-f FORMAT] [--image-opts] [--digest DIGEST] [--chunk-size SIZE]\n"
+"      [-p] IMAGE\n"
 "                       bring in any image that QEMU reads; prints its\n"
 "                       name. With --digest it must be that, and goes on\n"
-"                       where an earlier run was interrupted\n"
+"                       where an earlier run was interrupted. --chunk-size:\n"
+"                       parts that can be verified by themselves (64K to\n"
+"                       16M; default: 64K up to 16 GiB, and more above)\n"
 "  list [--json] [--cluster]\n"
 "                       what this node has, or (--cluster) who has what\n"
 "  locate [--driver | --failover] [--node-name NAME] [--uri | --all] DIGEST\n"
@@ -89,24 +92,26 @@ static void help(void)
 
 bool tool_receive(Tool *t, TemplateStore *s, BlockBackend *blk,
                   const TemplateDigest *expected, bool replace,
-                  TemplateDigest *digest, bool *existed, Error **errp)
+                  uint32_t chunk_size, TemplateDigest *digest, bool *existed,
+                  Error **errp)
 {
     bool ok;
 
     qemu_progress_init(t->progress, 1.0);
-    ok = template_receive(s, blk, expected, replace, digest, existed, errp);
+    ok = template_receive(s, blk, expected, replace, chunk_size, digest,
+                          existed, errp);
     qemu_progress_end();
     return ok;
 }
 
 bool tool_verify_copy(Tool *t, TemplateStore *s, const TemplateDigest *digest,
-                      uint64_t offset, uint64_t bytes, TemplateFindings *f,
-                      Error **errp)
+                      uint64_t offset, uint64_t bytes, uint32_t chunk_size,
+                      TemplateFindings *f, Error **errp)
 {
     bool ok;
 
     qemu_progress_init(t->progress, 1.0);
-    ok = template_verify(s, digest, offset, bytes, f, errp);
+    ok = template_verify(s, digest, offset, bytes, chunk_size, f, errp);
     qemu_progress_end();
     return ok;
 }
@@ -243,18 +248,24 @@ static void replica_free(gpointer opaque)
     g_free(r);
 }
 
-static void add_replica(GPtrArray *replicas, BlockBackend *blk, char *where,
+static void add_replica(GPtrArray *replicas, BlockBackend *blk,
+                        TemplateStore *store, const ClusterNode *node,
                         Error *err)
 {
     ToolReplica *r;
 
     if (!blk) {
         warn_report_err(err);
-        g_free(where);
         return;
     }
     r = g_new(ToolReplica, 1);
-    *r = (ToolReplica) { .where = where, .blk = blk };
+    *r = (ToolReplica) {
+        .where = store ? g_strdup_printf("disk '%s'", store->disk->name)
+                       : g_strdup_printf("node '%s'", node->name),
+        .blk = blk,
+        .store = store,
+        .node = node,
+    };
     g_ptr_array_add(replicas, r);
 }
 
@@ -270,8 +281,8 @@ GPtrArray *tool_replicas(Tool *t, const TemplateDigest *digest,
         Error *err = NULL;
 
         if (s != except && template_store_find(s, digest, &e) && e.data) {
-            add_replica(replicas, template_open_copy(s, digest, &err),
-                        g_strdup_printf("disk '%s'", s->disk->name), err);
+            add_replica(replicas, template_open_copy(s, digest, &err), s,
+                        NULL, err);
         }
     }
     for (unsigned i = 0; i < lists->len; i++) {
@@ -279,17 +290,27 @@ GPtrArray *tool_replicas(Tool *t, const TemplateDigest *digest,
         Error *err = NULL;
 
         if (remote_has(list, digest, NULL)) {
-            add_replica(replicas, remote_open(list->node, digest, &err),
-                        g_strdup_printf("node '%s'", list->node->name), err);
+            add_replica(replicas, remote_open(list->node, digest, &err), NULL,
+                        list->node, err);
         }
     }
     return replicas;
+}
+
+uint32_t tool_chunk_size_of(const ToolReplica *r, const TemplateDigest *digest)
+{
+    g_autoptr(TemplateChunks) c =
+        r->store ? template_store_read_chunks(r->store, digest, NULL)
+                 : remote_chunks_header(r->node, digest);
+
+    return c ? c->chunk_size : 0;
 }
 
 /* ------------------------------------------------------------------ */
 /* Options                                                             */
 
 enum {
+    OPTION_CHUNK_SIZE = 'c',
     OPTION_DIGEST = 'd',
     OPTION_FORMAT = 'f',
     OPTION_IMAGE_OPTS = 'i',
@@ -307,6 +328,7 @@ enum {
 
 static const struct option long_options[] = {
     { "all", no_argument, NULL, OPTION_ALL },
+    { "chunk-size", required_argument, NULL, OPTION_CHUNK_SIZE },
     { "cluster", no_argument, NULL, OPTION_CLUSTER },
     { "digest", required_argument, NULL, OPTION_DIGEST },
     { "driver", no_argument, NULL, OPTION_DRIVER },
@@ -327,6 +349,9 @@ static void set_option(Tool *t, int option)
     switch (option) {
     case OPTION_ALL:
         t->all = true;
+        break;
+    case OPTION_CHUNK_SIZE:
+        t->chunk_size = optarg;
         break;
     case OPTION_CLUSTER:
         t->cluster_wide = true;

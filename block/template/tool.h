@@ -30,7 +30,7 @@ typedef struct Tool {
     /* Options, of which each command has some */
     bool all, cluster_wide, driver, failover, image_opts, json, keep, progress;
     bool uri;
-    const char *digest, *format, *node_name, *range;
+    const char *chunk_size, *digest, *format, *node_name, *range;
     const char *given_config, *given_node;      /* NULL: the defaults */
 } Tool;
 
@@ -47,10 +47,11 @@ int tool_verify(Tool *t);
 /* template_receive() and template_verify(), showing progress if wanted */
 bool tool_receive(Tool *t, TemplateStore *s, BlockBackend *blk,
                   const TemplateDigest *expected, bool replace,
-                  TemplateDigest *digest, bool *existed, Error **errp);
+                  uint32_t chunk_size, TemplateDigest *digest, bool *existed,
+                  Error **errp);
 bool tool_verify_copy(Tool *t, TemplateStore *s, const TemplateDigest *digest,
-                      uint64_t offset, uint64_t bytes, TemplateFindings *f,
-                      Error **errp);
+                      uint64_t offset, uint64_t bytes, uint32_t chunk_size,
+                      TemplateFindings *f, Error **errp);
 
 /* The store on @disk, or NULL */
 TemplateStore *tool_store_of(Tool *t, const ClusterDisk *disk);
@@ -77,6 +78,8 @@ GPtrArray *tool_lists(Tool *t, bool anew);
 typedef struct ToolReplica {
     char *where;
     BlockBackend *blk;
+    TemplateStore *store;       /* where it is: one of the two is NULL */
+    const ClusterNode *node;
 } ToolReplica;
 
 /*
@@ -85,5 +88,12 @@ typedef struct ToolReplica {
  */
 GPtrArray *tool_replicas(Tool *t, const TemplateDigest *digest,
                          const TemplateStore *except);
+
+/*
+ * Of that copy, so that another one can have the same hashes; 0 if it does not
+ * tell, or something impossible.
+ */
+uint32_t tool_chunk_size_of(const ToolReplica *r,
+                            const TemplateDigest *digest);
 
 #endif

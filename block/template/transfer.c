@@ -3,8 +3,8 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * See transfer.h.  Contents pass by once, chunk by chunk, and are hashed as
- * they do (T1).  Chunks of zeroes become holes.
+ * See transfer.h.  Contents pass by once, some chunks at a time, and are hashed
+ * as they do (T1).  Chunks of zeroes become holes.
  */
 
 #include "qemu/osdep.h"
@@ -76,7 +76,7 @@ static bool known_zeroes(BlockBackend *blk, uint64_t offset, uint32_t bytes)
     return ret >= 0 && (ret & BDRV_BLOCK_ZERO) && n >= bytes;
 }
 
-static bool read_chunk(BlockBackend *blk, uint64_t offset, uint32_t bytes,
+static bool read_source(BlockBackend *blk, uint64_t offset, uint32_t bytes,
                        uint8_t *buf, Error **errp)
 {
     int ret;
@@ -97,26 +97,61 @@ static bool read_chunk(BlockBackend *blk, uint64_t offset, uint32_t bytes,
 /* ------------------------------------------------------------------ */
 /* Bringing in                                                         */
 
+static uint32_t chunk_size_for(uint64_t length, uint32_t wanted)
+{
+    return template_chunk_size_fits(wanted, length)
+           ? wanted : template_chunk_size_default(length);
+}
+
 typedef struct Transfer {
     BlockBackend *blk;
     TemplatePart *part;
     uint64_t length;
+    uint32_t chunk_size, io_bytes;
     uint8_t *buf;
 } Transfer;
 
-static bool transfer_chunk(Transfer *t, TemplateHasher *hasher,
-                           uint64_t offset, Error **errp)
+static uint32_t chunk_after(const Transfer *t, uint32_t at, uint32_t bytes)
 {
-    uint32_t bytes = MIN(TEMPLATE_CHUNK_SIZE, t->length - offset);
+    return MIN(t->chunk_size, bytes - at);
+}
+
+/* But for chunks of zeroes; neighbours together */
+static bool write_chunks(Transfer *t, uint64_t offset, uint32_t bytes,
+                         Error **errp)
+{
+    uint32_t end;
+
+    for (uint32_t at = 0; at < bytes; at = end) {
+        uint32_t n = chunk_after(t, at, bytes);
+
+        end = at + n;
+        if (buffer_is_zero(t->buf + at, n)) {
+            continue;
+        }
+        while (end < bytes && (n = chunk_after(t, end, bytes)) &&
+               !buffer_is_zero(t->buf + end, n)) {
+            end += n;
+        }
+        if (!template_part_write(t->part, t->buf + at, end - at, offset + at,
+                                 errp)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool transfer_some(Transfer *t, TemplateHasher *hasher,
+                          uint64_t offset, Error **errp)
+{
+    uint32_t bytes = MIN(t->io_bytes, t->length - offset);
 
     if (offset < t->part->done) {
         if (!template_part_read(t->part, t->buf, bytes, offset, errp)) {
             return false;
         }
-    } else if (!read_chunk(t->blk, offset, bytes, t->buf, errp)) {
-        return false;
-    } else if (!buffer_is_zero(t->buf, bytes) &&
-               !template_part_write(t->part, t->buf, bytes, offset, errp)) {
+    } else if (!read_source(t->blk, offset, bytes, t->buf, errp) ||
+               !write_chunks(t, offset, bytes, errp)) {
         return false;
     }
     if (!template_hasher_add(hasher, t->buf, bytes, errp)) {
@@ -131,16 +166,15 @@ static bool transfer_chunk(Transfer *t, TemplateHasher *hasher,
 static TemplateChunks *transfer_all(Transfer *t, Error **errp)
 {
     g_autoptr(TemplateHasher) hasher =
-        template_hasher_new(t->length, TEMPLATE_CHUNK_SIZE, errp);
+        template_hasher_new(t->length, t->chunk_size, errp);
+    uint64_t done = QEMU_ALIGN_DOWN(MIN(t->part->done, t->length),
+                                    t->io_bytes);
 
-    if (!hasher) {
+    if (!hasher || !template_part_cut(t->part, done, errp)) {
         return NULL;
     }
-    t->part->done = MIN(t->part->done,
-                        QEMU_ALIGN_DOWN(t->length, TEMPLATE_CHUNK_SIZE));
-    for (uint64_t offset = 0; offset < t->length;
-         offset += TEMPLATE_CHUNK_SIZE) {
-        if (!transfer_chunk(t, hasher, offset, errp)) {
+    for (uint64_t offset = 0; offset < t->length; offset += t->io_bytes) {
+        if (!transfer_some(t, hasher, offset, errp)) {
             return NULL;
         }
     }
@@ -191,11 +225,12 @@ static bool receive_part(Transfer *t, const TemplateDigest *expected,
 
 bool template_receive(TemplateStore *s, BlockBackend *blk,
                       const TemplateDigest *expected, bool replace,
-                      TemplateDigest *digest, bool *existed, Error **errp)
+                      uint32_t chunk_size, TemplateDigest *digest,
+                      bool *existed, Error **errp)
 {
     ERRP_GUARD();
-    g_autofree uint8_t *buf = g_malloc(TEMPLATE_CHUNK_SIZE);
-    Transfer t = { .blk = blk, .buf = buf };
+    g_autofree uint8_t *buf = NULL;
+    Transfer t = { .blk = blk };
     int64_t length = blk_getlength(blk);
     bool ok, keep = false;
 
@@ -207,6 +242,9 @@ bool template_receive(TemplateStore *s, BlockBackend *blk,
         return false;
     }
     t.length = length;
+    t.chunk_size = chunk_size_for(length, chunk_size);
+    t.io_bytes = template_io_bytes(t.chunk_size);
+    t.buf = buf = g_malloc(t.io_bytes);
     t.part = template_part_begin(s, expected, replace, NULL, errp);
     if (!t.part) {
         *existed = true;
@@ -257,15 +295,19 @@ static void check_size(TemplateFindings *f, const struct stat *st)
     }
 }
 
-/* Chunk @n of @fd, into @buf; what cannot be read is as bad as what is wrong */
+/*
+ * Chunk @n of @fd, which is in @buf, or else gets there; what cannot be read is
+ * as bad as what is wrong.
+ */
 static bool verify_chunk(int fd, const TemplateChunks *c, uint64_t n,
-                         uint8_t *buf, TemplateFindings *f, Error **errp)
+                         uint8_t *buf, bool is_there, TemplateFindings *f,
+                         Error **errp)
 {
     uint32_t bytes = template_chunk_bytes(c, n);
     TemplateDigest hash;
 
     f->chunks_read++;
-    if (!template_pread(fd, buf, bytes, n * c->chunk_size)) {
+    if (!is_there && !template_pread(fd, buf, bytes, n * c->chunk_size)) {
         memset(buf, 0, bytes);
         g_array_append_val(f->bad, n);
         return true;
@@ -279,11 +321,29 @@ static bool verify_chunk(int fd, const TemplateChunks *c, uint64_t n,
     return true;
 }
 
+/* Read at once, and each by itself if that fails; @n becomes the next one */
+static bool verify_some(int fd, const TemplateChunks *c, uint64_t *n,
+                        uint64_t end, uint8_t *buf, TemplateHasher *hasher,
+                        TemplateFindings *f, Error **errp)
+{
+    uint64_t offset = *n * c->chunk_size;
+    uint32_t bytes = MIN(MIN(end * c->chunk_size, c->length) - offset,
+                         template_io_bytes(c->chunk_size));
+    bool is_there = template_pread(fd, buf, bytes, offset);
+
+    for (uint32_t at = 0; at < bytes; at += c->chunk_size) {
+        if (!verify_chunk(fd, c, (*n)++, buf + at, is_there, f, errp)) {
+            return false;
+        }
+    }
+    return !hasher || template_hasher_add(hasher, buf, bytes, errp);
+}
+
 /* All of it: the hash of the whole, too */
 static bool verify_range(int fd, const TemplateChunks *c, uint64_t first,
                          uint64_t end, TemplateFindings *f, Error **errp)
 {
-    g_autofree uint8_t *buf = g_malloc(c->chunk_size);
+    g_autofree uint8_t *buf = g_malloc(template_io_bytes(c->chunk_size));
     bool all = first == 0 && end == c->nb_chunks;
     g_autoptr(TemplateHasher) hasher =
         all ? template_hasher_new(c->length, c->chunk_size, errp) : NULL;
@@ -291,13 +351,11 @@ static bool verify_range(int fd, const TemplateChunks *c, uint64_t first,
     if (all && !hasher) {
         return false;
     }
-    for (uint64_t n = first; n < end; n++) {
-        if (!verify_chunk(fd, c, n, buf, f, errp) ||
-            (all && !template_hasher_add(hasher, buf,
-                                         template_chunk_bytes(c, n), errp))) {
+    for (uint64_t n = first; n < end; ) {
+        if (!verify_some(fd, c, &n, end, buf, hasher, f, errp)) {
             return false;
         }
-        qemu_progress_print(100.0 * (n - first + 1) / (end - first), 0);
+        qemu_progress_print(100.0 * (n - first) / (end - first), 0);
     }
     if (all) {
         f->computed = template_hasher_finish(hasher, errp);
@@ -307,9 +365,10 @@ static bool verify_range(int fd, const TemplateChunks *c, uint64_t first,
 }
 
 static bool verify_data(int fd, const TemplateDigest *digest, uint64_t offset,
-                        uint64_t bytes, TemplateFindings *f, Error **errp)
+                        uint64_t bytes, uint32_t chunk_size,
+                        TemplateFindings *f, Error **errp)
 {
-    TemplateChunks guess = { .chunk_size = TEMPLATE_CHUNK_SIZE };
+    TemplateChunks guess = { };
     const TemplateChunks *c = f->chunks;
     uint64_t end;
     struct stat st;
@@ -325,9 +384,11 @@ static bool verify_data(int fd, const TemplateDigest *digest, uint64_t offset,
             return true;
         }
         guess.length = st.st_size;
+        guess.chunk_size = chunk_size_for(guess.length, chunk_size);
         guess.nb_chunks = DIV_ROUND_UP(guess.length, guess.chunk_size);
         c = &guess;
     }
+    f->chunk_size = c->chunk_size;
     if (offset >= c->length) {
         error_setg(errp, "The range begins at %" PRIu64 ", and the template "
                    "has %" PRIu64 " bytes", offset, c->length);
@@ -346,8 +407,8 @@ static bool verify_data(int fd, const TemplateDigest *digest, uint64_t offset,
 }
 
 bool template_verify(TemplateStore *s, const TemplateDigest *digest,
-                     uint64_t offset, uint64_t bytes, TemplateFindings *f,
-                     Error **errp)
+                     uint64_t offset, uint64_t bytes, uint32_t chunk_size,
+                     TemplateFindings *f, Error **errp)
 {
     Error *err = NULL;
     bool ok;
@@ -365,7 +426,7 @@ bool template_verify(TemplateStore *s, const TemplateDigest *digest,
         f->data_problem = take_message(err);
         return true;
     }
-    ok = verify_data(fd, digest, offset, bytes, f, errp);
+    ok = verify_data(fd, digest, offset, bytes, chunk_size, f, errp);
     close(fd);
     return ok;
 }

@@ -15,7 +15,7 @@
 #           killed amid the boot
 #
 # Bytes are what the server sent; for "store" what publisher and guests say
-# that they have read from nodes, in chunks of 1 MiB.  Times are of the slowest
+# that they have read from nodes, in chunks of 64 KiB.  Times are of the slowest
 # guest, from its start until it says that it has booted; on a busy machine they
 # tell nothing.
 

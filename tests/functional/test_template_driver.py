@@ -5,9 +5,11 @@ Every byte is compared with what the template was made from.  Nodes are
 servers of their own, which are killed, stopped, damaged, and lie.
 """
 
+import hashlib
 import json
 import os
 import signal
+import struct
 import threading
 
 from lib.context import check, wait_for
@@ -19,11 +21,16 @@ from lib.templates import (Contents, FakeServer, Gate, Reader, StoreCluster,
 from lib.testing import test
 
 
-def three_nodes(ctx, contents, serve=('a', 'b')):
-    """a and b have the template; c has a disk, and does not."""
+CHUNK = 64 * 1024               # of templates as small as these, by default
+
+
+def three_nodes(ctx, contents, serve=('a', 'b'), sizes=()):
+    """a and b have the template, with chunks of @sizes (or the default); c has
+    a disk, and does not."""
     cluster = StoreCluster(ctx, {'a': 1, 'b': 1, 'c': 1}, ssd=False)
-    for node in ('a', 'b'):
-        cluster.add(node, contents)
+    for number, node in enumerate(('a', 'b')):
+        cluster.add(node, contents, 'raw', *(
+            ['--chunk-size', sizes[number]] if sizes else []))
     for node in serve:
         cluster.serve(node)
     return cluster
@@ -63,7 +70,7 @@ def local(ctx):
         pass
     where = event_of(reader, 'THINVM_TEMPLATE_DAMAGED', offset=2 * MiB)
     check(where['place'] == cluster.copy('a', contents) and
-          where['bytes'] == MiB, 'told: %s', where)
+          where['bytes'] == CHUNK, 'told: %s', where)
     cluster.serve('b')
     reader.verify_all()
     check(reader.source() == 'a', 'one chunk moved it to %s', reader.source())
@@ -221,7 +228,7 @@ def damaged_remote(ctx):
     rows = {row['cluster-node']: row for row in reader.info()['replicas']}
     check(told['place'] == rows[near]['place'] and
           rows[near]['wrong-chunks'] == 1, 'told: %s %s', told, rows)
-    check(rows[other(near)]['bytes'] == MiB and reader.source() == near,
+    check(rows[other(near)]['bytes'] == CHUNK and reader.source() == near,
           'the rest: %s', rows)
     # The hashes that a disk has are what is wrong
     open_fails(ctx, cluster, 'a', contents, 'does not fit', hashes='0' * 64)
@@ -384,14 +391,15 @@ def hostile(ctx):
     check(fake.reads > 20, 'it was asked only %d times', fake.reads)
 
 
-def false_list(contents, cluster, data):
+def false_list(contents, cluster, data, size=CHUNK):
     """What a liar says the hashes are: right for other contents, under this
     template's name."""
-    import hashlib
     with open(cluster.copy('a', contents, '.chunks'), 'rb') as file:
         header = bytearray(file.read()[:4096])
-    hashes = b''.join(hashlib.sha256(data[at:at + MiB]).digest()
-                      for at in range(0, len(data), MiB))
+    hashes = b''.join(hashlib.sha256(data[at:at + size]).digest()
+                      for at in range(0, len(data), size))
+    struct.pack_into('<I', header, 12, size)
+    struct.pack_into('<Q', header, 24, len(hashes) // 32)
     header[64:96] = hashlib.sha256(hashes).digest()
     header[4064:] = hashlib.sha256(header[:4064]).digest()
     chunks = bytes(header) + hashes
@@ -433,6 +441,193 @@ def liar(ctx):
             pass
     check(not cluster.files('c') and not cluster.parts('c'),
           'in the store: %s %s', cluster.files('c'), cluster.parts('c'))
+
+
+def fails_from_now_on(reader, offset):
+    """It reads what is not the template's: an error, and nothing else then."""
+    for at in (offset, 0):
+        try:
+            reader.client.read(at, 4096)
+            check(False, 'it reads what is false')
+        except OSError:
+            pass
+    check(reader.info()['trust'] == 'refuted', 'trust: %s', reader.info())
+
+
+@test()
+def chunk_sizes(ctx):
+    """Nodes with chunks of different sizes: each is as good as the other to
+    read from, to fail over to, and as a copy that comes to this node."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, sizes=('1M', '64K'))
+    small = hashes_of(cluster, 'b')
+    # Without being told which, by both; else by those that it was told
+    for options, size in (({}, MiB), ({'hashes': hashes_of(cluster, 'a')}, MiB),
+                          ({'hashes': small}, CHUNK)):
+        reader = Reader(ctx, cluster, 'c', contents, **options)
+        check(reader.info()['chunk-size'] == size, 'chunks: %s', reader.info())
+        near = reader.source()
+        reader.verify(0, 3 * MiB)
+        cluster.servers[near].kill()
+        reader.verify_all(192 * 1024)
+        check(reader.source() == other(near), 'source: %s', reader.info())
+        check(reader.statistics()['wrong-chunks'] == 0, 'wrong: %s',
+              reader.info())
+        os.unlink(cluster.socket(near))
+        cluster.serve(near)
+        reader.wait_source(near)
+        reader.quit()
+    # One brings it with large chunks, another one that waits for it has small
+    first = Reader(ctx, cluster, 'c', contents, bring_over=True,
+                   bring_over_speed=MiB // 2)
+    wait_for(lambda: first.brought()[1], 60, 'it is being brought')
+    second = Reader(ctx, cluster, 'c', contents, bring_over=True, hashes=small,
+                    verify='always', cache_size=0, retry=1)
+    wait_for(lambda: second.brought()[0] == 'waiting', 60, 'it waits')
+    third = Reader(ctx, cluster, 'c', contents, hashes=small)
+    first.bring_over(speed=0)
+    for reader in (first, second):
+        reader.wait_brought()
+    for reader in (first, second, third):
+        reader.wait_source('c')
+    for node in ('a', 'b'):
+        cluster.servers[node].kill()
+    for reader in (first, second, third):
+        reader.verify_all()
+        reader.verify_all(100 * 1024)
+        check(reader.statistics()['wrong-chunks'] == 0, 'wrong: %s',
+              reader.info())
+    check(cluster.list('c')[0]['chunk-size'] == MiB, 'c has %s',
+          cluster.list('c'))
+    # Damage is found by the reader's chunks, whatever the copy's are
+    damage(cluster.copy('c', contents), 9 * MiB + CHUNK)
+    try:
+        second.client.read(9 * MiB + CHUNK, 4096)
+        check(False, 'a damaged chunk was read, and no other copy is there')
+    except OSError:
+        pass
+    told = event_of(second, 'THINVM_TEMPLATE_DAMAGED', offset=9 * MiB + CHUNK)
+    check(told['bytes'] == CHUNK, 'told: %s', told)
+    second.verify(9 * MiB, CHUNK)
+    # A copy here is right also if the hashes that are given are of other chunks
+    open_fails(ctx, cluster, 'c', contents, 'does not fit', hashes=small)
+    os.unlink(cluster.socket('b'))
+    cluster.serve('b')
+    cluster.run('c', 'repair', contents.digest)
+    reader = Reader(ctx, cluster, 'c', contents, hashes=small)
+    check(reader.info()['trust'] == 'local' and
+          reader.info()['chunk-size'] == MiB, 'opened as %s', reader.info())
+    reader.verify_all()
+
+
+@test()
+def sizes_and_lies(ctx):
+    """A node that lies in chunks of another size than an honest one's is
+    found out: of zeroes at once, else when that is read, before any of it is
+    passed on; one that is alone, by a copy that comes to this node."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=('a',))
+    at = 9 * MiB + 7
+    false = bytes(lie_in(contents.data, at))
+    in_zeroes = bytes(lie_in(contents.data, 5 * MiB))
+    fake = FakeServer(ctx, cluster.socket('b'), {})
+
+    def lie(data, size):
+        fake.exports.update({
+            contents.digest: data, contents.digest + '.chunks': false_list(
+                contents, cluster, data, size)})
+
+    for size in (CHUNK * 2, MiB, 16 * MiB):
+        lie(in_zeroes, size)
+        if size < 16 * MiB:
+            open_fails(ctx, cluster, 'c', contents, 'do not agree', retry=1)
+        lie(false, size)
+        reader = Reader(ctx, cluster, 'c', contents, retry=1)
+        check(reader.info()['trust'] == 'agreed', 'trust: %s', reader.info())
+        if size < 16 * MiB:
+            reader.verify(0, MiB)
+        fails_from_now_on(reader, at // 4096 * 4096)
+        reader.quit()
+        # Who knows better is not impressed
+        reader = Reader(ctx, cluster, 'c', contents,
+                        hashes=hashes_of(cluster, 'a'))
+        reader.verify_all()
+        reader.quit()
+    # Alone; also by saying that there are zeroes
+    cluster.servers['a'].kill()
+    zeroed = bytes(contents.data[:9 * MiB] + bytes(MiB) +
+                   contents.data[10 * MiB:])
+    for data in (false, zeroed):
+        lie(data, MiB)
+        reader = Reader(ctx, cluster, 'c', contents, retry=1)
+        reader.verify(0, MiB)
+        cluster.add('c', contents)
+        reader.wait_source('c')
+        reader.verify(MiB, 8 * MiB)
+        check(reader.info()['trust'] == 'agreed', 'trust: %s', reader.info())
+        fails_from_now_on(reader, at // 4096 * 4096)
+        reader.quit()
+        cluster.run('c', 'remove', contents.digest)
+
+
+@test()
+def requests(ctx):
+    """What the other node is asked: single chunks where single blocks are
+    read; many at once for large requests, and for small ones that follow each
+    other."""
+    contents = Contents(ctx, size=48 * MiB)
+    cluster = StoreCluster(ctx, {'a': 1, 'c': 1}, ssd=False)
+    cluster.add('a', contents)
+    with open(cluster.copy('a', contents, '.chunks'), 'rb') as file:
+        chunks = file.read()
+    fake = FakeServer(ctx, cluster.socket('a'), {
+        contents.digest: bytes(contents.data),
+        contents.digest + '.chunks': chunks + bytes(-len(chunks) % 512)})
+    asked = []
+
+    def answer(name, offset, data):
+        if name == contents.digest and len(data) > 512:
+            asked.append((offset, len(data)))
+        return data
+
+    fake.answer = answer
+    source = contents.size - 3 * MiB        # zeroes are not read
+
+    def read_all(step):
+        asked.clear()
+        reader = Reader(ctx, cluster, 'c', contents)
+        reader.verify_all(step)
+        check(sum(length for _, length in asked) == source,
+              'in steps of %d it read: %s', step, asked)
+        reader.quit()
+        return len(asked)
+
+    check(read_all(MiB) <= 100, 'large requests: %d', len(asked))
+    check(read_all(4096 * 3) <= 250, 'small ones: %d', len(asked))
+    # Here and there, forwards and backwards
+    reader = Reader(ctx, cluster, 'c', contents)
+    asked.clear()
+    places = list(range(8 * MiB, 40 * MiB, 2 * MiB))
+    for offset in places + [place - 512 * 1024 for place in reversed(places)]:
+        reader.verify(offset + 3 * 4096, 4096)
+    check(sorted(length for _, length in asked) == [CHUNK] * 2 * len(places),
+          'single blocks: %s', asked)
+    # What is beside a chunk that is wrong is read all the same
+    reader.quit()
+    fake.answer = lambda name, offset, data: (
+        lie_in(data, 9 * MiB - offset) if offset <= 9 * MiB < offset + len(data)
+        and name == contents.digest else answer(name, offset, data))
+    reader = Reader(ctx, cluster, 'c', contents, retry=2)
+    reader.verify(7 * MiB, MiB)
+    try:
+        reader.client.read(8 * MiB + 512 * 1024, MiB)
+        check(False, 'a chunk that is wrong was read')
+    except OSError:
+        pass
+    reader.verify(8 * MiB + 512 * 1024, MiB // 2)
+    reader.verify(9 * MiB + CHUNK, MiB // 2)
+    fake.answer = answer
+    reader.verify(8 * MiB, 2 * MiB)
 
 
 @test()

@@ -28,6 +28,7 @@ sys.path.append(os.path.join(TOP, 'scripts', 'lib'))
 import boot_template                                        # noqa: E402
 
 SIZE = 768 * MiB
+CHUNK = 64 * 1024               # of a template of that size, by default
 RATE = 24                       # MiB/s of each node
 CUT_AFTER = 16 * MiB            # read from other nodes
 
@@ -245,7 +246,7 @@ def everywhere(ctx):
     wait_for(lambda: new.source() == 'd', 600, 'd has a copy', 1)
     report(ctx, [new, own])
     check(own.source() == 'c', 'c reads from %s', own.source())
-    check('is damaged: chunk %d ' % (where // MiB) in said['c'],
+    check('is damaged: chunk %d ' % (where // CHUNK) in said['c'],
           'the damage is not told of: %s', said['c'])
     text = cluster.run('d', 'verify', debian.digest)
     check('no damage' in text, 'd: %s', text)

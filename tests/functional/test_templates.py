@@ -11,7 +11,7 @@ import shutil
 
 from lib.bootcache import in_parallel
 from lib.context import Failure, Process, check, wait_for
-from lib.image import MiB
+from lib.image import MiB, File
 from lib.nbd import NBDClient
 from lib.qsd import StorageDaemon
 from lib.templates import (Contents, Gate, SilentServer, StoreCluster,
@@ -177,9 +177,9 @@ def repaired(ctx):
 
     # How, what must be said, and whether it takes another copy to mend it
     kinds = [
-        (lambda: damage(data, 2 * MiB + 3), 'chunk 2 (from byte 2097152)', 1),
-        (lambda: damage(data, 5 * MiB), 'chunk 5 ', 1),     # in a hole
-        (lambda: truncate(data, 3 * MiB + 7), 'chunk 12 ', 1),
+        (lambda: damage(data, 2 * MiB + 3), 'chunk 32 (from byte 2097152)', 1),
+        (lambda: damage(data, 5 * MiB), 'chunk 80 ', 1),    # in a hole
+        (lambda: truncate(data, 3 * MiB + 7), 'chunk 48 ', 1),
         (lambda: truncate(data, 99 * MiB), 'instead of 1258', 1),
         (lambda: damage(chunks, 4096 + 40), 'of its hashes is not right', 0),
         (lambda: damage(chunks, 0), 'does not begin with', 0),
@@ -216,13 +216,100 @@ def partial(ctx):
     cluster.add('a', contents)
     damage(cluster.copy('a', contents), 9 * MiB)
     text = cluster.run('a', 'verify', '--range', '0:%d' % (9 * MiB))
-    check(': 9 chunks read' in text, 'verify: %s', text)
-    text = cluster.fails('a', 'verify', '--range', '%d:1' % (10 * MiB - 1),
+    check(': 144 chunks read' in text, 'verify: %s', text)
+    text = cluster.fails('a', 'verify', '--range', '%d:1' % (9 * MiB + 65535),
                          status=2)
-    check('chunk 9 ' in text, 'verify: %s', text)
+    check('chunk 144 ' in text, 'verify: %s', text)
+    text = cluster.run('a', 'verify', '--range', '%d:1' % (9 * MiB + 65536))
+    check(': 1 chunks read' in text, 'verify: %s', text)
     for wrong in ('x', '1', '1:0', '-1:3', '99999999:1'):
         cluster.fails('a', 'verify', '--range', wrong,
                       words=[wrong.split(':')[0]])
+
+
+def chunk_sizes(cluster, node):
+    return [row['chunk-size'] for row in cluster.list(node)]
+
+
+@test()
+def chunk_size(ctx):
+    """The size of chunks: the default, and other ones; what is no size; how
+    it comes to other nodes, and back to one that has lost its hashes."""
+    cluster = StoreCluster(ctx, {'a': 1, 'b': 1, 'c': 1}, replicas=3)
+    contents = Contents(ctx)
+    for wrong in ('0', '1', '-65536', '32K', '65537', '96K', '32M', '16E', 'x',
+                  '64Kx', ''):
+        cluster.fails('a', 'add', '--chunk-size', wrong, contents.raw,
+                      words=["'--chunk-size' is '%s'" % wrong,
+                             'a power of two from 64K to 16M'])
+    large = File(ctx, 'large.qcow2').path
+    ctx.run(ctx.bin('qemu-img'), 'create', '-f', 'qcow2', large, '300G')
+    cluster.fails('a', 'add', '-f', 'qcow2', '--chunk-size', '64K', large,
+                  words=["'--chunk-size' is '64K'", 'more than 4194304'])
+    check(not cluster.files('a') and not cluster.parts('a'), 'left behind')
+    cluster.add('c', contents)
+    check(chunk_sizes(cluster, 'c') == [65536], 'the default: %s',
+          cluster.list('c'))
+    cluster.add('a', contents, 'raw', '--chunk-size', '4M')
+    check(chunk_sizes(cluster, 'a') == [4 * MiB], 'added: %s',
+          cluster.list('a'))
+    text = cluster.run('a', 'add', '--chunk-size', '64k', '-f', 'raw',
+                       contents.raw)
+    check('its chunks have 4194304 bytes' in text, 'again: %s', text)
+    check(cluster.list('a')[0]['hashes'] != cluster.list('c')[0]['hashes'],
+          'they have the same hashes')
+    # It comes along with a copy, and with what mends one
+    cluster.serve('a')
+    cluster.run('b', 'rebalance')
+    check(cluster.list('b')[0]['hashes'] == cluster.list('a')[0]['hashes'],
+          'b has %s', cluster.list('b'))
+    data, chunks = (cluster.copy('b', contents, suffix)
+                    for suffix in ('.raw', '.chunks'))
+    for spoil in (lambda: os.unlink(chunks), lambda: damage(chunks, 5000),
+                  lambda: os.unlink(data), lambda: damage(data, 9 * MiB)):
+        spoil()
+        cluster.run('b', 'repair', contents.digest)
+        check(chunk_sizes(cluster, 'b') == [4 * MiB], 'repaired: %s',
+              cluster.list('b'))
+        cluster.run('b', 'verify')
+        cluster.compare(contents, {'driver': 'raw', 'file': {
+            'driver': 'file', 'filename': data}})
+    # Hashes of other chunks mend as well
+    damage(cluster.copy('c', contents), 3 * MiB)
+    text = cluster.run('c', 'repair')
+    check("1 chunks mended from node 'a'" in text, 'repair: %s', text)
+    check(chunk_sizes(cluster, 'c') == [65536], 'c has %s', cluster.list('c'))
+    # Nobody tells: the default
+    cluster.servers['a'].kill()
+    os.unlink(chunks)
+    cluster.run('b', 'repair')
+    check(chunk_sizes(cluster, 'b') == [65536], 'alone: %s', cluster.list('b'))
+
+
+@test()
+def chunk_size_resumed(ctx):
+    """What was begun with small chunks is gone on with in larger ones, and
+    nothing that is not right is kept between the two."""
+    cluster = StoreCluster(ctx, {'a': 1})
+    contents = Contents(ctx)
+    part = '%s/tmp/%s' % (cluster.path('a'),
+                          contents.digest.replace(':', '-'))
+    for size in ('4M', '16M', '64K'):
+        cluster.run('a', 'list')
+        os.makedirs(os.path.dirname(part), exist_ok=True)
+        with open(part + '.part', 'wb') as file:
+            # In the middle of a chunk, and of the zeroes
+            file.write(contents.data[:4 * MiB] + (
+                bytes(MiB) if size == '64K' else b'nonsense' * (MiB // 8)))
+        with open(part + '.progress', 'wb') as file:
+            file.write((5 * MiB).to_bytes(8, 'little'))
+        cluster.add('a', contents, 'raw', '--digest', contents.digest,
+                    '--chunk-size', size)
+        cluster.run('a', 'verify')
+        with open(cluster.copy('a', contents), 'rb') as file:
+            check(file.read() == contents.data, 'wrong with %s', size)
+        check(not cluster.parts('a'), 'left behind: %s', cluster.parts('a'))
+        cluster.run('a', 'remove', contents.digest)
 
 
 @test()

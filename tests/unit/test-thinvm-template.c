@@ -17,7 +17,9 @@
  * /template/description/...: what is refused, and the words that say why.
  *
  * /template/chunks: what is written is read again, and every single bit of
- * a file counts.
+ * a file counts.  The default size follows from the length, and the hashes stay
+ * within 8 MiB; it is the smallest that does that.  What is hashed many chunks
+ * at a time has the hash of each.
  */
 
 #include "qemu/osdep.h"
@@ -312,6 +314,66 @@ static TemplateChunks *make_chunks(void)
     return c;
 }
 
+static void test_sizes(void)
+{
+    static const struct {
+        uint64_t length;
+        uint32_t size;
+    } sizes[] = {
+        { 1, 64 * KiB },
+        { 16 * GiB, 64 * KiB },
+        { 16 * GiB + 1, 128 * KiB },
+        { 100 * GiB, 512 * KiB },
+        { 256 * GiB, MiB },
+        { TEMPLATE_LENGTH_MAX, 16 * MiB },
+    };
+    static const uint64_t wrong[] = {
+        0, 1, 4096, 32 * KiB, 64 * KiB + 1, 96 * KiB, 32 * MiB,
+        UINT64_C(1) << 32 | 64 * KiB, UINT64_C(1) << 63, UINT64_MAX,
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(sizes); i++) {
+        uint32_t size = template_chunk_size_default(sizes[i].length);
+
+        g_assert_cmpuint(size, ==, sizes[i].size);
+        g_assert_true(template_chunk_size_fits(size, sizes[i].length));
+        g_assert_cmpuint(DIV_ROUND_UP(sizes[i].length, size) * 32, <=, 8 * MiB);
+    }
+    for (int i = 0; i < ARRAY_SIZE(wrong); i++) {
+        g_assert_false(template_chunk_size_fits(wrong[i], 1));
+    }
+    g_assert_true(template_chunk_size_fits(64 * KiB, 256 * GiB));
+    g_assert_false(template_chunk_size_fits(64 * KiB, 256 * GiB + 1));
+}
+
+/* By calls with many chunks, with one, and with the short one at the end */
+static void test_hasher(void)
+{
+    const uint32_t length = 3 * MiB - 512, size = 64 * KiB;
+    g_autofree uint8_t *data = g_malloc(length);
+    g_autoptr(TemplateHasher) h = template_hasher_new(length, size,
+                                                      &error_abort);
+    g_autoptr(TemplateChunks) c = NULL;
+    TemplateDigest hash;
+
+    for (uint32_t i = 0; i < length; i++) {
+        data[i] = i % 251 + i / size;
+    }
+    template_hasher_add(h, data, MiB, &error_abort);
+    template_hasher_add(h, data + MiB, size, &error_abort);
+    template_hasher_add(h, data + MiB + size, length - MiB - size,
+                        &error_abort);
+    c = template_hasher_finish(h, &error_abort);
+    g_assert_cmpuint(c->nb_chunks, ==, 48);
+    for (unsigned n = 0; n < 48; n++) {
+        template_sha256(data + n * size, template_chunk_bytes(c, n), &hash,
+                        &error_abort);
+        g_assert(template_digest_equal(&hash, &c->hashes[n]));
+    }
+    template_sha256(data, length, &hash, &error_abort);
+    g_assert(template_digest_equal(&hash, &c->digest));
+}
+
 static void test_chunks(void)
 {
     g_autoptr(TemplateChunks) c = make_chunks();
@@ -403,6 +465,8 @@ int main(int argc, char **argv)
     g_test_add_func("/template/description/refused", test_refused);
     g_test_add_func("/template/description/accepted", test_accepted);
     g_test_add_func("/template/chunks/file", test_chunks);
+    g_test_add_func("/template/chunks/sizes", test_sizes);
+    g_test_add_func("/template/chunks/hasher", test_hasher);
     g_test_add_func("/template/chunks/hostile", test_hostile);
     g_test_add_func("/template/digest", test_digest);
     return g_test_run();

@@ -26,12 +26,14 @@ from .qsd import StorageDaemon
 class Contents:
     """What a template holds, and images of it in any format."""
 
-    def __init__(self, ctx, size=12 * MiB + 512, seed=1):
+    def __init__(self, ctx, size=12 * MiB + 512, seed=1, data=None):
+        """Of @data, or random, but for some zeroes."""
         self.ctx = ctx
-        self.size = size
-        source = random.Random(seed)
-        self.data = bytearray(source.randbytes(size))
-        self.data[4 * MiB:7 * MiB] = bytes(3 * MiB)
+        if data is None:
+            data = bytearray(random.Random(seed).randbytes(size))
+            data[4 * MiB:7 * MiB] = bytes(3 * MiB)
+        self.data = data
+        self.size = len(data)
         self.digest = 'sha256:' + hashlib.sha256(self.data).hexdigest()
         self.raw = File(ctx, ctx.unique('contents') + '.raw').path
         with open(self.raw, 'wb') as file:
