@@ -595,7 +595,7 @@ def requests(ctx):
 
     def read_all(step):
         asked.clear()
-        reader = Reader(ctx, cluster, 'c', contents)
+        reader = Reader(ctx, cluster, 'c', contents, timeout=60000)
         reader.verify_all(step)
         check(sum(length for _, length in asked) == source,
               'in steps of %d it read: %s', step, asked)
@@ -605,7 +605,7 @@ def requests(ctx):
     check(read_all(MiB) <= 100, 'large requests: %d', len(asked))
     check(read_all(4096 * 3) <= 250, 'small ones: %d', len(asked))
     # Here and there, forwards and backwards
-    reader = Reader(ctx, cluster, 'c', contents)
+    reader = Reader(ctx, cluster, 'c', contents, timeout=60000)
     asked.clear()
     places = list(range(8 * MiB, 40 * MiB, 2 * MiB))
     for offset in places + [place - 512 * 1024 for place in reversed(places)]:
@@ -617,7 +617,8 @@ def requests(ctx):
     fake.answer = lambda name, offset, data: (
         lie_in(data, 9 * MiB - offset) if offset <= 9 * MiB < offset + len(data)
         and name == contents.digest else answer(name, offset, data))
-    reader = Reader(ctx, cluster, 'c', contents, retry=2)
+    reader = Reader(ctx, cluster, 'c', contents, timeout=60000,
+                    retry=2)
     reader.verify(7 * MiB, MiB)
     try:
         reader.client.read(8 * MiB + 512 * 1024, MiB)
