@@ -125,6 +125,9 @@ lookup_once(ThinvmState *s, Walk *w, uint64_t guest, uint64_t count,
         if (needs) {
             page = thinvm_page_get(s, slot, thinvm_map_kind(level), level,
                                    needs);
+            if (!page && w->slots) {
+                thinvm_needs_neighbours(s, needs, w->slots);
+            }
         } else {
             page = thinvm_page_find(s, word & THINVM_CLUSTER_MASK);
         }

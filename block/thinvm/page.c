@@ -13,8 +13,8 @@
  *   (frozen)   in state->frozen->pages, immutable, until the thaw
  * and in the hash by its place, unless no pointer names it any more.
  *
- * Invariant 3: thinvm_state_insert_page() is the only way in for bytes from
- * a device.  Own invariant: a page whose generation is not the one that is
+ * Invariant 3: bytes from a device come in by thinvm_state_insert_page(), or by
+ * its sister for neighbours, and no page before check_page() has judged it.  Own invariant: a page whose generation is not the one that is
  * being built, or that several pointers name, is never changed.
  */
 #include "qemu/osdep.h"
@@ -168,6 +168,7 @@ void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
 {
     if (!needs->nb_want) {
         needs->generation = s->generation;
+        needs->nb_near = 0;
     }
     for (unsigned i = 0; i < needs->nb_want; i++) {
         if (needs->want[i].page == ref->page) {
@@ -179,6 +180,37 @@ void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
         needs->want = g_renew(ThinvmPageRef, needs->want, needs->max_want);
     }
     needs->want[needs->nb_want++] = *ref;
+}
+
+void thinvm_needs_neighbours(ThinvmState *s, ThinvmNeeds *needs,
+                             const ThinvmPointerLe *slots)
+{
+    const ThinvmPageRef *want = &needs->want[0];
+    unsigned frozen = s->frozen ? s->frozen->nb_pages : 0;
+
+    assert(needs->nb_want == 1);
+    if (thinvm_state_cache_full(s, frozen + THINVM_BLOCK_PAGES)) {
+        return;
+    }
+    for (unsigned i = 0; i < THINVM_POINTERS_PER_PAGE; i++) {
+        uint64_t number = thinvm_slot_address(&slots[i]);
+
+        if (thinvm_slot_type(&slots[i]) != THINVM_PTR_PAGE ||
+            number / THINVM_BLOCK_PAGES != want->page / THINVM_BLOCK_PAGES ||
+            number == want->page || thinvm_page_peek(s, number) ||
+            needs->nb_near == THINVM_BLOCK_PAGES) {
+            continue;
+        }
+        if (!needs->near) {
+            needs->near = g_new(ThinvmPageRef, THINVM_BLOCK_PAGES);
+        }
+        needs->near[needs->nb_near++] = (ThinvmPageRef) {
+            .page = number,
+            .crc = thinvm_slot_crc(s, &slots[i]),
+            .kind = want->kind,
+            .level = want->level,
+        };
+    }
 }
 
 /* A page that nobody can find any more goes when its last pin does */
@@ -198,6 +230,7 @@ void thinvm_needs_destroy(ThinvmState *s, ThinvmNeeds *needs)
         }
     }
     g_free(needs->want);
+    g_free(needs->near);
     g_free(needs->pinned);
     memset(needs, 0, sizeof(*needs));
     thinvm_pages_evict(s);
@@ -284,57 +317,77 @@ ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
     return page;
 }
 
+/* Is this the page that @ref names?  Asked before it is believed */
+static int check_page(ThinvmState *s, const ThinvmPageRef *ref,
+                      const void *buf, const ThinvmNeeds *needs, Error **errp)
+{
+    uint16_t *count = thinvm_page_count(s, ref->page, NULL);
+    uint32_t crc;
+
+    if (s->loaded && count && !*count) {
+        /*
+         * Freed while it was being read (the caller asks again and gets
+         * another answer), or the space map is damaged.  In memory it
+         * would be found under its number once its place is reused.
+         */
+        error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
+                   " is named, but free", ref->page,
+                   ref->page * THINVM_PAGE_SIZE);
+        return -EBADMSG;
+    }
+    if (needs && s->generation - needs->generation > 1) {
+        /* Two checkpoints since: its place may have been used again */
+        error_setg(errp, "metadata page %" PRIu64 " took longer to read "
+                   "than two checkpoints took to write", ref->page);
+        return -EBADMSG;
+    }
+    crc = thinvm_checksum(&s->uuid, THINVM_SUM_PAGE, ref->page, buf,
+                          THINVM_PAGE_SIZE);
+    if (crc != ref->crc) {
+        error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
+                   " has checksum 0x%08x; its parent says 0x%08x",
+                   ref->page, ref->page * THINVM_PAGE_SIZE, crc,
+                   ref->crc);
+        return -EBADMSG;
+    }
+    if (!thinvm_page_validate(&s->bounds, ref->kind, ref->level,
+                              ref->page, buf, errp)) {
+        return -EBADMSG;
+    }
+    return 0;
+}
+
+static ThinvmPage *page_take_in(ThinvmState *s, const ThinvmPageRef *ref,
+                                const void *buf)
+{
+    ThinvmPage *page = page_alloc();
+
+    page->number = ref->page;
+    page->kind = ref->kind;
+    page->level = ref->level;
+    page->crc = ref->crc;
+    page->complete = true;
+    page->count = thinvm_page_count(s, ref->page, NULL);
+    memcpy(page->data, buf, THINVM_PAGE_SIZE);
+    QTAILQ_INSERT_HEAD(&s->clean, page, link);
+    s->nb_clean++;
+    page_enter(s, page);
+    return page;
+}
+
 int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
                              const void *buf, ThinvmNeeds *needs,
                              Error **errp)
 {
     ThinvmPage *page = thinvm_page_find(s, ref->page);
-    uint32_t crc;
 
     if (!page) {
-        uint16_t *count = thinvm_page_count(s, ref->page, NULL);
+        int ret = check_page(s, ref, buf, needs, errp);
 
-        if (s->loaded && count && !*count) {
-            /*
-             * Freed while it was being read (the caller asks again and gets
-             * another answer), or the space map is damaged.  In memory it
-             * would be found under its number once its place is reused.
-             */
-            error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
-                       " is named, but free", ref->page,
-                       ref->page * THINVM_PAGE_SIZE);
-            return -EBADMSG;
+        if (ret < 0) {
+            return ret;
         }
-        if (needs && s->generation - needs->generation > 1) {
-            /* Two checkpoints since: its place may have been used again */
-            error_setg(errp, "metadata page %" PRIu64 " took longer to read "
-                       "than two checkpoints took to write", ref->page);
-            return -EBADMSG;
-        }
-        crc = thinvm_checksum(&s->uuid, THINVM_SUM_PAGE, ref->page, buf,
-                              THINVM_PAGE_SIZE);
-        if (crc != ref->crc) {
-            error_setg(errp, "metadata page %" PRIu64 " at offset %" PRIu64
-                       " has checksum 0x%08x; its parent says 0x%08x",
-                       ref->page, ref->page * THINVM_PAGE_SIZE, crc,
-                       ref->crc);
-            return -EBADMSG;
-        }
-        if (!thinvm_page_validate(&s->bounds, ref->kind, ref->level,
-                                  ref->page, buf, errp)) {
-            return -EBADMSG;
-        }
-        page = page_alloc();
-        page->number = ref->page;
-        page->kind = ref->kind;
-        page->level = ref->level;
-        page->crc = crc;
-        page->complete = true;
-        page->count = thinvm_page_count(s, ref->page, NULL);
-        memcpy(page->data, buf, THINVM_PAGE_SIZE);
-        QTAILQ_INSERT_HEAD(&s->clean, page, link);
-        s->nb_clean++;
-        page_enter(s, page);
+        page = page_take_in(s, ref, buf);
         qatomic_set(&s->misses, s->misses + 1);
     } else if (page->kind != ref->kind || page->level != ref->level) {
         error_setg(errp, "metadata page %" PRIu64 " is named as two kinds of "
@@ -346,6 +399,15 @@ int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
     }
     thinvm_pages_evict(s);
     return 0;
+}
+
+void thinvm_state_insert_neighbour(ThinvmState *s, const ThinvmPageRef *ref,
+                                   const void *buf, const ThinvmNeeds *needs)
+{
+    if (!thinvm_page_peek(s, ref->page) &&
+        check_page(s, ref, buf, needs, NULL) == 0) {
+        page_take_in(s, ref, buf);
+    }
 }
 
 ThinvmPage *thinvm_page_adopt(ThinvmState *s, const ThinvmPointerLe *slot,

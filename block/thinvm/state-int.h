@@ -231,6 +231,13 @@ ThinvmPage *thinvm_page_get(ThinvmState *s, const ThinvmPointerLe *slot,
                             ThinvmNeeds *needs);
 void thinvm_needs_want(ThinvmState *s, ThinvmNeeds *needs,
                        const ThinvmPageRef *ref);
+/*
+ * want[] has one page, a child of the page with @slots: put those other
+ * children that lie in its block and are not in memory into near[], unless
+ * they would drive pages out of the cache
+ */
+void thinvm_needs_neighbours(ThinvmState *s, ThinvmNeeds *needs,
+                             const ThinvmPointerLe *slots);
 /* The count of a page by place, or NULL if it is no metadata page */
 uint16_t *thinvm_page_count(ThinvmState *s, uint64_t number,
                             ThinvmMetaExtent **extent);

@@ -42,15 +42,22 @@ typedef struct ThinvmPageRef {
     uint8_t level;
 } ThinvmPageRef;
 
+/* Pages that lie in one aligned block of the device, read at once or not */
+#define THINVM_BLOCK_PAGES      16
+
 /*
  * Pages that an operation (or a look-up) lacks, and those that it holds in
  * memory meanwhile.  One for each attempt: init, then { call; while -EAGAIN:
  * read all of want[], insert; call again }, then destroy.  Inserted pages
- * stay pinned until the destroy, so that the loop ends.
+ * stay pinned until the destroy, so that the loop ends.  near[] are others of
+ * the block of want[0], which nobody lacks: one read may bring them along.
  */
 typedef struct ThinvmNeeds {
     ThinvmPageRef *want;
     unsigned nb_want, max_want;
+    ThinvmPageRef *near;        /* NULL, or THINVM_BLOCK_PAGES of them */
+    unsigned nb_near;
+    uint64_t waited;            /* page for which another's read was awaited */
     ThinvmPage **pinned;
     unsigned nb_pinned, max_pinned;
     uint64_t generation;        /* being built when want[] was begun */
@@ -95,6 +102,9 @@ void thinvm_state_unlock(ThinvmState *s);
 int thinvm_state_insert_page(ThinvmState *s, const ThinvmPageRef *ref,
                              const void *buf, ThinvmNeeds *needs,
                              Error **errp);
+/* The same of near[]: if it is wrong, or there, nothing happens */
+void thinvm_state_insert_neighbour(ThinvmState *s, const ThinvmPageRef *ref,
+                                   const void *buf, const ThinvmNeeds *needs);
 
 /* Dirty pages at which a checkpoint must have been written; clamp */
 #define THINVM_MIN_DIRTY_BOUND  64

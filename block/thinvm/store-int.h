@@ -181,11 +181,22 @@ typedef struct ThinvmHistory {
 /* Buffers for pages that are being read, kept for the next ones */
 #define THINVM_PAGE_BUFFERS     64
 
+/* Blocks of pages that are being read at once; more would keep data waiting */
+#define THINVM_BLOCK_READS      4
+
+typedef struct ThinvmBlockRead {        /* st->lock */
+    uint64_t block;             /* pages from this times THINVM_BLOCK_PAGES */
+    bool active;
+    CoQueue waiters;
+    void *buf;                  /* kept; the reader's while active */
+} ThinvmBlockRead;
+
 struct ThinvmStore {
     ThinvmDevice *dev;
     QemuMutex lock;
     void *page_buffers[THINVM_PAGE_BUFFERS];    /* st->lock */
     unsigned nb_page_buffers;
+    ThinvmBlockRead block_reads[THINVM_BLOCK_READS];
     uint64_t cache_size;        /* bytes */
     QemuUUID uuid;
     unsigned cluster_bits;
@@ -271,6 +282,19 @@ typedef struct ThinvmFrozenPage {
 /* Checkpoints until a page that was freed is named by no base any more */
 #define THINVM_NB_BASES         2
 
+/* ---- page-read.c ---- */
+
+/*
+ * Read all that @needs wants and hand it to @s.  -EBADMSG: a page was not
+ * what its pointer says; may be right again after the caller asks again
+ * (THINVM_PAGE_ATTEMPTS).
+ */
+int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
+                                          ThinvmNeeds *needs, Error **errp);
+/* When @st comes and goes */
+void thinvm_page_read_init(ThinvmStore *st);
+void thinvm_page_read_destroy(ThinvmStore *st);
+
 /* ---- store.c ---- */
 
 /* Metadata I/O of this store; refused once it is poisoned (writes) */
@@ -279,13 +303,6 @@ int coroutine_fn thinvm_store_pread(ThinvmStore *st, uint64_t offset,
 int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
                                      uint64_t bytes, const void *buf,
                                      int event);
-/*
- * Read all that @needs wants and hand it to @s.  -EBADMSG: a page was not
- * what its pointer says; may be right again after the caller asks again
- * (THINVM_PAGE_ATTEMPTS).
- */
-int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
-                                          ThinvmNeeds *needs, Error **errp);
 /* Times that a request asks again for a page that proves wrong */
 #define THINVM_PAGE_ATTEMPTS    8
 /*

@@ -16,7 +16,6 @@
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
-#include "qemu/memalign.h"
 #include "qemu/rcu.h"
 #include "qapi/qapi-types-block-core.h"
 #include "store-int.h"
@@ -57,70 +56,6 @@ int coroutine_fn thinvm_store_pwrite(ThinvmStore *st, uint64_t offset,
     thinvm_device_event(st->dev, event);
     add_stat(&st->bytes_written, bytes);
     return st->dev->co_pwrite(st->dev, offset, bytes, buf);
-}
-
-static int page_event(ThinvmPageKind kind)
-{
-    switch (kind) {
-    case THINVM_PAGE_MAP_LEAF:
-    case THINVM_PAGE_MAP_INNER:
-        return BLKDBG_THINVM_MAP_READ;
-    case THINVM_PAGE_COUNT_LEAF:
-    case THINVM_PAGE_COUNT_INNER:
-        return BLKDBG_THINVM_COUNT_READ;
-    default:
-        return BLKDBG_THINVM_PAGE_READ;
-    }
-}
-
-/*
- * Aligned, or the device below would take one of its own and another thread.
- * Kept, or the pages that come to stay would lie scattered among them.
- */
-static void *page_buffer_get(ThinvmStore *st)
-{
-    WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (st->nb_page_buffers) {
-            return st->page_buffers[--st->nb_page_buffers];
-        }
-    }
-    return qemu_memalign(THINVM_PAGE_SIZE, THINVM_PAGE_SIZE);
-}
-
-static void page_buffer_put(ThinvmStore *st, void *buf)
-{
-    WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (st->nb_page_buffers < THINVM_PAGE_BUFFERS) {
-            st->page_buffers[st->nb_page_buffers++] = buf;
-            return;
-        }
-    }
-    qemu_vfree(buf);
-}
-
-int coroutine_fn thinvm_store_read_wanted(ThinvmStore *st, ThinvmState *s,
-                                          ThinvmNeeds *needs, Error **errp)
-{
-    void *buf = page_buffer_get(st);
-    int ret = 0;
-
-    /* _insert_page() leaves want[] as it is; the next call starts a new one */
-    for (unsigned i = 0; i < needs->nb_want && ret == 0; i++) {
-        ThinvmPageRef ref = needs->want[i];
-
-        ret = thinvm_store_pread(st, ref.page * THINVM_PAGE_SIZE,
-                                 THINVM_PAGE_SIZE, buf, page_event(ref.kind));
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not read metadata page %"
-                             PRIu64, ref.page);
-            break;
-        }
-        thinvm_state_lock(s);
-        ret = thinvm_state_insert_page(s, &ref, buf, needs, errp);
-        thinvm_state_unlock(s);
-    }
-    page_buffer_put(st, buf);
-    return ret;
 }
 
 int coroutine_fn thinvm_store_ask(ThinvmStore *st, ThinvmQuestion question,
@@ -186,6 +121,7 @@ static ThinvmStore *store_new(ThinvmDevice *dev, uint64_t cache_size)
     qemu_co_mutex_init(&st->checkpoint_lock);
     qemu_co_queue_init(&st->checkpoint_progress);
     qemu_co_queue_init(&st->follow_queue);
+    thinvm_page_read_init(st);
     thinvm_reclaim_init(st);
     return st;
 }
@@ -194,9 +130,7 @@ static ThinvmStore *store_new(ThinvmDevice *dev, uint64_t cache_size)
 static void store_destroy(ThinvmStore *st)
 {
     thinvm_bases_destroy(&st->bases);
-    while (st->nb_page_buffers) {
-        qemu_vfree(st->page_buffers[--st->nb_page_buffers]);
-    }
+    thinvm_page_read_destroy(st);
     qemu_mutex_destroy(&st->lock);
     g_free(st->head_block);
     g_free(st->history);
