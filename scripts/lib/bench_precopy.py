@@ -68,7 +68,7 @@ WORKLOADS = {
     'light': tenth(DATABASE),
     'heavy': DATABASE,
     'idle': (),
-    'sequential': (('cold', 64, 160, 'sequential', 'buffered'),),
+    'sequential': (('cold', 64, 160, 'sequential', 'sync'),),
     'random': (('cold', 4, 2000, 'random', 'sync'),),
     'rewriter': tuple((n, 256, 120, 'sequential', 'sync')
                       for n in ('hot', 'cold', 'rest')),
