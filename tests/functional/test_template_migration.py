@@ -62,16 +62,18 @@ class Hosts:
         create(ctx, self.lun, self.contents.size, backing='json:' + json.dumps(
             {'driver': 'raw', 'file': options}), backing_fmt='raw')
 
-    def template(self, node):
-        return Reader.options(self.cluster, node, self.contents, timeout=2000)
+    def template(self, node, retry=60):
+        return Reader.options(self.cluster, node, self.contents, timeout=2000,
+                              retry=retry)
 
-    def start(self, node, incoming=False):
+    def start(self, node, incoming=False, retry=60, device=None):
         """The guest's QEMU on @node."""
         return VM(self.ctx, self.guest, self.lun, host=node, incoming=incoming,
-                  disk=[self.template(node),
-                        self.lun.blockdev(NODE + '-file', node),
-                        format_node(self.ctx, NODE, NODE + '-file',
-                                    backing='template')])
+                  device=device, disk=[
+                      self.template(node, retry),
+                      self.lun.blockdev(NODE + '-file', node),
+                      format_node(self.ctx, NODE, NODE + '-file',
+                                  backing='template')])
 
     def restart_server(self, node):
         os.unlink(self.cluster.socket(node))
@@ -138,3 +140,31 @@ def there_and_back(ctx):
     check(info(third)['statistics']['remote-bytes'] == 0, 'not from its own '
           'disk: %s', info(third))
     finish(ctx, hosts.lun, guest, third)
+
+
+@test(seconds=300)
+def rescued(ctx):
+    """No copy is left for the host of a guest that stops on errors: it stops,
+    goes to a host with a copy of its own, and there on as if nothing had
+    been."""
+    guest = Guest(ctx, lanes=4, blocks=1000, base=512, usec=50000)
+    hosts = Hosts(ctx, guest)
+    device = {'driver': 'virtio-blk-pci', 'drive': NODE, 'id': 'vda',
+              'write-cache': 'on', 'rerror': 'stop', 'werror': 'stop'}
+    first = hosts.start('b', retry=1, device=device)
+    guest.wait_ready()
+    guest.start_writing()
+    guest.wait_writes(100)
+    for node in (hosts.near, hosts.rest):
+        hosts.cluster.servers[node].kill()
+    wait_for(lambda: first.status() == 'io-error', 120, 'the guest stops')
+    second = hosts.start(hosts.rest, incoming=True, device=device)
+    begin_migration(first, second)
+    wait_migration(first, ('completed',))
+    first.quit()
+    guest.attach(second)
+    wait_for(lambda: second.status() != 'inmigrate', 60, 'it is there')
+    check(second.status() != 'running', 'it runs: nobody has looked')
+    second.qmp.cmd('cont')
+    expect_source(second, hosts.rest)
+    finish(ctx, hosts.lun, guest, second)
