@@ -214,6 +214,20 @@ ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
     return THINVM_BEGIN_JOINED;
 }
 
+void coroutine_fn thinvm_inflight_begin_alone(BDRVThinvmState *s,
+                                              ThinvmInflight *f, int tree,
+                                              uint64_t start, uint64_t end)
+{
+    ThinvmInflight *e;
+
+    QEMU_LOCK_GUARD(&s->inflight_lock);
+    insert(s, f, tree, start, end, true);
+    copier_begin(s, f);
+    while ((e = earlier_conflict(f))) {
+        wait_for(s, f, e);
+    }
+}
+
 static ThinvmAlloc *alloc_new(int tree, uint64_t guest, uint64_t physical,
                               ThinvmSource source)
 {

@@ -135,7 +135,7 @@ typedef enum ThinvmBegin {
        allocation of another writer, joined */
     THINVM_BEGIN_JOINED,
     /* registered for the parts in the first cluster, which somebody has
-       mapped meanwhile: look it up again */
+       mapped meanwhile, or just found mapped: look it up again */
     THINVM_BEGIN_PARTS,
 } ThinvmBegin;
 
@@ -148,6 +148,15 @@ ThinvmBegin coroutine_fn thinvm_inflight_begin_allocate(BDRVThinvmState *s,
                                                         int tree,
                                                         uint64_t start,
                                                         uint64_t end);
+/*
+ * The same after THINVM_BEGIN_PARTS, if that cluster still has no place of its
+ * own: registered alone on it when all have left that came before.  (Who is
+ * there may have found it mapped, waited for a discard, and be about to look
+ * again: in this very thread, so asking again at once would be for ever.)
+ */
+void coroutine_fn thinvm_inflight_begin_alone(BDRVThinvmState *s,
+                                              ThinvmInflight *f, int tree,
+                                              uint64_t start, uint64_t end);
 /*
  * From exclusive to the parts [start, end) only.  @physical: what was
  * reserved for the clusters of these parts, or 0.  @source and not NULL

@@ -297,6 +297,7 @@ static int coroutine_fn GRAPH_RDLOCK prepare_allocate(WriteChunk *c)
 {
     BDRVThinvmState *s = c->bs->opaque;
     ThinvmAlloc *alloc;
+    int ret;
 
     shorten(c, c->old.count);
     switch (thinvm_inflight_begin_allocate(s, &c->inflight, c->tree,
@@ -316,7 +317,13 @@ static int coroutine_fn GRAPH_RDLOCK prepare_allocate(WriteChunk *c)
         return 0;
     case THINVM_BEGIN_PARTS:
         shorten(c, 1);
-        return prepare_registered_parts(c);
+        ret = prepare_registered_parts(c);
+        if (ret != -EAGAIN) {
+            return ret;
+        }
+        thinvm_inflight_begin_alone(s, &c->inflight, c->tree, first_part(c),
+                                    end_part(c));
+        return prepare_exclusive(c);
     case THINVM_BEGIN_EXCLUSIVE:
         shorten(c, thinvm_inflight_end(&c->inflight) - c->first);
         return prepare_exclusive(c);
