@@ -159,6 +159,9 @@ static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
         /* Before anybody can find the data */
         summed = x->sum && thinvm_sums_hold(st, x->sum);
         thinvm_state_apply(s, op);
+        if (op->type == THINVM_OP_INVALIDATE) {
+            thinvm_requests_invalidated(st);
+        }
         thinvm_journal_add(st, op, summed);
         thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
     }

@@ -560,9 +560,9 @@ out:
 
 /*
  * Is a checksum of the data worth its time, and certain to stay right until
- * they are visible?  They must go into parts that nobody can find: what is
- * valid already may be written in place at any time.  One cluster, thus one
- * operation.
+ * they are visible?  They must go into parts that nobody can find, or has found
+ * before they were zeroed: what is valid may be written in place at any time.
+ * One cluster, thus one operation.
  */
 static bool wants_sum(const WriteChunk *c, uint64_t bytes)
 {
@@ -571,7 +571,8 @@ static bool wants_sum(const WriteChunk *c, uint64_t bytes)
     return c->kind != WRITE_IN_PLACE && c->count == 1 &&
            bytes <= THINVM_SUM_MAX_BYTES &&
            (c->kind != WRITE_VALIDATE ||
-            !(touched_in(c, c->first) & c->old.valid)) &&
+            (!(touched_in(c, c->first) & c->old.valid) &&
+             thinvm_store_invalid_left(s->store))) &&
            /* Once it is mapped, who joins may find the part valid already */
            (c->kind != WRITE_JOIN ||
             qatomic_read(&c->inflight.head->state) != THINVM_ALLOC_MAPPED) &&

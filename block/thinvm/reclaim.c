@@ -121,6 +121,33 @@ static unsigned requests_running(ThinvmStore *st)
     return nb;
 }
 
+/*
+ * Parts that an operation has made invalid stay where they are.  They need no
+ * quarantine: what arrives there late, nobody sees.  But who makes them valid
+ * again, and wants to vouch for them by a checksum, has to know.
+ */
+void thinvm_requests_invalidated(ThinvmStore *st)
+{
+    /* The stamp is read after what it is for was visible to everybody */
+    smp_mb();
+    QEMU_LOCK_GUARD(&st->lock);
+    st->invalidated_epoch = st->request_epoch;
+    qatomic_set(&st->invalidated, true);
+    advance_epoch(st);
+}
+
+bool thinvm_store_invalid_left(ThinvmStore *st)
+{
+    if (!qatomic_read(&st->invalidated)) {
+        return true;
+    }
+    QEMU_LOCK_GUARD(&st->lock);
+    if (st->invalidated && epoch_has_left(st, st->invalidated_epoch)) {
+        qatomic_set(&st->invalidated, false);
+    }
+    return !st->invalidated;
+}
+
 unsigned thinvm_store_requests_mark(ThinvmStore *st)
 {
     smp_mb();

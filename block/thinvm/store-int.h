@@ -229,6 +229,8 @@ struct ThinvmStore {
     /* reclaim.c */
     ThinvmRequestCount requests[THINVM_REQUEST_EPOCHS];
     unsigned request_epoch;     /* qatomic; written under st->lock */
+    bool invalidated;           /* qatomic to read: parts came to be invalid, */
+    unsigned invalidated_epoch; /* lately in this one */
     QSIMPLEQ_HEAD(, ThinvmQuarantine) quarantine;   /* st->lock, by age */
     uint64_t quarantined_ranges;                    /* qatomic to read */
     QSIMPLEQ_HEAD(, ThinvmRetiredState) retired;    /* st->lock */
@@ -451,6 +453,8 @@ void thinvm_quarantine_settle(ThinvmStore *st);
 /* Freed by replay before anybody could look: at once free */
 void thinvm_quarantine_skip(ThinvmState *s);
 bool thinvm_quarantine_is_full(ThinvmStore *st);
+/* An INVALIDATE was applied just now; the state lock is held */
+void thinvm_requests_invalidated(ThinvmStore *st);
 void thinvm_retire_state(ThinvmStore *st, ThinvmState *s);
 /*
  * As thinvm_store_reserve(), but the lowest ones that are free now, and below

@@ -259,8 +259,14 @@ int coroutine_fn thinvm_store_commit(ThinvmStore *st, ThinvmCommitLevel level,
  */
 bool thinvm_store_wants_sums(ThinvmStore *st);
 /*
+ * Have all requests left that may have found parts valid which no longer are?
+ * Else somebody may still be writing there in place.  Any context.
+ */
+bool thinvm_store_invalid_left(ThinvmStore *st);
+/*
  * Execute with the checksum of all data that it makes visible, as they were
- * passed to the device in one write to a place where nobody else was writing.
+ * passed to the device in one write to a place where nobody else was writing,
+ * nor will before he can find them.
  */
 int coroutine_fn thinvm_store_execute_summed(ThinvmStore *st,
                                              const ThinvmOp *op,

@@ -24,7 +24,11 @@
  * A range is entered before its operation is applied, thus before a look-up can
  * find the mapping: whoever could write there in place finds the range, too.
  * Data of freed clusters need no such care: reuse waits until the record that
- * frees them is durable, and that is a later one.
+ * frees them is durable, and that is a later one, and until everybody has left
+ * who may have found them.  Parts that were zeroed in their place are reused
+ * without waiting: who found them valid before may still be about to write
+ * there, and has asked already.  So their data get no checksum until he left
+ * (thinvm_store_invalid_left()).
  *
  * All under st->lock, but for the count, by which a write that has nothing to
  * do with all this finds out with one look.

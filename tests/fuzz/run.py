@@ -79,20 +79,25 @@ class BuildError(Exception):
     pass
 
 
+def table():
+    """The lists in the table of the unit tests, without what single tests
+    link beside these."""
+    text = (CHECKOUT / 'tests/unit/thinvm/meson.build').read_text(
+        encoding='utf-8')
+    return text.partition('\nif have_block\n')[0]
+
+
 def engine_sources():
     """Engine and durability layers, as the unit tests list them."""
-    table = (CHECKOUT / 'tests/unit/thinvm/meson.build').read_text(
-        encoding='utf-8')
-    names = dict.fromkeys(re.findall(r"thinvm_dir / '(\S+\.c)'", table))
+    names = dict.fromkeys(re.findall(r"thinvm_dir / '(\S+\.c)'", table()))
     return [CHECKOUT / 'block/thinvm' / name for name in names]
 
 
 def test_sources(name):
     """A unit test and what it is made of beside the engine."""
     unit = CHECKOUT / 'tests/unit'
-    table = (unit / 'thinvm/meson.build').read_text(encoding='utf-8')
     helpers = dict.fromkeys(re.findall(r"thinvm_unit / '(thinvm-\S+\.c)'",
-                                       table))
+                                       table()))
     return [unit / f'{name}.c', *(unit / h for h in helpers
                                   if h.startswith('thinvm-sim') or
                                   'crash' in name and 'precopy' not in h)]
@@ -293,9 +298,12 @@ def run_fuzzer(build, program, seconds, seed, log, corpus=CORPUS,
     text = log.read_text(encoding='utf-8', errors='replace')
     executions = re.findall(r'stat::number_of_executed_units: (\d+)', text)
     edges = re.findall(r' cov: (\d+) ', text)
+    sums = re.findall(r'checksums of data: (.*)', text)
     figures = (f'{executions[-1] if executions else "?"} executions in '
                f'{seconds} s, {edges[-1] if edges else "?"} edges, seed '
                f'{seed}')
+    if sums:
+        figures += f', checksums of data {sums[-1]}'
     if status == 0 and executions:
         return '', figures
     return f'exit status {status}, see {log} and {crashes}', figures

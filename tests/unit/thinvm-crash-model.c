@@ -78,6 +78,23 @@ void model_free(Model *m)
     g_free(m);
 }
 
+Model *model_copy(const Model *m)
+{
+    Model *copy = g_new0(Model, 1);
+
+    copy->looks = g_ptr_array_new();
+    copy->next_tag = m->next_tag;
+    copy->clock = m->clock;
+    for (unsigned i = 0; i < NB_SECTORS; i++) {
+        const History *h = &m->sectors[i];
+
+        copy->sectors[i] = *h;
+        copy->sectors[i].values = g_memdup2(h->values,
+                                            h->allocated * sizeof(Value));
+    }
+    return copy;
+}
+
 static void look_add(ModelLook *look, unsigned sector, uint64_t tag)
 {
     Allowed a = { sector, tag };

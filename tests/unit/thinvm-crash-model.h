@@ -63,6 +63,8 @@ typedef struct Model {
 /* A disk that reads as @tags (NULL: zeroes everywhere), without snapshots */
 Model *model_new(const uint64_t *tags, uint64_t next_tag);
 void model_free(Model *m);
+/* What is allowed now, without its snapshots and reads */
+Model *model_copy(const Model *m);
 
 /* A write of sectors [@first, @first + @nb) begins; returns when */
 uint64_t model_begin(Model *m, unsigned first, unsigned nb, uint64_t tag);

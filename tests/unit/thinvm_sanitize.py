@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # The unit tests under sanitizers, for run-thinvm.py --all: all of them with
-# ASan and UBSan ("asan/NAME"), and test-thinvm-store-threads with TSan
-# ("tsan/NAME"), where QEMU's threads, bottom halves, locks and coroutines are
-# compiled for it as well, since it must see how they order things.
+# ASan and UBSan ("asan/NAME"), and those that have threads of their own with
+# TSan ("tsan/NAME"), where QEMU's threads, bottom halves, locks and coroutines
+# are compiled for it as well, since it must see how they order things.
 #
 # Programs are compiled and linked as the fuzzer's are (tests/fuzz/run.py), by
 # the compiler of QEMU's build; objects lie in BUILD/fuzz.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
-THREADS = 'test-thinvm-store-threads'
+THREADS = ('test-thinvm-store-threads', 'test-thinvm-sums-threads')
 # These take minutes under ASan, and what they run others run as well
 SLOW = ('test-thinvm-shrink',)
 # What orders things in QEMU, but the coroutine backend, which is our own
@@ -70,7 +70,11 @@ class Sanitized:
         self.cc = shutil.which('gcc') or shutil.which('cc')
 
     def _sources(self, name):
-        return [*self.fuzz.test_sources(name), *self.fuzz.engine_sources()]
+        """Its own, and what the table names; some of that is QEMU's."""
+        beside = table({'crypto': 'crypto'})[name]
+        return [f if f.exists() else
+                self.build / 'qemu-src' / f.relative_to(CHECKOUT)
+                for f in (HERE / f'{name}.c', *(HERE / b for b in beside))]
 
     def _without_engine(self, name):
         """Sources and libraries of a test of something else, or None."""
@@ -85,12 +89,6 @@ class Sanitized:
                 [*re.findall(r'lib(?:crypto|authz|io)\.a\.p/\S+\.o',
                              rule.split('\n', 1)[0]),
                  *re.findall(r'/\S+\.so\b', link)])
-
-    def _threads(self, name):
-        unit = [HERE / f'{name}.c', HERE / 'thinvm-sim-image.c',
-                self.build / 'qemu-src/tests/unit/iothread.c']
-        return [*unit, *self.fuzz.engine_sources(),
-                self.build / 'qemu-src/block/aio_task.c']
 
     def _util(self):
         qemu = self.build / 'qemu'
@@ -109,19 +107,17 @@ class Sanitized:
         flags = []
         if other:
             sources, flags = other
-        elif name == THREADS:
-            sources = [*self._threads(name),
-                       self.build / 'qemu-src/util/coroutine-ucontext.c']
         else:
+            # the coroutines too, so that ASan learns of changes of stack
             sources = [*self._sources(name),
-                       *self.fuzz.qemu_sources(self.build)]
+                       self.build / 'qemu-src/util/coroutine-ucontext.c']
         return program.link(name, sources, libraries=flags), {
             k: v for k, v in self.fuzz.environment().items()
             if k.endswith('SAN_OPTIONS')}
 
     def tsan(self, name):
         program = self.fuzz.Program(self.build, 'tsan', self.cc, TSAN_FLAGS)
-        path = program.link(name, [*self._threads(name), *self._util(),
+        path = program.link(name, [*self._sources(name), *self._util(),
                                    HERE / 'thinvm-coroutine-tsan.c'])
         return path, {'TSAN_OPTIONS': 'halt_on_error=0:exitcode=66:suppressions='
                       f'{HERE / "thinvm-tsan.supp"}'}
@@ -131,5 +127,5 @@ class Sanitized:
         for name in names:
             if name not in SLOW:
                 yield f'asan/{name}', self.asan, name
-            if name == THREADS:
+            if name in THREADS:
                 yield f'tsan/{name}', self.tsan, name

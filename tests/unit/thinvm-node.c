@@ -1,0 +1,174 @@
+/*
+ * A node with the driver's own data path, for thinvm's unit tests
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * See thinvm-node.h.
+ */
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "thinvm-node.h"
+#include "thinvm-sim-image.h"
+#include "block/thinvm/store-int.h"
+
+typedef struct TestNode {
+    BlockDriverState bs, file_bs;
+    BdrvChild file;
+    BDRVThinvmState s;
+} TestNode;
+
+BlockDriverState *test_node_new(ThinvmStore *st, uint64_t size)
+{
+    TestNode *n = g_new0(TestNode, 1);
+
+    n->file_bs.opaque = st;
+    n->file.bs = &n->file_bs;
+    n->bs.opaque = &n->s;
+    n->bs.file = &n->file;
+    n->bs.total_sectors = size >> BDRV_SECTOR_BITS;
+    n->s.bs = &n->bs;
+    n->s.store = st;
+    n->s.cluster_bits = IMAGE_CLUSTER_BITS;
+    n->s.cluster_size = IMAGE_CLUSTER;
+    n->s.mode = THINVM_CACHE_MODE_WRITEBACK;
+    n->s.owner = true;
+    thinvm_io_init(&n->s);
+    return &n->bs;
+}
+
+void test_node_free(BlockDriverState *bs)
+{
+    TestNode *n = container_of(bs, TestNode, bs);
+
+    thinvm_io_destroy(&n->s);
+    g_free(n);
+}
+
+/* ------------------------------------------------------------------ */
+/* The block layer                                                     */
+
+static ThinvmDevice *device_of(BdrvChild *child)
+{
+    ThinvmStore *st = child->bs->opaque;
+
+    return st->dev;
+}
+
+int coroutine_fn bdrv_co_preadv(BdrvChild *child, int64_t offset,
+                                int64_t bytes, QEMUIOVector *qiov,
+                                BdrvRequestFlags flags)
+{
+    g_autofree uint8_t *buf = g_malloc(bytes);
+    ThinvmDevice *dev = device_of(child);
+    int ret = dev->co_pread(dev, offset, bytes, buf);
+
+    qemu_iovec_from_buf(qiov, 0, buf, bytes);
+    return ret;
+}
+
+int coroutine_fn bdrv_co_pwritev_part(BdrvChild *child, int64_t offset,
+                                      int64_t bytes, QEMUIOVector *qiov,
+                                      size_t qiov_offset,
+                                      BdrvRequestFlags flags)
+{
+    g_autofree uint8_t *buf = g_malloc(bytes);
+    ThinvmDevice *dev = device_of(child);
+
+    qemu_iovec_to_buf(qiov, qiov_offset, buf, bytes);
+    return dev->co_pwrite(dev, offset, bytes, buf);
+}
+
+int coroutine_fn bdrv_co_copy_range_to(BdrvChild *src, int64_t src_offset,
+                                       BdrvChild *dst, int64_t dst_offset,
+                                       int64_t bytes,
+                                       BdrvRequestFlags read_flags,
+                                       BdrvRequestFlags write_flags)
+{
+    return -ENOTSUP;
+}
+
+int64_t coroutine_fn bdrv_co_getlength(BlockDriverState *bs)
+{
+    return -ENOTSUP;            /* there is no backing file */
+}
+
+void coroutine_fn bdrv_co_debug_event(BlockDriverState *bs,
+                                      BlkdebugEvent event)
+{
+}
+
+void *qemu_try_blockalign(BlockDriverState *bs, size_t size)
+{
+    return qemu_try_memalign(SIM_SECTOR, size);
+}
+
+void *qemu_try_blockalign0(BlockDriverState *bs, size_t size)
+{
+    return memset(qemu_try_blockalign(bs, size), 0, size);
+}
+
+void assert_bdrv_graph_readable(void)
+{
+}
+
+/* ------------------------------------------------------------------ */
+/* The driver                                                          */
+
+int thinvm_io_report(BlockDriverState *bs, int ret, Error *err)
+{
+    error_free(err);
+    return ret;
+}
+
+int coroutine_fn thinvm_io_read_source(BlockDriverState *bs, int tree,
+                                       ThinvmSource source, uint64_t offset,
+                                       uint64_t bytes, QEMUIOVector *qiov,
+                                       size_t qiov_offset,
+                                       BdrvRequestFlags flags)
+{
+    qemu_iovec_memset(qiov, qiov_offset, 0, bytes);
+    return 0;
+}
+
+bool thinvm_io_in_template(BlockDriverState *bs, const ThinvmMapping *m,
+                           uint64_t offset, uint64_t bytes)
+{
+    return false;
+}
+
+int coroutine_fn thinvm_io_read_template(BlockDriverState *bs, uint64_t offset,
+                                         uint64_t bytes, QEMUIOVector *qiov,
+                                         size_t qiov_offset,
+                                         BdrvRequestFlags flags)
+{
+    return -ENOTSUP;
+}
+
+int coroutine_fn thinvm_mode_begin_write(BlockDriverState *bs)
+{
+    return 0;
+}
+
+int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
+                                          uint64_t ticket, bool found)
+{
+    return 0;
+}
+
+bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
+{
+    return false;
+}
+
+int coroutine_fn thinvm_snapshot_still_there(BlockDriverState *bs,
+                                             ThinvmStore *st)
+{
+    return 0;
+}
+
+int coroutine_fn thinvm_volume_reserve(BDRVThinvmState *s, ThinvmStore *st,
+                                       uint64_t goal, uint64_t max,
+                                       uint64_t *first, uint64_t *nb_clusters)
+{
+    return thinvm_store_reserve(st, goal, max, first, nb_clusters);
+}
