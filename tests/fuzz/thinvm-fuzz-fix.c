@@ -256,6 +256,7 @@ typedef struct Chain {
     uint64_t size, position;
     uint64_t sequence, epoch;
     uint32_t crc;
+    bool summed;                /* the record before has sums of data */
     GArray *records;            /* collect only */
 } Chain;
 
@@ -300,12 +301,41 @@ static uint32_t count_operations(const uint8_t *buf, uint32_t size,
     return at;
 }
 
+unsigned fuzz_nb_sums(const uint8_t *record, uint32_t length)
+{
+    const ThinvmRecordLe *rec = (const ThinvmRecordLe *)record;
+    uint32_t nb = le32_to_cpu(rec->nb_sums_le);
+
+    return le32_to_cpu(rec->flags_le) & THINVM_RECORD_SUMS &&
+           nb <= THINVM_RECORD_MAX_SUMS &&
+           length - sizeof(*rec) >= nb * sizeof(ThinvmDataSumLe) ? nb : 0;
+}
+
+/* They are of what the image has now; those that cannot be stay as they are */
+static void fix_sums(Chain *c, uint8_t *record, uint32_t length)
+{
+    g_autofree uint8_t *data = g_malloc(THINVM_SUM_MAX_BYTES);
+    unsigned nb = fuzz_nb_sums(record, length);
+    uint8_t *le = record + length - nb * sizeof(ThinvmDataSumLe);
+    ThinvmDataSum sum;
+
+    for (; nb; nb--, le += sizeof(ThinvmDataSumLe)) {
+        if (thinvm_data_sum_decode(&sum, le) == 0) {
+            fuzz_image_read(c->image, sum.offset, sum.bytes, data);
+            sum.crc = thinvm_checksum(&c->uuid, THINVM_SUM_DATA, sum.offset,
+                                      data, sum.bytes);
+            thinvm_data_sum_encode(le, &sum);
+        }
+    }
+}
+
 static void fix_numbers(Chain *c, ThinvmRecordLe *rec, uint32_t length)
 {
     uint8_t *op = (uint8_t *)(rec + 1);
     uint64_t epoch = le64_to_cpu(rec->epoch_le);
     uint32_t nb;
 
+    length -= fuzz_nb_sums((uint8_t *)rec, length) * sizeof(ThinvmDataSumLe);
     count_operations(op, length - sizeof(*rec), &nb);
     rec->nb_operations_le = cpu_to_le32(nb);
     if (nb && lduw_le_p(op) == THINVM_OP_EPOCH && epoch <= c->epoch) {
@@ -315,7 +345,7 @@ static void fix_numbers(Chain *c, ThinvmRecordLe *rec, uint32_t length)
     epoch = MAX(epoch, c->epoch);
     rec->epoch_le = cpu_to_le64(epoch);
     rec->sequence_le = cpu_to_le64(c->sequence + 1);
-    if (le64_to_cpu(rec->flushed_sequence_le) > c->sequence) {
+    if (le64_to_cpu(rec->flushed_sequence_le) > c->sequence || c->summed) {
         rec->flushed_sequence_le = cpu_to_le64(c->sequence);
     }
 }
@@ -347,6 +377,10 @@ static bool chain_next(Chain *c, unsigned flags)
         if (!(flags & FUZZ_KEEP_NUMBERS)) {
             fix_numbers(c, rec, length);
         }
+        if (!(flags & FUZZ_KEEP_SUMS)) {
+            fix_sums(c, buf, length);
+        }
+        c->summed = fuzz_nb_sums(buf, length);
         rec->previous_crc_le = cpu_to_le32(c->crc);
         rec->crc_le = 0;
         c->sequence = le64_to_cpu(rec->sequence_le);

@@ -50,6 +50,7 @@ typedef struct Seed {
 #define LEAF(leaf)              FUZZ_WRITE_RANGE, 4, leaf, 0, 255, 1
 #define UNMAP(guest, count, z)  FUZZ_UNMAP, 0, guest, 0, count, 0, 0, z
 #define COMMIT                  FUZZ_COMMIT, 1, 1
+#define FLUSH                   FUZZ_COMMIT, FUZZ_AS_GUEST, 0
 
 static const Seed seeds[] = {
     {
@@ -125,6 +126,15 @@ static const Seed seeds[] = {
         .program = { LEAF(6), LEAF(7), FUZZ_GROW, 255, LEAF(8),
                      FUZZ_HOLD, UNMAP(0, 255, 0), LEAF(9), FUZZ_HOLD,
                      LEAF(9), COMMIT, FUZZ_CHECK },
+    }, {
+        .name = "sums", .cluster_bits = 14, .virtual_size = 64 * MiB,
+        .device = 16 * MiB,
+        .make = { WRITE(0, 255), COMMIT, WRITE(5, 3), FLUSH, WRITE(7, 1),
+                  WRITE(5, 4), FLUSH },
+        .program = { FUZZ_CRASH, WRITE(9, 1), FLUSH, FUZZ_FOLLOW, WRITE(9, 1),
+                     FUZZ_FOLLOW, FLUSH, FUZZ_CRASH, WRITE(9, 2), FLUSH,
+                     FUZZ_CHECKPOINT, WRITE(11, 255), FLUSH, FUZZ_CRASH,
+                     FUZZ_REPAIR, 2, WRITE(12, 1), FLUSH, FUZZ_REOPEN, 0 },
     },
 };
 

@@ -93,6 +93,7 @@ static const Field record_fields[] = {
     FIELD(ThinvmRecordLe, length_le),
     FIELD(ThinvmRecordLe, nb_operations_le),
     FIELD(ThinvmRecordLe, flags_le),
+    FIELD(ThinvmRecordLe, nb_sums_le),
     { offsetof(ThinvmRecordLe, reserved), 8 },
 };
 
@@ -106,6 +107,12 @@ static const Field op_fields[] = {
     FIELD(ThinvmOpLe, count_le),
     FIELD(ThinvmOpLe, physical_le),
     FIELD(ThinvmOpLe, value_le),
+};
+
+static const Field sum_fields[] = {
+    FIELD(ThinvmDataSumLe, offset_le),
+    FIELD(ThinvmDataSumLe, bytes_le),
+    FIELD(ThinvmDataSumLe, crc_le),
 };
 
 static const Field claim_fields[] = {
@@ -409,15 +416,22 @@ static void copy_superblock(Mutator *m)
 /* ------------------------------------------------------------------ */
 /* The journal                                                         */
 
+/* Where the operations end, and checksums of data begin, if there are any */
+static unsigned operations_end(const uint8_t *block, unsigned length)
+{
+    return length - fuzz_nb_sums(block, length) * sizeof(ThinvmDataSumLe);
+}
+
 /* Offset of a record's operation number @nr, or of their end */
 static unsigned find_op(const uint8_t *block, unsigned length, unsigned nr)
 {
     unsigned at = sizeof(ThinvmRecordLe);
+    unsigned end = operations_end(block, length);
 
-    while (nr-- && at + sizeof(ThinvmOpLe) <= length) {
+    while (nr-- && at + sizeof(ThinvmOpLe) <= end) {
         unsigned n = lduw_le_p(block + at + 2);
 
-        if (n < sizeof(ThinvmOpLe) || at + n > length) {
+        if (n < sizeof(ThinvmOpLe) || at + n > end) {
             break;
         }
         at += n;
@@ -515,6 +529,53 @@ static void remove_op(uint8_t *block, unsigned length, unsigned nr)
              length - (end - at));
 }
 
+/* Where data may be: of an operation of the record, or of any cluster */
+static uint64_t data_offset(Mutator *m, const uint8_t *block, unsigned length)
+{
+    unsigned at = find_op(block, length, below(m, 8));
+    FuzzBase base[THINVM_NB_SUPERBLOCKS];
+    ThinvmSuperblockLe *le;
+    uint64_t cluster = image_number(m);
+
+    fuzz_bases(m->image, base);
+    le = base[0].le ?: base[1].le;
+    if (below(m, 4) && at + sizeof(ThinvmOpLe) <= operations_end(block,
+                                                                 length)) {
+        cluster = ldq_le_p(block + at + offsetof(ThinvmOpLe, physical_le));
+    }
+    return (cluster << (le ? le32_to_cpu(le->cluster_bits_le) & 31 : 16)) +
+           below(m, 16) * THINVM_SECTOR_SIZE;
+}
+
+/* One more checksum of data; what it is of is for fuzz_fix() to find out */
+static void add_sum(Mutator *m, uint8_t *block, unsigned length)
+{
+    ThinvmRecordLe *rec = (ThinvmRecordLe *)block;
+    unsigned nb = fuzz_nb_sums(block, length);
+    ThinvmDataSum sum = {
+        .offset = data_offset(m, block, length),
+        .bytes = THINVM_SECTOR_SIZE << below(m, 8),
+    };
+
+    if (length + sizeof(ThinvmDataSumLe) <= FUZZ_BLOCK) {
+        thinvm_data_sum_encode(block + length, &sum);
+        rec->length_le = cpu_to_le32(length + sizeof(ThinvmDataSumLe));
+        rec->nb_sums_le = cpu_to_le32(nb + 1);
+        rec->flags_le |= cpu_to_le32(THINVM_RECORD_SUMS);
+    }
+}
+
+static void change_sum(Mutator *m, uint8_t *block, unsigned length)
+{
+    unsigned nb = fuzz_nb_sums(block, length);
+    unsigned at = operations_end(block, length);
+
+    if (nb) {
+        change_fields(m, block + at + below(m, nb) * sizeof(ThinvmDataSumLe),
+                      sum_fields, ARRAY_SIZE(sum_fields));
+    }
+}
+
 static void change_record(Mutator *m)
 {
     uint64_t offset;
@@ -534,9 +595,15 @@ static void change_record(Mutator *m)
     length = MAX(MIN(length, FUZZ_BLOCK), sizeof(ThinvmRecordLe));
     nb = ldl_le_p(block + offsetof(ThinvmRecordLe, nb_operations_le));
     nr = below(m, MIN(nb, 100) + 1);
-    switch (below(m, 6)) {
+    switch (below(m, 8)) {
     case 0:
         change_fields(m, block, record_fields, ARRAY_SIZE(record_fields));
+        break;
+    case 6:
+        add_sum(m, block, length);
+        break;
+    case 7:
+        change_sum(m, block, length);
         break;
     case 1:
     case 2:
@@ -590,7 +657,32 @@ static void append_record(Mutator *m)
 
             insert_op(m, block, length, 100);
         }
+        if (below(m, 3) == 0) {
+            add_sum(m, block, ldl_le_p(block + offsetof(ThinvmRecordLe,
+                                                        length_le)));
+        }
     }
+}
+
+/* Only of the last record do they decide anything */
+static void sum_last(Mutator *m)
+{
+    GArray *records = fuzz_records(m->image);
+    uint8_t *block = NULL;
+    uint64_t offset;
+    uint32_t length;
+
+    if (records->len) {
+        offset = g_array_index(records, uint64_t, records->len - 1);
+        block = fuzz_image_block(m->image, offset / FUZZ_BLOCK, false);
+    }
+    for (int n = 1 + below(m, 3); block && n; n--) {
+        length = ldl_le_p(block + offsetof(ThinvmRecordLe, length_le));
+        if (length <= FUZZ_BLOCK) {
+            add_sum(m, block, length);
+        }
+    }
+    g_array_unref(records);
 }
 
 /* ------------------------------------------------------------------ */
@@ -742,9 +834,13 @@ void fuzz_mutate(FuzzImage *image, uint64_t random)
             change_program(&m);
         }
     }
+    if (below(&m, 4) == 0) {
+        sum_last(&m);
+    }
     flags |= below(&m, 16) ? 0 : FUZZ_KEEP_JOURNAL;
     flags |= below(&m, 16) ? 0 : FUZZ_KEEP_NUMBERS;
     flags |= below(&m, 2) ? 0 : FUZZ_FIX_COUNTS;
+    flags |= below(&m, 4) ? 0 : FUZZ_KEEP_SUMS;
     if (below(&m, 32)) {
         fuzz_fix(image, flags);
     }

@@ -39,8 +39,11 @@ enum {
     FUZZ_KEEP_JOURNAL = 1,      /* no checksum nor chain of records */
     FUZZ_KEEP_NUMBERS = 2,      /* sequence numbers, epochs, operations */
     FUZZ_FIX_COUNTS = 4,        /* also make the counts of pages right */
+    FUZZ_KEEP_SUMS = 8,         /* checksums of data in records */
 };
 void fuzz_fix(FuzzImage *image, unsigned flags);
+/* Of a record of @length bytes: its checksums of data, behind its operations */
+unsigned fuzz_nb_sums(const uint8_t *record, uint32_t length);
 
 /* Change something; @random: any number */
 void fuzz_mutate(FuzzImage *image, uint64_t random);

@@ -30,8 +30,16 @@ typedef struct Run {
     bool repairing;             /* which may copy clusters of data */
     bool holding;               /* a request that stays */
     unsigned token;
+    bool by_sums, without;      /* see fuzz_sums() */
     bool done;
 } Run;
+
+static FuzzSums sums;
+
+const FuzzSums *fuzz_sums(void)
+{
+    return &sums;
+}
 
 /* ------------------------------------------------------------------ */
 /* The program                                                         */
@@ -212,6 +220,12 @@ static ThinvmStore *coroutine_fn open_store(Run *r)
 
     g_assert(!err == !!st);
     say_error(err);
+    if (st) {
+        say("opened%s%s", st->last_summed ? ", by checksums of data" : "",
+            st->cut_by_sums ? ", which cut something off" : "");
+        r->by_sums |= st->last_summed;
+        r->without |= st->cut_by_sums;
+    }
     return st;
 }
 
@@ -275,6 +289,29 @@ static void coroutine_fn look(Run *r, ThinvmStore *st,
     thinvm_store_request_end(st, token);
 }
 
+/*
+ * The checksum of these parts as they are: nothing is written here.  false:
+ * there is none of so much
+ */
+static bool sum_parts(Run *r, uint64_t cluster, uint16_t valid,
+                      ThinvmDataSum *sum)
+{
+    unsigned part_bits = thinvm_store_state(r->st)->cluster_bits -
+                         ctz32(THINVM_PARTS);
+    unsigned first = ctz32(valid), nb = 32 - clz32(valid) - first;
+    uint64_t bytes = (uint64_t)nb << part_bits;
+    uint64_t offset = (cluster * THINVM_PARTS + first) << part_bits;
+    g_autofree uint8_t *data = NULL;
+
+    if (bytes > THINVM_SUM_MAX_BYTES) {
+        return false;
+    }
+    data = g_malloc(bytes);
+    fuzz_image_read(r->image, offset, bytes, data);
+    thinvm_store_sum(r->st, offset, data, bytes, sum);
+    return true;
+}
+
 static void coroutine_fn map_new(Run *r, int tree, uint64_t guest,
                                  uint64_t max, uint16_t valid)
 {
@@ -286,6 +323,8 @@ static void coroutine_fn map_new(Run *r, int tree, uint64_t guest,
         .source = valid == THINVM_ALL_VALID ? THINVM_SOURCE_BACKING :
                   THINVM_SOURCE_ZERO,
     };
+    ThinvmDataSum sum;
+    bool summed;
 
     max = MIN(max, THINVM_ENTRIES_PER_LEAF - guest % THINVM_ENTRIES_PER_LEAF);
     if (thinvm_store_reserve(r->st, 0, max, &op.physical, &op.count) < 0) {
@@ -293,7 +332,9 @@ static void coroutine_fn map_new(Run *r, int tree, uint64_t guest,
     }
     g_assert(op.count > 0 && op.count <= max);
     check_data(r, r->st, op.physical, op.count);
-    if (thinvm_store_execute(r->st, &op, NULL, NULL) < 0) {
+    summed = op.count == 1 && valid && sum_parts(r, op.physical, valid, &sum);
+    if (thinvm_store_execute_summed(r->st, &op, summed ? &sum : NULL, NULL,
+                                    NULL) < 0) {
         thinvm_store_unreserve(r->st, op.physical, op.count);
     }
 }
@@ -302,7 +343,10 @@ static void coroutine_fn write_parts(Run *r, int tree, uint64_t guest,
                                      uint16_t valid)
 {
     unsigned token = thinvm_store_request_begin(r->st);
+    unsigned bits = info_of(r->st).cluster_bits;
+    ThinvmDataSum sum;
     ThinvmMapping m;
+    bool summed;
 
     if (thinvm_store_lookup(r->st, tree, NULL, guest, 1, true, &m) < 0) {
         /* an error to the guest */
@@ -316,8 +360,12 @@ static void coroutine_fn write_parts(Run *r, int tree, uint64_t guest,
         };
 
         check_data(r, r->st, m.physical, 1);
-        if ((m.valid & valid) != valid) {
-            thinvm_store_execute(r->st, &op, NULL, NULL);
+        if (thinvm_store_touch(r->st, m.physical << bits, 1ULL << bits) == 0 &&
+            (m.valid & valid) != valid) {
+            summed = !(m.valid & valid) && thinvm_store_invalid_left(r->st) &&
+                     sum_parts(r, m.physical, valid, &sum);
+            thinvm_store_execute_summed(r->st, &op, summed ? &sum : NULL,
+                                        NULL, NULL);
         }
     } else {
         map_new(r, tree, guest, 1,
@@ -581,10 +629,20 @@ static void hold(Run *r)
     }
 }
 
+/* As guests flush: what the first inputs of the corpus do not say */
+static ThinvmCommitLevel take_level(Run *r)
+{
+    uint8_t level = take8(r);
+
+    return (level & FUZZ_AS_GUEST) == FUZZ_AS_GUEST ? THINVM_COMMIT_FLUSHED :
+           level & 1;
+}
+
 static void coroutine_fn step(Run *r)
 {
     uint64_t end = guest_clusters(r->st);
     ThinvmCheckResult result;
+    ThinvmCommitLevel level;
     uint64_t guest, count;
 
     say("step %d", r->size ? *r->data % FUZZ_NB_STEPS : 0);
@@ -645,7 +703,8 @@ static void coroutine_fn step(Run *r)
         vmstate(r, take16(r));
         break;
     case FUZZ_COMMIT:
-        thinvm_store_commit(r->st, take8(r) & 1, take8(r) & 1);
+        level = take_level(r);
+        thinvm_store_commit(r->st, level, take8(r) & 1);
         break;
     case FUZZ_CHECKPOINT:
         thinvm_store_checkpoint(r->st);
@@ -773,6 +832,9 @@ void fuzz_run(FuzzImage *image)
     image->hook_opaque = &r;
     qemu_coroutine_enter(qemu_coroutine_create(run_entry, &r));
     g_assert(r.done);           /* nothing here waits */
+    sums.inputs++;
+    sums.right += r.by_sums;
+    sums.wrong += r.without;
 }
 
 /* ------------------------------------------------------------------ */

@@ -50,6 +50,15 @@ typedef enum FuzzStep {
     FUZZ_GROW,
     FUZZ_NB_STEPS
 } FuzzStep;
+/* Bits of the byte behind FUZZ_COMMIT */
+#define FUZZ_AS_GUEST   0x82
+
+/* Inputs in all, and those in which a journal's end was decided by checksums
+   of data that were right, or wrong */
+typedef struct FuzzSums {
+    unsigned inputs, right, wrong;
+} FuzzSums;
+const FuzzSums *fuzz_sums(void);
 
 /* Run image->program on @image, from outside coroutines */
 void fuzz_run(FuzzImage *image);

@@ -64,6 +64,14 @@ static void limit_cpu(unsigned seconds)
     setitimer(ITIMER_PROF, &limit, NULL);
 }
 
+static void tell_sums(void)
+{
+    const FuzzSums *sums = fuzz_sums();
+
+    fprintf(stderr, "thinvm-fuzz: checksums of data: right in %u inputs of %u,"
+            " wrong in %u\n", sums->right, sums->inputs, sums->wrong);
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     const char *limit = getenv("THINVM_FUZZ_CPU_SECONDS");
@@ -74,6 +82,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         exit(1);
     }
     signal(SIGPROF, out_of_time);
+    atexit(tell_sums);
     qemu_init_main_loop(&error_abort);
     /* The main loop takes it for itself; here it ends what hangs */
     sigemptyset(&alarm);
