@@ -338,23 +338,19 @@ static void coroutine_fn follow_towards(ThinvmStore *st,
 }
 
 /*
- * One attempt; *bases is what it was made from, also on failure.  @why: what
- * is wrong with the newest base, so use the older one; or NULL.
+ * The bases to open from: the older one, if @why says what is wrong with the
+ * newest.  *sequence: of the newest on the device.
  */
-static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
-                                  const Error *why, Error **errp)
+static int coroutine_fn choose_bases(ThinvmStore *st, ThinvmBases *bases,
+                                     const Error *why, uint64_t *sequence,
+                                     Error **errp)
 {
-    g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
-    uint64_t sequence;
-    ThinvmState *s;
-    ThinvmPosition pos;
-    int ret;
+    int ret = thinvm_bases_read(st->dev, bases, errp);
 
-    ret = thinvm_bases_read(st->dev, bases, errp);
     if (ret < 0) {
         return ret;
     }
-    sequence = bases->newest.sequence;
+    *sequence = bases->newest.sequence;
     if (why && !bases->has_older) {
         error_setg(errp, "There is no older base");
         return -EBADMSG;
@@ -375,29 +371,66 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
         st->stale = true;
         return -EIO;
     }
-    look_at_length(st);
-    st->uuid = bases->newest.uuid;
-    st->cluster_bits = bases->newest.cluster_bits;
-    s = thinvm_state_new(&bases->newest,
-                         bases->has_older ? &bases->older : NULL,
-                         st->cache_size);
-    ret = load_base(st, s, errp);
+    return 0;
+}
+
+/*
+ * The state of @bases and all that the journal has behind them, which must
+ * come to @sequence at least
+ */
+static int coroutine_fn build_state(ThinvmStore *st, const ThinvmBases *bases,
+                                    uint64_t sequence, ThinvmPosition *pos,
+                                    ThinvmHistory *history,
+                                    ThinvmState **result, Error **errp)
+{
+    ThinvmState *s = thinvm_state_new(&bases->newest,
+                                      bases->has_older ? &bases->older : NULL,
+                                      st->cache_size);
+    int ret = load_base(st, s, errp);
+
     if (ret == 0 && st->state) {
         follow_towards(st, &bases->newest);
         thinvm_preload_adopt(st, s, history_has(st, &bases->newest) ?
                                     bases->newest.sequence : 0);
     }
     if (ret == 0) {
-        ret = replay_all(st, s, bases, &pos, history, errp);
+        ret = replay_all(st, s, bases, pos, history, errp);
     }
-    if (ret == 0 && pos.sequence < sequence) {
+    if (ret == 0 && pos->sequence < sequence) {
         error_setg(errp, "The journal behind the older base ends at record %"
                    PRIu64 ", before record %" PRIu64 " of the newest base",
-                   pos.sequence, sequence);
+                   pos->sequence, sequence);
         ret = -EBADMSG;
     }
     if (ret < 0) {
         thinvm_state_free(s);
+        return ret;
+    }
+    *result = s;
+    return 0;
+}
+
+/*
+ * One attempt; *bases is what it was made from, also on failure.  @why: what
+ * is wrong with the newest base, so use the older one; or NULL.
+ */
+static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
+                                  const Error *why, Error **errp)
+{
+    g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
+    uint64_t sequence;
+    ThinvmState *s;
+    ThinvmPosition pos;
+    int ret = choose_bases(st, bases, why, &sequence, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    look_at_length(st);
+    st->uuid = bases->newest.uuid;
+    st->cluster_bits = bases->newest.cluster_bits;
+    ret = build_state(st, bases, sequence, &pos, history, &s, errp);
+    if (ret < 0) {
         return ret;
     }
     thinvm_quarantine_skip(s);

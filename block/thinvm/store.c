@@ -310,11 +310,81 @@ static int coroutine_fn make_room(ThinvmStore *st, unsigned eighths,
     return ret;
 }
 
+/* Caught up: is there a place, and a number, for the record of @epoch? */
+static int coroutine_fn prepare_epoch(ThinvmStore *st, uint64_t epoch,
+                                      Error **errp)
+{
+    ThinvmInfoState info;
+    int ret = thinvm_store_check_length(st, errp);
+
+    if (ret == 0) {
+        ret = check_counters(st, epoch, errp);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    thinvm_state_lock(st->state);
+    thinvm_state_info(st->state, &info);
+    thinvm_state_unlock(st->state);
+    if (epoch <= info.epoch) {
+        error_setg(errp, "Epoch %" PRIu64 " of the new owner is not above %"
+                   PRIu64 " in the image's journal", epoch, info.epoch);
+        return -EINVAL;
+    }
+    return make_room(st, 7, errp);
+}
+
+static int coroutine_fn journal_epoch(ThinvmStore *st, uint64_t epoch,
+                                      Error **errp)
+{
+    ThinvmOp op = { .type = THINVM_OP_EPOCH, .value = epoch };
+    int ret;
+
+    st->epoch = epoch;
+    ret = thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    /*
+     * Its data flush also settles the claim, and what the former owner left
+     * in caches.  If a power cut takes the record itself, it takes whatever
+     * we journalled behind it, too; a flush of the guest's makes all durable.
+     * Only if the journal ended where checksums of data decided must it be
+     * durable first: nobody may ask again after that data has changed.
+     */
+    ret = thinvm_journal_commit(st, st->last_summed || st->cut_by_sums ?
+                                    THINVM_COMMIT_DURABLE :
+                                    THINVM_COMMIT_RECORD, true);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write to the image's journal");
+    }
+    return ret;
+}
+
+/* What former owners have left to their successor */
+static int coroutine_fn settle_inheritance(ThinvmStore *st, Error **errp)
+{
+    int ret = settle_repair(st);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write a checkpoint");
+        return ret;
+    }
+    ret = make_room(st, 6, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = clear_unknown_autoclear(st);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not clear the image's autoclear "
+                         "feature bits");
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
                                             Error **errp)
 {
-    ThinvmOp op = { .type = THINVM_OP_EPOCH, .value = epoch };
-    ThinvmInfoState info;
     int ret;
 
     if (qatomic_read(&st->mode) != THINVM_STORE_READING) {
@@ -329,69 +399,23 @@ int coroutine_fn thinvm_store_begin_writing(ThinvmStore *st, uint64_t epoch,
     if (ret < 0) {
         return ret;
     }
-    ret = thinvm_store_check_length(st, errp);
+    ret = prepare_epoch(st, epoch, errp);
     if (ret == 0) {
-        ret = check_counters(st, epoch, errp);
+        ret = journal_epoch(st, epoch, errp);
+    }
+    if (ret == 0) {
+        qatomic_set(&st->mode, THINVM_STORE_WRITING);
+        ret = settle_inheritance(st, errp);
     }
     if (ret < 0) {
-        goto fail;
-    }
-    thinvm_state_lock(st->state);
-    thinvm_state_info(st->state, &info);
-    thinvm_state_unlock(st->state);
-    if (epoch <= info.epoch) {
-        error_setg(errp, "Epoch %" PRIu64 " of the new owner is not above %"
-                   PRIu64 " in the image's journal", epoch, info.epoch);
-        ret = -EINVAL;
-        goto fail;
-    }
-    ret = make_room(st, 7, errp);
-    if (ret < 0) {
-        goto fail;
-    }
-    st->epoch = epoch;
-    ret = thinvm_store_execute_internal(st, &op, false, true, NULL, errp);
-    if (ret < 0) {
-        goto fail;
-    }
-    /*
-     * Its data flush also settles the claim, and what the former owner left
-     * in caches.  If a power cut takes the record itself, it takes whatever
-     * we journalled behind it, too; a flush of the guest's makes all durable.
-     * Only if the journal ended where checksums of data decided must it be
-     * durable first: nobody may ask again after that data has changed.
-     */
-    ret = thinvm_journal_commit(st, st->last_summed || st->cut_by_sums ?
-                                    THINVM_COMMIT_DURABLE :
-                                    THINVM_COMMIT_RECORD, true);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write to the image's journal");
-        goto fail;
-    }
-    qatomic_set(&st->mode, THINVM_STORE_WRITING);
-    ret = settle_repair(st);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write a checkpoint");
-        goto fail;
-    }
-    ret = make_room(st, 6, errp);
-    if (ret < 0) {
-        goto fail;
-    }
-    ret = clear_unknown_autoclear(st);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not clear the image's autoclear "
-                         "feature bits");
-        goto fail;
+        /* The state may have an epoch that the device has not: build it
+           anew */
+        st->stale = true;
+        qatomic_set(&st->mode, THINVM_STORE_READING);
+        return ret;
     }
     trace_thinvm_begin_writing(st, epoch, st->journal.flushed_sequence);
     return 0;
-
-fail:
-    /* The state may have an epoch that the device has not: build it anew */
-    st->stale = true;
-    qatomic_set(&st->mode, THINVM_STORE_READING);
-    return ret;
 }
 
 static int coroutine_fn end_writing(ThinvmStore *st, bool flush_data,
