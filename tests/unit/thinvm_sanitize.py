@@ -52,12 +52,19 @@ class Meson:
         return CHECKOUT
 
 
-def table(libraries):
+# What is not a source in the table
+LIBRARIES = ('crypto', 'qom', 'testblock')
+
+
+def table():
     """{test: what it links beside its own file}, as meson.build has it."""
     text = (HERE / 'thinvm/meson.build').read_text(encoding='utf-8')
     before, _, rest = text.partition('if have_block\n  tests += ')
-    names = {'meson': Meson, **libraries}
-    # The language of such a file is Python's, as far as it is used there
+    names = {'meson': Meson, 'declare_dependency': dict,
+             **{n: n for n in LIBRARIES}}
+    # The language of such a file is Python's, as far as it is used there, but
+    # for named arguments
+    before = re.sub(r'\((\w+): ', r'(\1=', before)
     exec(before, names)                         # pylint: disable=exec-used
     return eval(rest.partition('\nendif')[0],   # pylint: disable=eval-used
                 names)
@@ -71,21 +78,22 @@ class Sanitized:
 
     def _sources(self, name):
         """Its own, and what the table names; some of that is QEMU's."""
-        beside = table({'crypto': 'crypto'})[name]
+        beside = table()[name]
         return [f if f.exists() else
                 self.build / 'qemu-src' / f.relative_to(CHECKOUT)
                 for f in (HERE / f'{name}.c', *(HERE / b for b in beside))]
 
     def _without_engine(self, name):
         """Sources and libraries of a test of something else, or None."""
-        beside = table({'crypto': 'crypto'})[name]
+        beside = table()[name]
         if CHECKOUT / 'block/thinvm/state.c' in beside or \
                 CHECKOUT / 'block/thinvm/format.c' in beside:
             return None
         ninja = (self.build / 'qemu/build.ninja').read_text(encoding='utf-8')
         rule = ninja[ninja.index(f'build tests/unit/{name}: '):]
         link = re.search(r'^ LINK_ARGS = (.*)$', rule, re.MULTILINE).group(1)
-        return ([HERE / f'{name}.c', *(b for b in beside if b != 'crypto')],
+        return ([HERE / f'{name}.c',
+                 *(b for b in beside if b not in LIBRARIES)],
                 [*re.findall(r'lib(?:crypto|authz|io)\.a\.p/\S+\.o',
                              rule.split('\n', 1)[0]),
                  *re.findall(r'/\S+\.so\b', link)])
@@ -125,7 +133,8 @@ class Sanitized:
     def cases(self, names):
         """(what it is called, how the program is made)."""
         for name in names:
-            if name not in SLOW:
+            # All of the block layer would have to be compiled again
+            if name not in SLOW and 'testblock' not in table()[name]:
                 yield f'asan/{name}', self.asan, name
             if name in THREADS:
                 yield f'tsan/{name}', self.tsan, name
