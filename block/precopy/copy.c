@@ -137,11 +137,12 @@ static int coroutine_fn precopy_copy_part(PrecopyJob *s, int64_t offset,
         status = BDRV_BLOCK_DATA;
     }
     if (*n < bytes) {
+        int64_t whole = QEMU_ALIGN_DOWN(*n, s->track->granularity);
+
         /* In whole blocks: the target need not read to write a part */
-        *n = MIN(MAX(QEMU_ALIGN_DOWN(*n, s->track->granularity),
-                     s->track->granularity), bytes);
-        if (*n == s->track->granularity) {
-            status |= BDRV_BLOCK_DATA;
+        *n = whole ?: MIN(s->track->granularity, bytes);
+        if (!whole) {
+            status |= BDRV_BLOCK_DATA;      /* some of it, perhaps */
         }
     }
     if ((status & BDRV_BLOCK_ZERO) && !(status & BDRV_BLOCK_DATA)) {

@@ -241,6 +241,9 @@ static void test_trim_silent(void)
     since = now_ms;
     user = attach(NULL, true);
     hear("start 1 1000 8000\n");
+    /* That was no answer */
+    say("done 0 ok 0");
+    g_assert_true(precopy_hints_trimming(user));
     now_ms += PATIENCE / 2;
     say("disk 0 %" PRId64 " - vda", (int64_t)DISK);
     hear("trim 2 0 65536\n");
@@ -456,6 +459,27 @@ static void test_unused(void)
     teardown();
 }
 
+/* Whoever greets begins afresh, and is asked to report once more */
+static void test_hello(void)
+{
+    PrecopyHintsUser *user;
+
+    setup("100");
+    user = attach(NULL, false);
+    connect_agent();
+    hear("version 1\nstart 1 1000 8000\n");
+    say("disk 0 %" PRId64 " - vda", (int64_t)DISK);
+    say("free 0 0 512");
+    g_assert_cmpint(hint_at(user, 0), ==, PRECOPY_HINT_FREE);
+    say("hello thinvm-hints 9 test/2");
+    hear("version 1\nstart 2 1000 8000\n");
+    g_assert_cmpint(hint_at(user, 0), ==, PRECOPY_HINT_NONE);
+    say("free 0 0 512");
+    g_assert_cmpint(ignored(), ==, 1);
+    precopy_hints_detach(user);
+    teardown();
+}
+
 /* A short line can make us look at all ranges: that counts, too */
 static void test_looks(void)
 {
@@ -553,6 +577,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-hints/half-lines", test_half_lines);
     g_test_add_func("/precopy-hints/beyond-disk", test_beyond_disk);
     g_test_add_func("/precopy-hints/unused", test_unused);
+    g_test_add_func("/precopy-hints/hello", test_hello);
     g_test_add_func("/precopy-hints/looks", test_looks);
     g_test_add_func("/precopy-hints/disks", test_disks);
     return g_test_run();
