@@ -240,7 +240,7 @@ static Request *write_begin(int64_t offset, int64_t bytes, uint8_t byte)
 {
     Request *r = g_new0(Request, 1);
 
-    r->buf = g_malloc(bytes);
+    r->buf = g_malloc(bytes + 1);       /* of nothing, too */
     r->ret = -EINPROGRESS;
     memset(r->buf, byte, bytes);
     qemu_iovec_init_buf(&r->qiov, r->buf, bytes);
