@@ -571,13 +571,13 @@ static bool wants_sum(const WriteChunk *c, uint64_t bytes)
     return c->kind != WRITE_IN_PLACE && c->count == 1 &&
            bytes <= THINVM_SUM_MAX_BYTES &&
            (c->kind != WRITE_VALIDATE ||
-            (!(touched_in(c, c->first) & c->old.valid) &&
-             thinvm_store_invalid_left(s->store))) &&
+            !(touched_in(c, c->first) & c->old.valid)) &&
            /* Once it is mapped, who joins may find the part valid already */
            (c->kind != WRITE_JOIN ||
             qatomic_read(&c->inflight.head->state) != THINVM_ALLOC_MAPPED) &&
            thinvm_store_wants_sums(s->store) &&
-           qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITEBACK;
+           qatomic_read(&s->mode) == THINVM_CACHE_MODE_WRITEBACK &&
+           (c->kind != WRITE_VALIDATE || thinvm_store_invalid_left(s->store));
 }
 
 /* In memory of our own: the guest may change its own while it is written */

@@ -11,9 +11,11 @@
  * 64 KiB, as long as the cache has room that nobody uses: a disk that was
  * just opened finds its mapping with a sixteenth of the reads.  They are a
  * gift.  Should they not be readable, or be gone by now, nobody is told, and
- * the page that is wanted is read by itself.  Who lacks a page of a block that
- * somebody else is reading waits for that, once; and when several blocks are
- * being read, pages are again read one by one: data shares the device.
+ * the page that is wanted is read by itself, as are the others of that block
+ * from then on: a device may try for long before it says so.  Who lacks a page
+ * of a block that somebody else is reading waits for that, once; and when
+ * several blocks are being read, pages are again read one by one: data shares
+ * the device.
  */
 #include "qemu/osdep.h"
 #include "qapi/error.h"
@@ -117,6 +119,9 @@ static ThinvmBlockRead *coroutine_fn block_begin(ThinvmStore *st,
     ThinvmBlockRead *found = NULL;
 
     QEMU_LOCK_GUARD(&st->lock);
+    if (block == st->bad_block) {
+        return NULL;
+    }
     for (unsigned i = 0; i < THINVM_BLOCK_READS; i++) {
         ThinvmBlockRead *r = &st->block_reads[i];
 
@@ -137,16 +142,42 @@ static ThinvmBlockRead *coroutine_fn block_begin(ThinvmStore *st,
     return found;
 }
 
-static void block_end(ThinvmStore *st, ThinvmBlockRead *r)
+static void block_end(ThinvmStore *st, ThinvmBlockRead *r, bool bad)
 {
     QEMU_LOCK_GUARD(&st->lock);
     r->active = false;
+    if (bad) {
+        st->bad_block = r->block;
+    }
     qemu_co_queue_restart_all(&r->waiters);
 }
 
-/* want[0] with its neighbours; 0, or a negative number: nothing came of it */
+static int insert_wanted(ThinvmState *s, ThinvmNeeds *needs, const void *buf)
+{
+    int ret;
+
+    thinvm_state_lock(s);
+    ret = thinvm_state_insert_page(s, &needs->want[0], buf, needs, NULL);
+    thinvm_state_unlock(s);
+    return ret;
+}
+
+/* The lock is for others in between: judging a page takes its time */
+static void insert_neighbour(ThinvmState *s, ThinvmNeeds *needs, unsigned i,
+                             const void *buf)
+{
+    thinvm_state_lock(s);
+    thinvm_state_insert_neighbour(s, &needs->near[i], buf, needs);
+    thinvm_state_unlock(s);
+}
+
+/*
+ * want[0] with its neighbours.  0, or a negative number: nothing came of it;
+ * *@bad: since the device could not read it.
+ */
 static int coroutine_fn read_together(ThinvmStore *st, ThinvmState *s,
-                                      ThinvmNeeds *needs, uint8_t *buf)
+                                      ThinvmNeeds *needs, uint8_t *buf,
+                                      bool *bad)
 {
     const ThinvmPageRef *want = &needs->want[0];
     uint64_t first = want->page, last = want->page;
@@ -160,19 +191,15 @@ static int coroutine_fn read_together(ThinvmStore *st, ThinvmState *s,
     ret = thinvm_store_pread(st, first * THINVM_PAGE_SIZE,
                              (last - first + 1) * THINVM_PAGE_SIZE, buf,
                              page_event(want->kind));
-    if (ret < 0) {
-        return ret;
+    *bad = ret < 0;
+    if (ret == 0) {
+        ret = insert_wanted(s, needs,
+                            buf + (want->page - first) * THINVM_PAGE_SIZE);
     }
-    thinvm_state_lock(s);
-    for (unsigned i = 0; i < needs->nb_near; i++) {
-        const ThinvmPageRef *ref = &needs->near[i];
-        uint64_t at = (ref->page - first) * THINVM_PAGE_SIZE;
-
-        thinvm_state_insert_neighbour(s, ref, buf + at, needs);
+    for (unsigned i = 0; i < needs->nb_near && ret == 0; i++) {
+        insert_neighbour(s, needs, i, buf + (needs->near[i].page - first) *
+                                      THINVM_PAGE_SIZE);
     }
-    ret = thinvm_state_insert_page(s, want, buf + (want->page - first) *
-                                   THINVM_PAGE_SIZE, needs, NULL);
-    thinvm_state_unlock(s);
     return ret;
 }
 
@@ -181,7 +208,7 @@ static bool coroutine_fn read_block(ThinvmStore *st, ThinvmState *s,
                                     ThinvmNeeds *needs)
 {
     uint64_t page = needs->want[0].page;
-    bool done = false;
+    bool done = false, bad;
     ThinvmBlockRead *r;
 
     if (needs->waited == page) {
@@ -189,8 +216,8 @@ static bool coroutine_fn read_block(ThinvmStore *st, ThinvmState *s,
     }
     r = block_begin(st, page / THINVM_BLOCK_PAGES, &done);
     if (r) {
-        done = read_together(st, s, needs, r->buf) == 0;
-        block_end(st, r);
+        done = read_together(st, s, needs, r->buf, &bad) == 0;
+        block_end(st, r, bad);
     } else if (done) {
         needs->waited = page;
     }

@@ -197,6 +197,7 @@ struct ThinvmStore {
     void *page_buffers[THINVM_PAGE_BUFFERS];    /* st->lock */
     unsigned nb_page_buffers;
     ThinvmBlockRead block_reads[THINVM_BLOCK_READS];
+    uint64_t bad_block;         /* the last that could not be read; st->lock */
     uint64_t cache_size;        /* bytes */
     QemuUUID uuid;
     unsigned cluster_bits;

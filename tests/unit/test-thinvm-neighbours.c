@@ -246,6 +246,32 @@ static void coroutine_fn test_together(ThinvmSim *sim)
     store_close(st, true);
 }
 
+/* A block with a page that cannot be read is tried once, not for each page */
+static void coroutine_fn test_bad_block(ThinvmSim *sim)
+{
+    ThinvmStore *st = cold(sim, CACHE);
+    g_autoptr(GArray) places = NULL;
+    uint64_t at, before, good;
+
+    before = stats_of(st).metadata_bytes_read;
+    g_assert_cmpuint(failures(st, 0), ==, 0);
+    good = stats_of(st).metadata_bytes_read - before;
+    places = leaves(st);
+    store_close(st, true);
+    st = image_open(sim);
+    at = g_array_index(places, uint64_t, NB_LEAVES / 2) * THINVM_PAGE_SIZE;
+    sim_fail(sim, SIM_READ, at, at + THINVM_PAGE_SIZE, 0, EIO, false);
+    before = stats_of(st).metadata_bytes_read;
+    for (unsigned i = 0; i < NB_LEAVES; i++) {
+        look_up(st, i);
+    }
+    g_assert_cmpuint(stats_of(st).metadata_bytes_read - before, <=,
+                     good + 2 * THINVM_BLOCK_PAGES * THINVM_PAGE_SIZE);
+    sim_fail(sim, 0, 0, 0, 0, 0, false);
+    g_assert_cmpuint(failures(st, 0), ==, 0);
+    store_close(st, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -254,6 +280,7 @@ int main(int argc, char **argv)
     add("/thinvm/neighbours/reads", test_reads);
     add("/thinvm/neighbours/unreadable", test_unreadable);
     add("/thinvm/neighbours/damaged", test_damaged);
+    add("/thinvm/neighbours/bad-block", test_bad_block);
     add("/thinvm/neighbours/full-cache", test_full_cache);
     add("/thinvm/neighbours/changed", test_changed);
     add("/thinvm/neighbours/at-once", test_at_once);
