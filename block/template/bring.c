@@ -110,11 +110,22 @@ static bool keep_speed(Bringer *b, uint32_t bytes)
     return !is_over(b->r);
 }
 
+/* There will never be a copy that is right, then */
+static bool check_trust(TemplateReader *r, Error **errp)
+{
+    if (reader_is_refuted(r)) {
+        error_setg(errp, "The hashes of the chunks are not the template's");
+        return false;
+    }
+    return true;
+}
+
 /*
  * From wherever, as long as it takes: how many of @count chunks, from the first
- * one on, that are; 0 if it is over.
+ * one on, that are; 0 if it is over, or with an error.
  */
-static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf)
+static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf,
+                      Error **errp)
 {
     ReaderMask right;
 
@@ -123,6 +134,9 @@ static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf)
 
         right = reader_fetch(b->r, &b->link, n, count, &wait, buf);
         if (!right) {
+            if (!check_trust(b->r, errp)) {
+                return 0;
+            }
             tell_state(b->r, THINVM_TEMPLATE_BRING_OVER_STATE_WAITING,
                        "no copy can be read");
             if (!pause_for(b->r, RETRY_MS)) {
@@ -161,7 +175,7 @@ static unsigned fetch_and_put(Bringer *b, uint64_t n, unsigned count,
 {
     const TemplateChunks *c = b->r->chunks;
     bool is_new = n * c->chunk_size >= b->part->done;
-    unsigned got = fetch(b, n, is_new ? count : 1, buf);
+    unsigned got = fetch(b, n, is_new ? count : 1, buf, errp);
 
     for (unsigned i = 0; i < got; i++) {
         if (!keep_speed(b, template_chunk_bytes(c, n + i)) ||

@@ -274,27 +274,35 @@ static bool is_agreed(TemplateReader *r)
     return r->trust == THINVM_TEMPLATE_TRUST_AGREED;
 }
 
-bool reader_is_contradicted(TemplateReader *r, uint64_t n, const uint8_t *buf)
+/* Does @c, of smaller chunks than ours, say the same of our chunk @n? */
+static bool is_right_by(const TemplateReader *r, const TemplateChunks *c,
+                        uint64_t n, const uint8_t *buf)
 {
     uint32_t bytes = template_chunk_bytes(r->chunks, n);
+    uint64_t m = n * (r->chunks->chunk_size / c->chunk_size);
 
-    for (unsigned i = 0; i < r->nb_others && is_agreed(r); i++) {
-        const TemplateChunks *c = r->others[i];
-        uint64_t m = n * (r->chunks->chunk_size / c->chunk_size);
+    for (uint32_t at = 0; at < bytes; at += c->chunk_size, m++) {
+        TemplateDigest hash;
 
-        for (uint32_t at = 0; at < bytes; at += c->chunk_size, m++) {
-            TemplateDigest hash;
-
-            if (!template_sha256(buf + at, template_chunk_bytes(c, m), &hash,
-                                 NULL) ||
-                !template_digest_equal(&hash, &c->hashes[m])) {
-                reader_refute(r, "nodes with chunks of different sizes do not "
-                              "agree on their hashes");
-                return true;
-            }
+        if (!template_sha256(buf + at, template_chunk_bytes(c, m), &hash,
+                             NULL) ||
+            !template_digest_equal(&hash, &c->hashes[m])) {
+            return false;
         }
     }
-    return false;
+    return true;
+}
+
+bool reader_is_contradicted(TemplateReader *r, uint64_t n, const uint8_t *buf)
+{
+    for (unsigned i = 0; i < r->nb_others && is_agreed(r); i++) {
+        if (!is_right_by(r, r->others[i], n, buf)) {
+            reader_refute(r, "nodes with chunks of different sizes do not "
+                          "agree on their hashes");
+        }
+    }
+    /* Also if another chunk was, meanwhile or before: not all were compared */
+    return reader_is_refuted(r);
 }
 
 static void set_not_found(TemplateReader *r, Error **errp)

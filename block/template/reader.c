@@ -378,13 +378,6 @@ static uint32_t coroutine_fn co_read_direct(TemplateReader *r, uint64_t offset,
     return d.bytes;
 }
 
-static bool is_refuted(TemplateReader *r)
-{
-    QEMU_LOCK_GUARD(&r->lock);
-
-    return r->trust == THINVM_TEMPLATE_TRUST_REFUTED;
-}
-
 /* ------------------------------------------------------------------ */
 /* Reading ahead                                                       */
 
@@ -524,7 +517,7 @@ int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
                                          uint64_t bytes, QEMUIOVector *qiov,
                                          size_t qiov_offset)
 {
-    int ret = is_refuted(r) ? -EIO : 0;
+    int ret = reader_is_refuted(r) ? -EIO : 0;
 
     while (bytes && offset < r->chunks->length && ret == 0) {
         Piece p = piece_at(r, offset, bytes);
@@ -545,7 +538,8 @@ int coroutine_fn template_reader_co_read(TemplateReader *r, uint64_t offset,
     }
     /* The block layer rounds lengths up */
     qemu_iovec_memset(qiov, qiov_offset, 0, bytes);
-    return ret;
+    /* What was taken for right may have been refuted meanwhile */
+    return ret == 0 && reader_is_refuted(r) ? -EIO : ret;
 }
 
 /* ------------------------------------------------------------------ */

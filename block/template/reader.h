@@ -204,7 +204,8 @@ void template_reader_cancel(TemplateReader *r);
 bool reader_find(TemplateReader *r, Error **errp);
 /*
  * Chunk @n has its hash.  Is that contradicted by what other nodes say about
- * chunks of other sizes?  If they have to be believed, nothing is read then.
+ * chunks of other sizes?  If they have to be believed, nothing is read then:
+ * all chunks are.
  */
 bool reader_is_contradicted(TemplateReader *r, uint64_t n,
                             const uint8_t *buf);
@@ -227,6 +228,7 @@ void replica_set_problem(TemplateReader *r, Replica *p, const char *problem,
                          uint64_t chunk);
 /* The contents are not what other nodes said: nothing is read any more */
 void reader_refute(TemplateReader *r, const char *why);
+bool reader_is_refuted(TemplateReader *r);
 
 bool reader_is_right(TemplateReader *r, uint64_t n, const uint8_t *buf);
 /* From now on */

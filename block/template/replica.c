@@ -219,6 +219,13 @@ void reader_refute(TemplateReader *r, const char *why)
     }
 }
 
+bool reader_is_refuted(TemplateReader *r)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    return r->trust == THINVM_TEMPLATE_TRUST_REFUTED;
+}
+
 /*
  * This node made @own from the contents.  False: they are not what we were
  * told.  Of chunks of another size that is seen when they are read, which is
@@ -362,6 +369,9 @@ static void note_wrong(TemplateReader *r, Replica *p, uint64_t n)
 {
     QEMU_LOCK_GUARD(&r->lock);
 
+    if (r->trust == THINVM_TEMPLATE_TRUST_REFUTED) {
+        return;                         /* nobody knows what is right */
+    }
     stat64_add(&r->stats.wrong_chunks, 1);
     p->wrong_chunks++;
     if (!replica_is_wrong(p, n)) {
@@ -566,7 +576,7 @@ static ReaderMask fetch_once(TemplateReader *r, ReaderLink *l, uint64_t n,
             count = p->usable || right ? 1 : count;
         }
     }
-    return right & 1 ? right : 0;
+    return right & 1 && !reader_is_refuted(r) ? right : 0;
 }
 
 /* For a copy; false: there will be none in time */

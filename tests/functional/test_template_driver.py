@@ -11,10 +11,11 @@ import os
 import signal
 import struct
 import threading
+import time
 
 from lib.context import check, wait_for
 from lib.image import MiB
-from lib.nbd import NBDClient
+from lib.nbd import READ, NBDClient
 from lib.qsd import StorageDaemon, wait_job
 from lib.templates import (Contents, FakeServer, Gate, Reader, StoreCluster,
                            damage, open_fails)
@@ -568,6 +569,53 @@ def sizes_and_lies(ctx):
         fails_from_now_on(reader, at // 4096 * 4096)
         reader.quit()
         cluster.run('c', 'remove', contents.digest)
+
+
+@test()
+def lies_in_a_run(ctx):
+    """What a lie is found in is read together with other chunks: these were
+    not compared with what the others say, and no request gets them.  What is
+    being brought to this node fails, too, and is in nobody's way."""
+    contents = Contents(ctx)
+    cluster = three_nodes(ctx, contents, serve=('a',))
+    size = CHUNK * 2
+    at = 8 * MiB
+    false = bytes(lie_in(lie_in(contents.data, at + size), at + 2 * size))
+    asked, go_on = threading.Event(), threading.Event()
+    fake = FakeServer(ctx, cluster.socket('b'), {
+        contents.digest: false,
+        contents.digest + '.chunks': false_list(contents, cluster, false,
+                                                size)})
+
+    def answer(name, offset, data):
+        if offset == at and len(data) == MiB:
+            asked.set()
+            go_on.wait(60)
+        return data
+
+    fake.answer = answer
+    readers = [Reader(ctx, cluster, 'c', contents, retry=1, timeout=60000)
+               for _ in range(2)]
+    check(readers[0].info()['chunk-size'] == size and
+          readers[0].info()['trust'] == 'agreed', 'opened as %s',
+          readers[0].info())
+    cluster.servers['a'].kill()
+    client = readers[0].client
+    client.send(READ, at, MiB)
+    check(asked.wait(60), 'a run is not read at once')
+    for number in range(8):
+        client.send(READ, at + number * size, 4096)
+    time.sleep(0.5)             # those wait, too: if not they fail all the same
+    go_on.set()
+    while client.pending():
+        _, error, data = client.reply()
+        check(error and not data, 'a request got what is not right')
+    check(readers[0].info()['trust'] == 'refuted', 'trust: %s',
+          readers[0].info())
+    readers[1].bring_over()
+    wait_for(lambda: readers[1].info()['bring-over']['state'] == 'failed', 60,
+             'it was found out')
+    cluster.add('c', contents)
 
 
 @test()
