@@ -133,7 +133,8 @@ static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf,
         ReaderWait wait = reader_wait(b->r);
 
         right = reader_fetch(b->r, &b->link, n, count, &wait, buf);
-        if (!right) {
+        count = 1;                      /* perhaps it is too much at once */
+        if (!(right & 1)) {
             if (!check_trust(b->r, errp)) {
                 return 0;
             }
@@ -143,7 +144,7 @@ static unsigned fetch(Bringer *b, uint64_t n, unsigned count, uint8_t *buf,
                 return 0;
             }
         }
-    } while (!right);
+    } while (!(right & 1));
     tell_state(b->r, THINVM_TEMPLATE_BRING_OVER_STATE_RUNNING, NULL);
     return cto32(right);
 }
@@ -191,15 +192,19 @@ static bool bring_run(Bringer *b, uint64_t n, unsigned count, Error **errp)
 {
     TemplateReader *r = b->r;
     uint64_t offset = n * r->chunks->chunk_size, end;
-    unsigned got;
+    unsigned got, max = count;
 
     end = MIN(offset + (uint64_t)count * r->chunks->chunk_size,
               r->chunks->length);
     for (unsigned i = 0; i < count; i += got) {
         uint8_t *buf = b->buf + (size_t)i * r->chunks->chunk_size;
 
-        got = have_chunk(b, n + i, buf)
-              ? 1 : fetch_and_put(b, n + i, count - i, buf, errp);
+        got = 1;
+        if (!have_chunk(b, n + i, buf)) {
+            max = MIN(max, count - i);
+            got = fetch_and_put(b, n + i, max, buf, errp);
+            max = got == 1 ? 1 : max;   /* as reader.c does */
+        }
         if (!got) {
             return false;
         }

@@ -37,6 +37,7 @@ struct Link {
     QIOChannelSocket *ioc;
     uint64_t size, cookie;
     uint32_t min_block, max_block;
+    bool unreadable;
 };
 
 uint64_t link_size(const Link *link)
@@ -139,6 +140,7 @@ static bool check_reply(Link *link, const uint8_t *reply, Error **errp)
         return false;
     }
     if (error) {
+        link->unreadable = nbd_errno_to_system_errno(error) == EIO;
         error_setg_errno(errp, nbd_errno_to_system_errno(error),
                          "it cannot read");
         return false;
@@ -172,6 +174,7 @@ bool link_read(Link *link, uint64_t offset, uint64_t bytes, uint8_t *buf,
 {
     uint64_t end = ROUND_UP(offset + bytes, link->min_block);
 
+    link->unreadable = false;
     if (end > link->size) {
         error_setg(errp, "it has %" PRIu64 " bytes, and %" PRIu64 " are "
                    "needed", link->size, end);
@@ -187,6 +190,11 @@ bool link_read(Link *link, uint64_t offset, uint64_t bytes, uint8_t *buf,
         buf += n;
     }
     return true;
+}
+
+bool link_unreadable(const Link *link)
+{
+    return link->unreadable;
 }
 
 /* ------------------------------------------------------------------ */

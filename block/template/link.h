@@ -35,6 +35,8 @@ LinkPatience link_patience(uint32_t silence_ms, int stop_fd);
 
 bool link_read(Link *link, uint64_t offset, uint64_t bytes, uint8_t *buf,
                const LinkPatience *patience, Error **errp);
+/* That failed since the node's disk cannot read it; else @link is fine */
+bool link_unreadable(const Link *link);
 /* As far as can be told without asking */
 bool link_alive(const Link *link);
 

@@ -180,7 +180,7 @@ static unsigned take_run(TemplateReader *r, ReaderChunk **run)
     return count;
 }
 
-/* Those of a run that are in @right are in @buf; 0: the first one failed */
+/* Those of a run that are in @right are in @buf */
 static void run_done(TemplateReader *r, ReaderChunk **run, ReaderMask right,
                      const uint8_t *buf)
 {
@@ -195,14 +195,18 @@ static void run_done(TemplateReader *r, ReaderChunk **run, ReaderMask right,
         }
     }
     QEMU_LOCK_GUARD(&r->lock);
-    if (!right) {
-        chunk_done(r, run[0], NULL);
-    }
     for (unsigned i = 0; i < READER_RUN_MAX; i++) {
         if (right & BIT(i)) {
             chunk_done(r, run[i], data[i]);
         }
     }
+}
+
+static void run_failed(TemplateReader *r, ReaderChunk *c)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    chunk_done(r, c, NULL);
 }
 
 /* How many chunks from @first on are not in @done? */
@@ -216,25 +220,48 @@ static unsigned not_done(ReaderMask done, unsigned first, unsigned count)
     return n;
 }
 
-/* A copy may have only a part of it right */
+/*
+ * What can be read at once.  A copy may have only a part of a run right.  Once
+ * one gave no more than its first chunk, the rest is read chunk by chunk.
+ */
+static ReaderMask run_try(TemplateReader *r, ReaderLink *link,
+                          ReaderChunk **run, unsigned count, uint8_t *buf)
+{
+    ReaderMask done = 0;
+    unsigned max = count;
+
+    for (unsigned i = 0; i < count; i++) {
+        uint8_t *at = buf + (size_t)i * r->chunks->chunk_size;
+        unsigned n = MIN(not_done(done, i, count), max);
+
+        if (n) {
+            ReaderMask right = reader_fetch(r, link, run[i]->n, n, NULL, at);
+
+            run_done(r, run + i, right, at);
+            done |= right << i;
+            max = n > 1 && right <= 1 ? 1 : max;
+        }
+    }
+    return done;
+}
+
+/* First what need not be waited for */
 static void run_read(TemplateReader *r, ReaderLink *link, ReaderChunk **run,
                      unsigned count)
 {
     ReaderWait wait = reader_wait(r);
-    uint32_t size = r->chunks->chunk_size;
     uint8_t *buf = qemu_memalign(qemu_real_host_page_size(),
-                                 (size_t)count * size);
-    ReaderMask done = 0;
+                                 (size_t)count * r->chunks->chunk_size);
+    ReaderMask done = run_try(r, link, run, count, buf);
 
     for (unsigned i = 0; i < count; i++) {
-        uint8_t *at = buf + (size_t)i * size;
-        unsigned n = not_done(done, i, count);
-
-        if (n) {
-            ReaderMask right = reader_fetch(r, link, run[i]->n, n, &wait, at);
-
-            run_done(r, run + i, right, at);
-            done |= (right | 1) << i;
+        if (done & BIT(i)) {
+            continue;
+        }
+        if (reader_fetch(r, link, run[i]->n, 1, &wait, buf)) {
+            run_done(r, run + i, 1, buf);
+        } else {
+            run_failed(r, run[i]);
         }
     }
     qemu_vfree(buf);

@@ -253,8 +253,9 @@ typedef uint32_t ReaderMask;
 /*
  * Read chunk @n, in a thread, from whichever copy has it right, and with it of
  * the @count - 1 after it what it costs nothing to read: those that are right
- * in @buf now, @n among them.  0 if there was no copy in time.  @buf has room
- * for @count whole chunks, READER_RUN_MAX at most.
+ * in @buf now.  Bit 0 is not among them if no copy had @n right in time; @wait
+ * NULL: at once.  What is waited for is only @n.  @buf has room for @count
+ * whole chunks, READER_RUN_MAX at most.
  */
 ReaderMask reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n,
                         unsigned count, const ReaderWait *wait, uint8_t *buf);

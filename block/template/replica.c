@@ -470,33 +470,28 @@ static ReaderMask fetch_run_local(TemplateReader *r, LocalCopy *copy,
     return right;
 }
 
-/* False: @p is of no use any more */
-static bool read_remote(TemplateReader *r, ReaderLink *l, Replica *p,
-                        uint64_t n, uint32_t bytes, uint8_t *buf)
+/* False: the connection is left only if it is the disk that cannot read it */
+static bool read_run(TemplateReader *r, ReaderLink *l, Replica *p, uint64_t n,
+                     unsigned count, uint8_t *buf, Error **errp)
 {
+    uint64_t offset = n * r->chunks->chunk_size;
+    uint64_t end = MIN(offset + (uint64_t)count * r->chunks->chunk_size,
+                       r->chunks->length);
     LinkPatience patience;
-    Error *err = NULL;
-    bool ok = reader_connect(r, l, p, &err);
 
-    if (ok) {
-        patience = reader_patience(r);
-        ok = link_read(l->link, n * r->chunks->chunk_size, bytes, buf,
-                       &patience, &err);
-    }
-    if (!ok) {
-        reader_disconnect(l);
-        WITH_QEMU_LOCK_GUARD(&r->lock) {
-            /* Told once, not by each thread that was at it */
-            if (!r->stopping && p->usable) {
-                replica_set_problem(r, p, error_get_pretty(err), n);
-            }
-        }
-        error_free(err);
+    if (!reader_connect(r, l, p, errp)) {
         return false;
     }
-    stat64_add(&r->stats.remote_bytes, bytes);
+    patience = reader_patience(r);
+    if (!link_read(l->link, offset, end - offset, buf, &patience, errp)) {
+        if (!link_unreadable(l->link)) {
+            reader_disconnect(l);
+        }
+        return false;
+    }
+    stat64_add(&r->stats.remote_bytes, end - offset);
     WITH_QEMU_LOCK_GUARD(&r->lock) {
-        p->bytes += bytes;
+        p->bytes += end - offset;
         if (!p->known || !p->usable) {
             replica_set_usable(r, p, "it has answered");
         }
@@ -504,19 +499,61 @@ static bool read_remote(TemplateReader *r, ReaderLink *l, Replica *p,
     return true;
 }
 
+static bool is_usable(TemplateReader *r, const Replica *p)
+{
+    QEMU_LOCK_GUARD(&r->lock);
+
+    return !r->stopping && p->usable;
+}
+
+/*
+ * How many of @count chunks were read; 0: @p is of no use any more, or chunk @n
+ * is not readable there.  One that its disk cannot read makes all that is read
+ * with it fail, and a slow link may be good for a single one, so that is tried
+ * then; but not with a node that was silent, lest it take twice as long until
+ * another one is asked.
+ */
+static unsigned read_remote(TemplateReader *r, ReaderLink *l, Replica *p,
+                            uint64_t n, unsigned count, uint8_t *buf)
+{
+    int64_t begun = now_ms();
+    Error *err = NULL;
+
+    if (read_run(r, l, p, n, count, buf, &err)) {
+        return count;
+    }
+    if (count > 1 && is_usable(r, p) &&
+        (l->link || now_ms() - begun < r->o.timeout_ms)) {
+        error_free(err);
+        err = NULL;
+        count = 1;
+        if (read_run(r, l, p, n, count, buf, &err)) {
+            return count;
+        }
+    }
+    if (l->link && count == 1) {
+        error_free(err);
+        note_wrong(r, p, n);
+        return 0;
+    }
+    WITH_QEMU_LOCK_GUARD(&r->lock) {
+        /* Told once, not by each thread that was at it */
+        if (!r->stopping && p->usable) {
+            replica_set_problem(r, p, error_get_pretty(err), n);
+        }
+    }
+    error_free(err);
+    return 0;
+}
+
 /* All at once; those that are right */
 static ReaderMask fetch_run_remote(TemplateReader *r, ReaderLink *l,
                                    Replica *p, uint64_t n, unsigned count,
                                    uint8_t *buf)
 {
-    uint64_t offset = n * r->chunks->chunk_size;
-    uint64_t end = MIN(offset + (uint64_t)count * r->chunks->chunk_size,
-                       r->chunks->length);
     ReaderMask right = 0;
 
-    if (!read_remote(r, l, p, n, end - offset, buf)) {
-        return 0;
-    }
+    count = read_remote(r, l, p, n, count, buf);
     for (unsigned i = 0; i < count; i++) {
         if (reader_is_right(r, n + i, chunk_in(r, buf, i))) {
             right |= BIT(i);
@@ -576,7 +613,7 @@ static ReaderMask fetch_once(TemplateReader *r, ReaderLink *l, uint64_t n,
             count = p->usable || right ? 1 : count;
         }
     }
-    return right & 1 && !reader_is_refuted(r) ? right : 0;
+    return reader_is_refuted(r) ? 0 : right;
 }
 
 /* For a copy; false: there will be none in time */
@@ -609,16 +646,13 @@ ReaderWait reader_wait(TemplateReader *r)
 ReaderMask reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n,
                         unsigned count, const ReaderWait *wait, uint8_t *buf)
 {
-    ReaderMask right;
+    ReaderMask right = fetch_once(r, l, n, count, buf, false);
 
-    for (int round = 0; !(right = fetch_once(r, l, n, count, buf, round));
-         round++) {
-        if (round == 0) {
-            stat64_add(&r->stats.waits, 1);
-        }
-        if (!wait_for_copy(r, wait)) {
-            return 0;
-        }
+    if (wait && !(right & 1)) {
+        stat64_add(&r->stats.waits, 1);
+    }
+    while (wait && !(right & 1) && wait_for_copy(r, wait)) {
+        right |= fetch_once(r, l, n, 1, buf, true);
     }
     return right;
 }

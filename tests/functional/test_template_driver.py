@@ -680,6 +680,59 @@ def requests(ctx):
 
 
 @test()
+def single_chunks(ctx):
+    """A chunk that no node can read, or that is damaged everywhere, fails
+    alone, whatever it is read with; so does all that is asked for at once, of
+    a node that can read only single chunks."""
+    contents = Contents(ctx)
+    cluster = StoreCluster(ctx, {'a': 1, 'c': 1}, ssd=False)
+    cluster.add('a', contents)
+    fake = FakeServer(ctx, cluster.socket('a'), {
+        contents.digest: bytes(contents.data), contents.digest + '.chunks':
+            false_list(contents, cluster, contents.data)})
+
+    def of_data(change):
+        return lambda name, offset, data: (
+            change(offset, data) if name == contents.digest else data)
+
+    def without(number):
+        """Of 16 chunks that are read at once only that one must fail, and
+        nothing waits for it."""
+        reader = Reader(ctx, cluster, 'c', contents, retry=3, timeout=60000)
+        reader.client.send(READ, 9 * MiB, MiB, tag='all')
+        for tag in range(16):
+            reader.client.send(READ, 9 * MiB + tag * CHUNK, CHUNK, tag=tag)
+        replies = [reader.client.reply() for _ in range(17)]
+        check([tag for tag, error, _ in replies if error] ==
+              [tag for tag, _, _ in replies[-2:]] and
+              {tag for tag, _, _ in replies[-2:]} == {'all', number},
+              'replies: %s', [reply[:2] for reply in replies])
+        for tag, _, data in replies[:-2]:
+            check(data == contents.data[9 * MiB + tag * CHUNK:][:CHUNK],
+                  'chunk %s is wrong', tag)
+        reader.quit()
+
+    at = 9 * MiB + 5 * CHUNK
+    fake.answer = of_data(lambda offset, data: (
+        5 if offset <= at < offset + len(data) else data))
+    without(5)
+    fake.answer = of_data(lambda offset, data: (
+        lie_in(data, 9 * MiB - offset)
+        if offset <= 9 * MiB < offset + len(data) else data))
+    without(0)
+    fake.answer = of_data(lambda offset, data: (
+        5 if len(data) > CHUNK else data))
+    reader = Reader(ctx, cluster, 'c', contents, retry=2, timeout=60000)
+    reader.verify_all()
+    check(reader.statistics()['failures'] == 0, 'failures: %s',
+          reader.info())
+    reader.bring_over()
+    reader.wait_brought()
+    reader.wait_source('c')
+    reader.verify_all()
+
+
+@test()
 def below_others(ctx):
     """Below the boot cache and linked clones; by its short name; moved
     between I/O threads, drained and reopened while it is read."""

@@ -308,8 +308,8 @@ class FakeServer:
     """An NBD server that misbehaves as it is told to.
 
     @exports: name -> contents.  A read of export @name from @offset on gets
-    what .answer(name, offset, data) gives: other bytes, fewer, or None for
-    silence.  .size(name, size) is what it says about lengths."""
+    what .answer(name, offset, data) gives: other bytes, fewer, a number for
+    an error, or None for silence.  .size(name, size) is what it says about lengths."""
 
     def __init__(self, ctx, path, exports):
         self.exports = exports
@@ -370,7 +370,10 @@ class FakeServer:
             if answer is None:
                 sock.recv(1)            # until the other end gives up
                 return
-            sock.sendall(struct.pack('>IIQ', 0x67446698, 0, cookie))
+            error = answer if isinstance(answer, int) else 0
+            sock.sendall(struct.pack('>IIQ', 0x67446698, error, cookie))
+            if error:
+                continue
             if self.trickle and name == next(iter(self.exports)):
                 for byte in answer:
                     sock.sendall(bytes([byte]))
