@@ -387,25 +387,40 @@ static void note_wrong(TemplateReader *r, Replica *p, uint64_t n)
     }
 }
 
-/* Is that part of it right by the hashes that this node made? */
-static bool is_right_by_own(const LocalCopy *copy, uint64_t offset,
-                            uint32_t bytes)
+/* Is @buf, from chunk @n of @c on, right by the hashes that this node made? */
+static bool is_right_by_own(const TemplateChunks *c, uint64_t n,
+                            const uint8_t *buf, uint32_t bytes)
 {
-    const TemplateChunks *c = copy->own;
-    g_autofree uint8_t *buf = g_malloc(c->chunk_size);
-    uint64_t end = DIV_ROUND_UP(offset + bytes, c->chunk_size);
     TemplateDigest hash;
 
-    for (uint64_t n = offset / c->chunk_size; n < end; n++) {
-        uint32_t size = template_chunk_bytes(c, n);
-
-        if (!template_pread(copy->fd, buf, size, n * c->chunk_size) ||
-            !template_sha256(buf, size, &hash, NULL) ||
+    for (uint32_t at = 0; at < bytes; at += c->chunk_size, n++) {
+        if (!template_sha256(buf + at, template_chunk_bytes(c, n), &hash,
+                             NULL) ||
             !template_digest_equal(&hash, &c->hashes[n])) {
             return false;
         }
     }
     return true;
+}
+
+/*
+ * Is the copy right by the hashes that this node made, where chunk @n is wrong
+ * by those of other nodes?  That is said of the same bytes: what was read at
+ * another time may have been an error that has passed, or mended since.
+ */
+static bool is_refuted_by(TemplateReader *r, const LocalCopy *copy, uint64_t n)
+{
+    const TemplateChunks *own = copy->own;
+    uint64_t offset = n * r->chunks->chunk_size;
+    uint64_t from = QEMU_ALIGN_DOWN(offset, own->chunk_size);
+    uint64_t end = MIN(own->length,
+                       ROUND_UP(offset + template_chunk_bytes(r->chunks, n),
+                                own->chunk_size));
+    g_autofree uint8_t *buf = g_malloc(end - from);
+
+    return template_pread(copy->fd, buf, end - from, from) &&
+           is_right_by_own(own, from / own->chunk_size, buf, end - from) &&
+           !reader_is_right(r, n, buf + (offset - from));
 }
 
 /* It is wrong by the hashes that were taken from other nodes: were they? */
@@ -416,9 +431,7 @@ static void check_agreed(TemplateReader *r, const LocalCopy *copy, uint64_t n)
     WITH_QEMU_LOCK_GUARD(&r->lock) {
         agreed = r->trust == THINVM_TEMPLATE_TRUST_AGREED;
     }
-    if (agreed && copy->own &&
-        is_right_by_own(copy, n * r->chunks->chunk_size,
-                        template_chunk_bytes(r->chunks, n))) {
+    if (agreed && copy->own && is_refuted_by(r, copy, n)) {
         reader_refute(r, "the copy on this node does not have the hashes that "
                       "were taken from other nodes");
     }
