@@ -257,6 +257,7 @@ static bool finish(Bringer *b, Error **errp)
     WITH_QEMU_LOCK_GUARD(&r->lock) {
         if (r->trust == THINVM_TEMPLATE_TRUST_AGREED) {
             r->trust = THINVM_TEMPLATE_TRUST_LOCAL;     /* it was true */
+            qatomic_set(&r->doubtful_zeroes, false);
         }
     }
     return may_come(r, errp) &&

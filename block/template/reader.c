@@ -74,7 +74,7 @@ static void chunk_unuse(TemplateReader *r, ReaderChunk *c)
         return;
     }
     if (c->ret < 0) {
-        chunk_forget(r, c);
+        chunk_free(c);
         return;
     }
     QTAILQ_INSERT_TAIL(&r->unused, c, link);
@@ -148,7 +148,7 @@ static ReaderChunk *chunk_use(TemplateReader *r, uint64_t n)
 /* ------------------------------------------------------------------ */
 /* Threads                                                             */
 
-/* NULL: it cannot be read */
+/* NULL: it cannot be read; who asks for it from now on lets it be tried again */
 static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data)
 {
     Waiter *w;
@@ -156,7 +156,11 @@ static void chunk_done(TemplateReader *r, ReaderChunk *c, uint8_t *data)
     c->ret = data ? 0 : -EIO;
     c->done = true;
     c->data = data;
-    r->memory += data ? r->chunks->chunk_size : 0;
+    if (data) {
+        r->memory += r->chunks->chunk_size;
+    } else {
+        g_hash_table_steal(r->in_memory, &c->n);
+    }
     while ((w = QSIMPLEQ_FIRST(&c->waiters))) {
         QSIMPLEQ_REMOVE_HEAD(&c->waiters, next);
         aio_co_wake(w->co);
@@ -202,11 +206,19 @@ static void run_done(TemplateReader *r, ReaderChunk **run, ReaderMask right,
     }
 }
 
+/* Who has come to ask for what was read ahead has not waited for it yet */
 static void run_failed(TemplateReader *r, ReaderChunk *c)
 {
     QEMU_LOCK_GUARD(&r->lock);
 
-    chunk_done(r, c, NULL);
+    if (c->ahead && c->users > 1) {
+        c->ahead = false;
+        c->place = 0;
+        c->users--;
+        chunk_queue(r, c);
+    } else {
+        chunk_done(r, c, NULL);
+    }
 }
 
 /* How many chunks from @first on are not in @done? */
@@ -245,7 +257,7 @@ static ReaderMask run_try(TemplateReader *r, ReaderLink *link,
     return done;
 }
 
-/* First what need not be waited for */
+/* First what need not be waited for, as nothing is that is read ahead */
 static void run_read(TemplateReader *r, ReaderLink *link, ReaderChunk **run,
                      unsigned count)
 {
@@ -258,7 +270,8 @@ static void run_read(TemplateReader *r, ReaderLink *link, ReaderChunk **run,
         if (done & BIT(i)) {
             continue;
         }
-        if (reader_fetch(r, link, run[i]->n, 1, &wait, buf)) {
+        if (!run[i]->ahead &&
+            reader_fetch(r, link, run[i]->n, 1, &wait, buf)) {
             run_done(r, run + i, 1, buf);
         } else {
             run_failed(r, run[i]);

@@ -33,6 +33,8 @@
 /* Of so much (and so many chunks) that was wrong a node is asked no more */
 #define WRONG_BYTES_MAX     (64 * MiB)
 #define WRONG_MAX           64
+/* ... and so many are told of, so that it does not fill the log */
+#define WRONG_TOLD_MAX      32
 
 static int64_t now_ms(void)
 {
@@ -378,7 +380,9 @@ static void note_wrong(TemplateReader *r, Replica *p, uint64_t n)
         p->wrong = p->wrong ?: bitmap_new(r->chunks->nb_chunks);
         set_bit(n, p->wrong);
         p->nb_wrong++;
-        tell_wrong(r, p, n);
+        if (p->local || p->nb_wrong <= WRONG_TOLD_MAX) {
+            tell_wrong(r, p, n);
+        }
     }
     /* There is no point in asking it first for everything */
     if (!p->local && p->usable && p->nb_wrong >= WRONG_MAX &&

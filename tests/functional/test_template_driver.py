@@ -733,6 +733,54 @@ def single_chunks(ctx):
 
 
 @test()
+def ahead_in_vain(ctx):
+    """What is read ahead and cannot be is not waited for; a request that has
+    joined is none that was read ahead, and one that comes later tries again."""
+    contents = Contents(ctx, size=24 * MiB)
+    cluster = StoreCluster(ctx, {'a': 1, 'c': 1}, ssd=False)
+    cluster.add('a', contents)
+    fake = FakeServer(ctx, cluster.socket('a'), {
+        contents.digest: bytes(contents.data), contents.digest + '.chunks':
+            false_list(contents, cluster, contents.data)})
+    end = 20 * MiB
+    asked, go_on, good = (threading.Event() for _ in range(3))
+
+    def answer(name, offset, data):
+        if offset + len(data) <= end or len(data) <= 512 or good.is_set():
+            return data
+        if offset >= end:
+            asked.set()
+            go_on.wait(60)
+        return 5
+
+    def read_up_to_end():
+        reader = Reader(ctx, cluster, 'c', contents, timeout=60000)
+        for offset in range(8 * MiB, end, 2 * CHUNK):
+            reader.verify(offset, 2 * CHUNK)
+        check(asked.wait(60), 'it was not read ahead')
+        return reader
+
+    fake.answer = answer
+    reader = read_up_to_end()
+    reader.client.send(READ, end, CHUNK)
+    time.sleep(0.3)             # it joins; if not it is read all the same
+    go_on.set()
+    good.set()
+    _, error, data = reader.client.reply()
+    check(not error and data == contents.data[end:end + CHUNK],
+          'a request that joined: error %d', error)
+    reader.quit()
+    good.clear()
+    reader = read_up_to_end()
+    wait_for(lambda: reader.statistics()['wrong-chunks'], 60, 'it has failed')
+    reader.verify(MiB, MiB)
+    check(reader.statistics()['waits'] == 0, 'it waits: %s',
+          reader.statistics())
+    good.set()
+    reader.verify(end, MiB)
+
+
+@test()
 def below_others(ctx):
     """Below the boot cache and linked clones; by its short name; moved
     between I/O threads, drained and reopened while it is read."""
