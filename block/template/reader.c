@@ -266,6 +266,7 @@ static void run_read(TemplateReader *r, ReaderLink *link, ReaderChunk **run,
                                  (size_t)count * r->chunks->chunk_size);
     ReaderMask done = run_try(r, link, run, count, buf);
 
+    wait.again = true;
     for (unsigned i = 0; i < count; i++) {
         if (done & BIT(i)) {
             continue;

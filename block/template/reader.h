@@ -243,6 +243,7 @@ void reader_disconnect(ReaderLink *l);
 typedef struct ReaderWait {
     int64_t deadline;
     unsigned cancelled;
+    bool again;                     /* at once ask those that had it wrong */
 } ReaderWait;
 
 ReaderWait reader_wait(TemplateReader *r);

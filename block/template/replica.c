@@ -663,7 +663,7 @@ ReaderWait reader_wait(TemplateReader *r)
 ReaderMask reader_fetch(TemplateReader *r, ReaderLink *l, uint64_t n,
                         unsigned count, const ReaderWait *wait, uint8_t *buf)
 {
-    ReaderMask right = fetch_once(r, l, n, count, buf, false);
+    ReaderMask right = fetch_once(r, l, n, count, buf, wait && wait->again);
 
     if (wait && !(right & 1)) {
         stat64_add(&r->stats.waits, 1);
