@@ -159,38 +159,73 @@ static bool is_wanted(TemplateReader *r, const Answer *a)
                          template_digest_equal(&a->root, &r->o.hashes));
 }
 
+static void set_not_found(TemplateReader *r, Error **errp)
+{
+    g_autofree char *name = reader_export_name(r, "");
+    g_autoptr(GString) why = g_string_new("");
+    unsigned told = 0;
+
+    for (unsigned i = 1; i < r->replicas->len; i++) {
+        Replica *p = g_ptr_array_index(r->replicas, i);
+
+        if (p->problem && told++ < PROBLEMS_TOLD) {
+            g_string_append_printf(why, "; node '%s': %s", p->node->name,
+                                   p->problem);
+        }
+    }
+    error_setg(errp, "No node that could be asked has template '%s'%s%s", name,
+               r->o.has_hashes ? " with the hashes that option 'hashes' names"
+                               : " and the hashes of its chunks", why->str);
+}
+
 /*
  * Of chunks of that size, from the nearest that has them; the others' say the
- * same.
+ * same.  @missed: there are some, and they cannot be read.
  */
 static TemplateChunks *take_hashes_of(TemplateReader *r, GPtrArray *answers,
-                                      uint32_t chunk_size)
+                                      uint32_t chunk_size, bool *missed)
 {
     TemplateChunks *c = NULL;
 
+    *missed = false;
     for (unsigned i = 0; !c && i < answers->len; i++) {
         Answer *a = g_ptr_array_index(answers, i);
 
         if (is_wanted(r, a) && a->chunks &&
             a->chunks->chunk_size == chunk_size) {
             c = read_hashes(r, a);
+            *missed = !c;
         }
     }
     return c;
 }
 
-/* Of the largest chunks first */
-static bool take_hashes(TemplateReader *r, GPtrArray *answers)
+/*
+ * Of the largest chunks first.  Those that cannot be read might contradict the
+ * others, so these are not believed without them.
+ */
+static bool take_hashes(TemplateReader *r, GPtrArray *answers, Error **errp)
 {
+    bool missed;
+
     for (uint32_t size = TEMPLATE_CHUNK_SIZE_MAX;
          size >= TEMPLATE_CHUNK_SIZE_MIN; size /= 2) {
-        TemplateChunks *c = take_hashes_of(r, answers, size);
+        TemplateChunks *c = take_hashes_of(r, answers, size, &missed);
 
+        if (missed && !r->o.has_hashes) {
+            error_setg(errp, "A node has the hashes of chunks of %" PRIu32
+                       " bytes, which cannot be read from it: say by option "
+                       "'hashes' which are right, or try again", size);
+            return false;
+        }
         if (c && !r->chunks) {
             r->chunks = c;
         } else if (c) {
             r->others[r->nb_others++] = c;
         }
+    }
+    if (!r->chunks) {
+        set_not_found(r, errp);
     }
     return r->chunks;
 }
@@ -305,25 +340,6 @@ bool reader_is_contradicted(TemplateReader *r, uint64_t n, const uint8_t *buf)
     return reader_is_refuted(r);
 }
 
-static void set_not_found(TemplateReader *r, Error **errp)
-{
-    g_autofree char *name = reader_export_name(r, "");
-    g_autoptr(GString) why = g_string_new("");
-    unsigned told = 0;
-
-    for (unsigned i = 1; i < r->replicas->len; i++) {
-        Replica *p = g_ptr_array_index(r->replicas, i);
-
-        if (p->problem && told++ < PROBLEMS_TOLD) {
-            g_string_append_printf(why, "; node '%s': %s", p->node->name,
-                                   p->problem);
-        }
-    }
-    error_setg(errp, "No node that could be asked has template '%s'%s%s", name,
-               r->o.has_hashes ? " with the hashes that option 'hashes' names"
-                               : " and the hashes of its chunks", why->str);
-}
-
 /* Take what has come; @wanted: there is a list among it that will do */
 static bool any_missing(TemplateReader *r, GPtrArray *answers, bool *wanted)
 {
@@ -383,11 +399,7 @@ static bool find_remote(TemplateReader *r, Error **errp)
     if (!r->o.has_hashes && !do_agree(answers, errp)) {
         return false;
     }
-    if (!take_hashes(r, answers)) {
-        set_not_found(r, errp);
-        return false;
-    }
-    return true;
+    return take_hashes(r, answers, errp);
 }
 
 /* ------------------------------------------------------------------ */

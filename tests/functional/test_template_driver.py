@@ -554,6 +554,15 @@ def sizes_and_lies(ctx):
                         hashes=hashes_of(cluster, 'a'))
         reader.verify_all()
         reader.quit()
+    # What is not to be read might have contradicted it
+    fake.answer = lambda name, offset, data: (
+        5 if name.endswith('.chunks') and offset else data)
+    open_fails(ctx, cluster, 'c', contents, 'cannot be read from it')
+    reader = Reader(ctx, cluster, 'c', contents,
+                    hashes=hashes_of(cluster, 'a'))
+    reader.verify(0, MiB)
+    reader.quit()
+    fake.answer = lambda name, offset, data: data
     # Alone; also by saying that there are zeroes
     cluster.servers['a'].kill()
     zeroed = bytes(contents.data[:9 * MiB] + bytes(MiB) +
