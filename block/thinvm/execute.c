@@ -156,13 +156,18 @@ static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
     if (ret == 0) {
         /* At most: the record that gathers now, or the one after it */
         thinvm_state_set_applying(s, st->journal.next_sequence + 1);
-        /* Before anybody can find the data */
+        /*
+         * Both before anybody can find the data: look-ups take no lock.  Who
+         * finds a part valid may write there and flush at once; if nothing
+         * were pending then, he would be told that all is safe, and with the
+         * record that makes the part valid a power cut would take his data.
+         */
         summed = x->sum && thinvm_sums_hold(st, x->sum);
+        thinvm_journal_add(st, op, summed);
         thinvm_state_apply(s, op);
         if (op->type == THINVM_OP_INVALIDATE) {
             thinvm_requests_invalidated(st);
         }
-        thinvm_journal_add(st, op, summed);
         thinvm_quarantine_add(st, s, thinvm_journal_ticket(st));
     }
     if ((ret == 0 || ret == -EALREADY) && ticket) {

@@ -336,7 +336,8 @@ void thinvm_journal_destroy(ThinvmStore *st);
 /* Forget what was not written; only where nothing is promised any more */
 void thinvm_journal_drop(ThinvmStore *st);
 /*
- * Append an applied operation to the pending record.  @summed: the checksum of
+ * Append an operation that is about to be applied, under the same hold of the
+ * state lock, to the pending record.  @summed: the checksum of
  * its data was passed to thinvm_sums_hold() just now.  State lock held
  */
 void thinvm_journal_add(ThinvmStore *st, const ThinvmOp *op, bool summed);

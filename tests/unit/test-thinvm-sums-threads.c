@@ -22,6 +22,7 @@
 #include "qemu/lockable.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
+#include "qemu/rcu.h"
 #include "block/aio.h"
 #include "iothread.h"
 #include "thinvm-crash-model.h"
@@ -839,6 +840,73 @@ static void test_discarded(void)
     tear_down();
 }
 
+/* ------------------------------------------------------------------ */
+/* Who finds a mapping can flush it                                    */
+
+#define FIND_ROUNDS     2000
+
+static unsigned find_round, found_round;    /* qatomic */
+static unsigned nb_found_early;
+
+/* Looks up without a lock, as a write does that comes at the right moment */
+static void *finder(void *opaque)
+{
+    ThinvmState *s = thinvm_store_state(store);
+    ThinvmMapping m;
+
+    rcu_register_thread();
+    for (unsigned round = 1; round <= FIND_ROUNDS; round++) {
+        while (qatomic_read(&find_round) != round) {
+            sched_yield();
+        }
+        do {
+            m.type = THINVM_MAPPING_NONE;
+            thinvm_state_lookup_cached(s, THINVM_TREE_DISK, 0, 1, false, &m);
+        } while (m.type != THINVM_MAPPING_DATA);
+        nb_found_early += !qatomic_read(&store->journal.pending_length);
+        qatomic_store_release(&found_round, round);
+    }
+    rcu_unregister_thread();
+    return NULL;
+}
+
+static void coroutine_fn finding_entry(void *opaque)
+{
+    g_autofree uint8_t *buf = g_malloc(IMAGE_CLUSTER);
+
+    for (unsigned round = 1; round <= FIND_ROUNDS; round++) {
+        qatomic_set(&find_round, round);
+        guest_write(0, IMAGE_SECTORS, buf);
+        while (qatomic_load_acquire(&found_round) != round) {
+            sched_yield();
+        }
+        guest_zero(0, IMAGE_SECTORS, true, true);
+        guest_flush();
+        if (round % 16 == 0) {
+            g_assert_cmpint(thinvm_store_reclaim(store, true), ==, 0);
+        }
+    }
+    done();
+}
+
+/*
+ * A flush that follows finds something to do: the operation is pending before
+ * its mapping can be found.  (With the two exchanged, up to nine rounds of ten
+ * find it too early; none, if both threads share a processor.)
+ */
+static void test_found(void)
+{
+    QemuThread thread;
+
+    set_up();
+    find_round = found_round = nb_found_early = 0;
+    qemu_thread_create(&thread, "finder", finder, NULL, QEMU_THREAD_JOINABLE);
+    in_main(finding_entry);
+    qemu_thread_join(&thread);
+    g_assert_cmpuint(nb_found_early, ==, 0);
+    tear_down();
+}
+
 int main(int argc, char **argv)
 {
     module_call_init(MODULE_INIT_TRACE);
@@ -847,6 +915,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/thinvm/sums-threads/zeroed", test_zeroed);
     g_test_add_func("/thinvm/sums-threads/discarded", test_discarded);
+    g_test_add_func("/thinvm/sums-threads/found", test_found);
     /* Which interleavings it meets is chance: not for each run of all tests */
     if (g_test_slow()) {
         g_test_add_func("/thinvm/sums-threads/cuts", test_threads);
