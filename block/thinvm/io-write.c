@@ -34,9 +34,12 @@ typedef enum WriteKind {
     WRITE_VALIDATE,
     /* into a cluster that another writer has reserved: likewise */
     WRITE_JOIN,
-    /* new clusters where there was no data: likewise, once reserved */
+    /* new clusters where there were none: likewise, once reserved */
     WRITE_NEW,
-    /* new clusters in the place of shared data: registered alone */
+    /* new clusters in the place of shared ones, be it that no part of them is
+       valid: registered alone.  When the last snapshot that shares them goes
+       they are the disk's own again, and who finds them so must not go on in
+       there while others are on their way to the new ones */
     WRITE_COPY,
 } WriteKind;
 
@@ -213,6 +216,19 @@ static ThinvmSource GRAPH_RDLOCK new_source(const WriteChunk *c)
     return thinvm_mapping_source(&c->old);
 }
 
+/*
+ * How many clusters of a copy does one operation map?  Those that are valid, or
+ * written, as a whole; or one.
+ */
+static uint64_t copied_together(const WriteChunk *c)
+{
+    if (old_valid(c) == THINVM_ALL_VALID) {
+        return c->count;
+    }
+    return ragged(c, c->first) ? 1 :
+           c->count - ragged(c, c->first + c->count - 1);
+}
+
 /* Registered alone on c->count clusters that have no place of their own */
 static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
 {
@@ -222,6 +238,9 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
 
     shorten(c, MIN(c->old.count, THINVM_ENTRIES_PER_LEAF -
                                  c->first % THINVM_ENTRIES_PER_LEAF));
+    if (c->old.type == THINVM_MAPPING_DATA) {
+        shorten(c, copied_together(c));
+    }
     ret = thinvm_volume_reserve(s, s->store, goal(c), c->count,
                                 &c->physical, &c->count);
     if (ret < 0) {
@@ -233,7 +252,7 @@ static int coroutine_fn GRAPH_RDLOCK reserve(WriteChunk *c)
     trace_thinvm_write_allocate(c->bs, c->tree, c->offset, c->bytes, c->first,
                                 c->count, c->physical, c->old.type);
 
-    if (old_valid(c)) {
+    if (c->old.type == THINVM_MAPPING_DATA) {
         c->kind = WRITE_COPY;
         thinvm_inflight_place(s, &c->inflight, c->count, c->physical);
         return 0;
@@ -738,15 +757,11 @@ static int coroutine_fn publish_new(WriteChunk *c)
 
 static int coroutine_fn publish_copy(WriteChunk *c)
 {
-    uint16_t valid = c->old.valid;
+    uint16_t valid = c->old.valid | touched_in(c, c->first);
     ThinvmOp op;
     int ret;
 
-    if (c->count == 1) {
-        valid |= touched_in(c, c->first);
-    } else {
-        assert(valid == THINVM_ALL_VALID);
-    }
+    assert(c->count == 1 || valid == THINVM_ALL_VALID);
     op = (ThinvmOp) {
         .type = THINVM_OP_MAP,
         .tree = c->tree,

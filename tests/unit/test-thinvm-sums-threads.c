@@ -907,6 +907,77 @@ static void test_found(void)
     tear_down();
 }
 
+/* ------------------------------------------------------------------ */
+/* Writes to a cluster that is shared no more                          */
+
+/* A write of a coroutine's own */
+typedef struct Guest {
+    uint64_t sector;
+    unsigned nb;
+    bool ended;
+} Guest;
+
+static void coroutine_fn guest_entry(void *opaque)
+{
+    g_autofree uint8_t *buf = g_malloc(DISK_CLUSTERS * IMAGE_CLUSTER);
+    Guest *g = opaque;
+
+    guest_write(g->sector, g->nb, buf);
+    g->ended = true;
+    done();
+}
+
+/*
+ * @first finds a cluster that a snapshot shares, none of whose parts are valid,
+ * and writes to a new one; it is late.  The snapshot goes, so @second finds
+ * that the old one is the disk's own.
+ */
+static void coroutine_fn lose_snapshot(Guest first, Guest second)
+{
+    g_autofree uint8_t *buf = g_malloc(DISK_CLUSTERS * IMAGE_CLUSTER);
+
+    guest_write(0, DISK_SECTORS, buf);
+    guest_zero(0, DISK_SECTORS, false, false);
+    snapshot_create();
+    WITH_QEMU_LOCK_GUARD(&sim.lock) {
+        sim.hold_next = true;
+    }
+    begin(main_context, guest_entry, &first);
+    while (!is_held(&sim)) {
+        sim_yield(&sim);
+    }
+    snapshot_delete();
+    begin(main_context, guest_entry, &second);
+    turns(&sim, 400);
+    WITH_QEMU_LOCK_GUARD(&sim.lock) {
+        sim.held = false;
+    }
+    while (!first.ended || !second.ended) {
+        sim_yield(&sim);
+    }
+    guest_flush();
+    verify_now();
+}
+
+/* A part each; then several clusters, of which one end is ragged */
+static void coroutine_fn unshared_entry(void *opaque)
+{
+    lose_snapshot((Guest) { 2 * PART_SECTORS, 1 },
+                  (Guest) { 3 * PART_SECTORS, 1 });
+    lose_snapshot((Guest) { 5 * PART_SECTORS + 1, 3 * IMAGE_SECTORS },
+                  (Guest) { 2 * PART_SECTORS, 1 });
+    lose_snapshot((Guest) { 0, 2 * IMAGE_SECTORS + PART_SECTORS },
+                  (Guest) { 2 * IMAGE_SECTORS + 7 * PART_SECTORS, 1 });
+    done();
+}
+
+static void test_unshared(void)
+{
+    set_up();
+    in_main(unshared_entry);
+    tear_down();
+}
+
 int main(int argc, char **argv)
 {
     module_call_init(MODULE_INIT_TRACE);
@@ -916,6 +987,7 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/sums-threads/zeroed", test_zeroed);
     g_test_add_func("/thinvm/sums-threads/discarded", test_discarded);
     g_test_add_func("/thinvm/sums-threads/found", test_found);
+    g_test_add_func("/thinvm/sums-threads/unshared", test_unshared);
     /* Which interleavings it meets is chance: not for each run of all tests */
     if (g_test_slow()) {
         g_test_add_func("/thinvm/sums-threads/cuts", test_threads);
