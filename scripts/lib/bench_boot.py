@@ -21,8 +21,10 @@
 
 import argparse
 import fcntl
+import itertools
 import json
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -245,16 +247,32 @@ class Storm:
                   machine.name, found, self.digest)
 
 
+def median(runs, value):
+    return statistics.median(value(r) for r in runs)
+
+
 def table(results):
-    ones = {r['way']: r['bytes'] for r in results if r['guests'] == 1}
-    lines = ['way    guests  MiB sent  of one guest  slowest s  MiB cached']
+    """Medians for each way and number of guests; time as a ratio, too."""
+    groups = {}
     for r in results:
-        one = ones.get(r['way'])
-        lines.append('%-6s %6d %9.1f %13s %10.1f  %10s' % (
-            r['way'], r['guests'], r['bytes'] / MIB,
-            '%.3f' % (r['bytes'] / one) if one else '-', r['seconds'],
-            '%.1f' % (r['publisher']['used-bytes'] / MIB)
-            if 'publisher' in r else '-'))
+        groups.setdefault((r['way'], r['guests']), []).append(r)
+    sent = {key: median(runs, lambda r: r['bytes'])
+            for key, runs in groups.items()}
+    slowest = {key: median(runs, lambda r: r['seconds'])
+               for key, runs in groups.items()}
+    lines = ['way    guests  MiB sent  of one guest  slowest s   (range)      '
+             '  of local  MiB cached']
+    for (way, guests), runs in groups.items():
+        key, one, local = (way, guests), (way, 1), ('local', guests)
+        seconds = [r['seconds'] for r in runs]
+        lines.append('%-6s %6d %9.1f %13s %10.1f  %-15s %8s  %10s' % (
+            way, guests, sent[key] / MIB,
+            '%.3f' % (sent[key] / sent[one]) if one in sent else '-',
+            slowest[key], '(%.1f..%.1f)' % (min(seconds), max(seconds)),
+            '%.3f' % (slowest[key] / slowest[local])
+            if local in slowest else '-',
+            '%.1f' % (median(runs, lambda r: r['publisher']['used-bytes']) /
+                      MIB) if 'publisher' in runs[0] else '-'))
     return '\n'.join(lines)
 
 
@@ -273,6 +291,8 @@ def parse_args():
                    help='how many at a time (default: 1,2,4,8)')
     p.add_argument('--ways', default=','.join(WAYS),
                    help='default: ' + ','.join(WAYS))
+    p.add_argument('--runs', type=int, default=1,
+                   help='how often; the ways alternate in each (default: 1)')
     p.add_argument('--format', default='thinvm',
                    help='of the overlays (default: thinvm)')
     p.add_argument('--rate', type=int, default=100,
@@ -293,6 +313,11 @@ def parse_args():
     for way in args.ways:
         if way not in WAYS:
             p.error(f'there is no way "{way}", only ' + ', '.join(WAYS))
+    if 'again' in args.ways and \
+            'cache' not in args.ways[:args.ways.index('again')]:
+        p.error('--ways: "again" needs the recording of "cache" before it')
+    if args.runs < 1:
+        p.error('--runs: at least 1')
     return args
 
 
@@ -312,10 +337,10 @@ def main():
     with Context('bench-boot', build=str(args.build)) as ctx:
         try:
             storm = Storm(ctx, args)
-            for way in args.ways:
-                for count in args.guests:
-                    results.append(storm.run(way, count))
-                    print(table(results[-1:]).splitlines()[-1], flush=True)
+            for _, count, way in itertools.product(range(args.runs),
+                                                   args.guests, args.ways):
+                results.append(storm.run(way, count))
+                print(table(results[-1:]).splitlines()[-1], flush=True)
         except (Failure, boot_template.TemplateError) as err:
             print(f'bench-boot: {err}', file=sys.stderr)
             return 1
