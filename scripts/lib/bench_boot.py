@@ -267,7 +267,7 @@ def table(results):
         seconds = [r['seconds'] for r in runs]
         lines.append('%-6s %6d %9.1f %13s %10.1f  %-15s %8s  %10s' % (
             way, guests, sent[key] / MIB,
-            '%.3f' % (sent[key] / sent[one]) if one in sent else '-',
+            '%.3f' % (sent[key] / sent[one]) if sent.get(one) else '-',
             slowest[key], '(%.1f..%.1f)' % (min(seconds), max(seconds)),
             '%.3f' % (slowest[key] / slowest[local])
             if local in slowest else '-',
