@@ -743,8 +743,12 @@ uint64_t thinvm_store_ticket(ThinvmStore *st)
 
 int coroutine_fn thinvm_store_commit_ticket(ThinvmStore *st, uint64_t ticket)
 {
+    ThinvmJournal *j = &st->journal;
+
     WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (st->journal.written_sequence >= ticket) {
+        /* What a failed flush may have lost counts as not written */
+        if (ticket <= (j->rewrite ? j->flushed_sequence :
+                                    j->written_sequence)) {
             return 0;
         }
     }
