@@ -63,6 +63,8 @@ typedef struct Execution {
     bool unmap, internal;       /* see thinvm_store_execute_internal() */
     bool extended;              /* no (more) extension ahead of need */
     bool kick;                  /* the worker, when the lock is released */
+    bool hides;                 /* takes a snapshot out of the lists */
+    bool hidden;                /* it was out of them, durably */
     uint64_t remaining;         /* of an unmap: clusters that are asked for */
     unsigned rereads, extensions, releases;     /* tried so far */
     ThinvmNeeds needs;
@@ -76,6 +78,7 @@ typedef enum Obstacle {
     OBSTACLE_PAGES,             /* pages are not in memory */
     OBSTACLE_NO_METADATA,       /* and no place for a page is left */
     OBSTACLE_HELD,              /* only two bases hold the place it needs */
+    OBSTACLE_LISTED,            /* a power cut might list the snapshot again */
 } Obstacle;
 
 /* Before anything is tried.  State lock held */
@@ -105,6 +108,33 @@ static Obstacle find_obstacle(Execution *x)
         x->kick = thinvm_store_extend_later(st);
     }
     return OBSTACLE_NONE;
+}
+
+/*
+ * Deleting a snapshot begins with a step that hides it; the next ones give up
+ * its clusters, which may make them the disk's own, to be overwritten in
+ * place.  So the first must be durable before the second: else a power cut
+ * could list the snapshot again, with what was overwritten.  Several may be on
+ * their way at a time, and the same one by two that delete it; so what counts
+ * is what the record says now, and any hiding that is not durable is waited
+ * for.  State lock held
+ */
+static Obstacle look_at_deletion(Execution *x)
+{
+    ThinvmStore *st = x->st;
+    ThinvmSnapshot snap;
+    int ret = thinvm_snapshot_read(x->s, x->op->guest, &snap, &x->needs, NULL);
+
+    if (ret == -EAGAIN) {
+        return OBSTACLE_PAGES;
+    }
+    x->hides = ret == 0 && !(snap.flags & THINVM_SNAPSHOT_HIDDEN);
+    if (ret < 0 || x->hides || x->hidden) {
+        return OBSTACLE_NONE;   /* an error: prepare has the words for it */
+    }
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->hidden_sequence > st->journal.flushed_sequence ?
+           OBSTACLE_LISTED : OBSTACLE_NONE;
 }
 
 /*
@@ -165,6 +195,9 @@ static int try_execute(Execution *x, uint64_t *ticket, Error **errp)
         summed = x->sum && thinvm_sums_hold(st, x->sum);
         thinvm_journal_add(st, op, summed);
         thinvm_state_apply(s, op);
+        if (x->hides) {
+            st->hidden_sequence = thinvm_journal_ticket(st);
+        }
         if (op->type == THINVM_OP_INVALIDATE) {
             thinvm_requests_invalidated(st);
         }
@@ -192,6 +225,10 @@ static int coroutine_fn attempt(Execution *x, Obstacle *obstacle,
         error_setg_errno(errp, -ret, "The image is not open for writing");
     } else {
         *obstacle = find_obstacle(x);
+        if (*obstacle == OBSTACLE_NONE &&
+            x->op->type == THINVM_OP_SNAPSHOT_DELETE_STEP) {
+            *obstacle = look_at_deletion(x);
+        }
         if (*obstacle == OBSTACLE_NONE) {
             ret = try_execute(x, ticket, errp);
             *obstacle = ret < 0 ? name_obstacle(x, ret, false) : OBSTACLE_NONE;
@@ -257,6 +294,13 @@ static int coroutine_fn overcome(Execution *x, Obstacle obstacle, Error **errp)
         return 0;
     case OBSTACLE_HELD:
         return thinvm_store_checkpoint(x->st) < 0 ? -ENOSPC : 0;
+    case OBSTACLE_LISTED:
+        ret = thinvm_store_commit(x->st, THINVM_COMMIT_DURABLE, true);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write to the journal");
+        }
+        x->hidden = ret == 0;
+        return ret;
     default:
         g_assert_not_reached();
     }
@@ -323,32 +367,6 @@ static void kick_if_due(ThinvmStore *st)
     }
 }
 
-/*
- * Deleting a snapshot begins with a step that hides it; the next ones give up
- * its clusters, which may make them the disk's own, to be overwritten in
- * place.  So the first must be durable before the second: else a power cut
- * could list the snapshot again, with what was overwritten.
- */
-static int coroutine_fn settle_deletion(ThinvmStore *st, const ThinvmOp *op)
-{
-    WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (st->deleting_id != op->value ||
-            st->deleting_sequence <= st->journal.flushed_sequence) {
-            return 0;
-        }
-    }
-    return thinvm_store_commit(st, THINVM_COMMIT_DURABLE, true);
-}
-
-static void note_deletion(ThinvmStore *st, const ThinvmOp *op, uint64_t ticket)
-{
-    QEMU_LOCK_GUARD(&st->lock);
-    if (st->deleting_id != op->value) {
-        st->deleting_id = op->value;
-        st->deleting_sequence = ticket;
-    }
-}
-
 int coroutine_fn thinvm_store_execute(ThinvmStore *st, const ThinvmOp *op,
                                       uint64_t *ticket, Error **errp)
 {
@@ -360,27 +378,11 @@ int coroutine_fn thinvm_store_execute_summed(ThinvmStore *st,
                                              const ThinvmDataSum *sum,
                                              uint64_t *ticket, Error **errp)
 {
-    bool deletes = op->type == THINVM_OP_SNAPSHOT_DELETE_STEP;
     ThinvmOp copy = *op;
-    uint64_t own_ticket;
-    int ret;
+    int ret = execute(st, &copy, sum, false, false, ticket, errp);
 
-    if (deletes) {
-        ret = settle_deletion(st, op);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write to the journal");
-            return ret;
-        }
-    }
-    ret = execute(st, &copy, sum, false, false, &own_ticket, errp);
     if (ret < 0) {
         return ret;
-    }
-    if (deletes) {
-        note_deletion(st, op, own_ticket);
-    }
-    if (ticket) {
-        *ticket = own_ticket;
     }
     kick_if_due(st);
     return 0;

@@ -245,8 +245,8 @@ struct ThinvmStore {
     uint64_t extend_free, extend_device;
     uint64_t shrunk_length;     /* of the device when the image gave up its
                                    end; qatomic */
-    uint64_t deleting_id;       /* of the snapshot being deleted; st->lock */
-    uint64_t deleting_sequence; /* record that hides it */
+    uint64_t hidden_sequence;   /* record that hides the snapshot which was
+                                   hidden last; state lock */
 
     /* replay.c: following */
     bool following;             /* somebody catches up; st->lock */
