@@ -14,7 +14,7 @@
 #include "qemu/cutils.h"
 #include "qemu/option.h"
 #include "system/block-backend.h"
-#include "thinvm.h"
+#include "io.h"
 #include "trace.h"
 
 QemuOptsList thinvm_amend_opts = {
@@ -89,8 +89,8 @@ thinvm_shrink(BlockDriverState *bs, uint64_t old, uint64_t size, Error **errp)
 /*
  * What becomes visible must read as zeroes.  In the last cluster, that is
  * what an earlier and larger disk may have left; after it, the backing file
- * if it is longer than this disk was (@zero), and it must be hidden before
- * the new size can become durable.
+ * if it is longer than this disk was (@zero), or may be for all we know as it
+ * is not open; and it must be hidden before the new size can become durable.
  */
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_enlarge(BlockDriverState *bs, uint64_t old, uint64_t size, bool zero,
@@ -100,13 +100,11 @@ thinvm_enlarge(BlockDriverState *bs, uint64_t old, uint64_t size, bool zero,
     uint64_t first = thinvm_clusters(s, old);
     int ret;
 
-    ret = thinvm_io_zero_tail(bs, old);
+    ret = thinvm_io_zero_tail(bs, old, errp);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot clear the rest of the last "
-                         "cluster, from offset %" PRIu64, old);
         return ret;
     }
-    if (zero) {
+    if (zero || thinvm_backing_is_closed(bs)) {
         ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, first,
                                  thinvm_clusters(s, size) - first,
                                  THINVM_SOURCE_ZERO, NULL, errp);

@@ -12,6 +12,7 @@
  * overlaps comes before it or after it, whole.
  */
 #include "qemu/osdep.h"
+#include "qapi/error.h"
 #include "io.h"
 #include "trace.h"
 
@@ -323,24 +324,46 @@ thinvm_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     return ret;
 }
 
-int coroutine_fn GRAPH_RDLOCK
-thinvm_io_zero_tail(BlockDriverState *bs, uint64_t old_size)
+bool GRAPH_RDLOCK thinvm_backing_is_closed(BlockDriverState *bs)
+{
+    return thinvm_has_backing(bs) && !bs->backing;
+}
+
+/*
+ * A backing file that is not open reads as zeroes now, and shows when it is.
+ * Hiding what of it is behind the old end writes whole parts: that with the
+ * old end in it cannot be filled up with what is before it.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+zero_tail_closed(BlockDriverState *bs, uint64_t old_size, uint64_t bytes,
+                 const ThinvmMapping *m, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
-    uint64_t bytes = ROUND_UP(old_size, s->cluster_size) - old_size;
-    ThinvmMapping m;
-    int64_t backing_size;
-    int ret;
+    uint64_t part_size = 1ULL << thinvm_part_bits(s);
+    uint16_t valid = m->type == THINVM_MAPPING_DATA ? m->valid : 0;
 
-    if (!bytes) {
+    if (!QEMU_IS_ALIGNED(old_size, part_size) &&
+        !(valid & thinvm_parts_touched(s, old_size, 1))) {
+        error_setg(errp, "The disk ends at offset %" PRIu64 ", which is no "
+                   "multiple of %" PRIu64 ", amid what its backing file '%s' "
+                   "shows; to be enlarged it must be opened with its backing "
+                   "file", old_size, part_size, bs->auto_backing_file);
+        return -ENOTSUP;
+    }
+    return write_zero_data(bs, old_size, bytes);
+}
+
+/* Of the last cluster, which @m maps, without words for an error */
+static int coroutine_fn GRAPH_RDLOCK
+zero_tail_open(BlockDriverState *bs, uint64_t old_size, uint64_t bytes,
+               const ThinvmMapping *m)
+{
+    int64_t backing_size;
+
+    if (reads_as_zero(bs, old_size, bytes, m)) {
         return 0;
     }
-    ret = thinvm_lookup(s, s->store, THINVM_TREE_DISK, old_size, bytes, false,
-                        &m);
-    if (ret < 0 || reads_as_zero(bs, old_size, bytes, &m)) {
-        return ret;
-    }
-    if (m.type == THINVM_MAPPING_NONE) {
+    if (m->type == THINVM_MAPPING_NONE) {
         backing_size = bdrv_co_getlength(bs->backing->bs);
         if (backing_size < 0) {
             return backing_size;
@@ -350,4 +373,32 @@ thinvm_io_zero_tail(BlockDriverState *bs, uint64_t old_size)
         }
     }
     return write_zero_data(bs, old_size, bytes);
+}
+
+int coroutine_fn GRAPH_RDLOCK
+thinvm_io_zero_tail(BlockDriverState *bs, uint64_t old_size, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    uint64_t bytes = ROUND_UP(old_size, s->cluster_size) - old_size;
+    Error *local_err = NULL;
+    ThinvmMapping m;
+    int ret;
+
+    if (!bytes) {
+        return 0;
+    }
+    ret = thinvm_lookup(s, s->store, THINVM_TREE_DISK, old_size, bytes, false,
+                        &m);
+    if (ret == 0 && thinvm_backing_is_closed(bs) &&
+        thinvm_mapping_source(&m) == THINVM_SOURCE_BACKING) {
+        ret = zero_tail_closed(bs, old_size, bytes, &m, &local_err);
+    } else if (ret == 0) {
+        ret = zero_tail_open(bs, old_size, bytes, &m);
+    }
+    if (ret < 0 && !local_err) {
+        error_setg_errno(&local_err, -ret, "Cannot clear the rest of the last "
+                         "cluster, from offset %" PRIu64, old_size);
+    }
+    error_propagate(errp, local_err);
+    return ret;
 }

@@ -108,6 +108,8 @@ static inline bool thinvm_still_owner(BDRVThinvmState *s)
  * invalid in a new cluster may as well be known as zeroes.
  */
 bool GRAPH_RDLOCK thinvm_has_backing(BlockDriverState *bs);
+/* There is one, and it is not opened */
+bool GRAPH_RDLOCK thinvm_backing_is_closed(BlockDriverState *bs);
 
 static inline bool GRAPH_RDLOCK
 thinvm_source_is_zero(BlockDriverState *bs, int tree, ThinvmSource source)

@@ -228,7 +228,7 @@ int coroutine_fn GRAPH_RDLOCK
 thinvm_co_load_vmstate(BlockDriverState *bs, QEMUIOVector *qiov, int64_t pos);
 /* Bytes [offset, old end) of the last cluster become zeroes; for growing */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_io_zero_tail(BlockDriverState *bs, uint64_t old_size);
+thinvm_io_zero_tail(BlockDriverState *bs, uint64_t old_size, Error **errp);
 /* Map [offset, offset + bytes) without data: metadata, falloc, full */
 int coroutine_fn GRAPH_RDLOCK
 thinvm_io_preallocate(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
