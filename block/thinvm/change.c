@@ -70,16 +70,36 @@ thinvm_resize(BlockDriverState *bs, uint64_t size, Error **errp)
     return thinvm_store_execute(s->store, &op, NULL, errp);
 }
 
+/*
+ * What is mapped from cluster @first up to @end goes.  Registered alone: a
+ * write that is on its way there must not map its cluster behind us, which
+ * would then show when the disk grows.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_unmap_alone(BDRVThinvmState *s, uint64_t first, uint64_t end,
+                   Error **errp)
+{
+    ThinvmInflight inflight;
+    int ret;
+
+    if (first == end) {
+        return 0;
+    }
+    thinvm_inflight_begin_exclusive(s, &inflight, THINVM_TREE_DISK, first,
+                                    end - first);
+    ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, first, end - first,
+                             THINVM_SOURCE_BACKING, NULL, errp);
+    thinvm_inflight_end_request(s, &inflight);
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_shrink(BlockDriverState *bs, uint64_t old, uint64_t size, Error **errp)
 {
     BDRVThinvmState *s = bs->opaque;
-    uint64_t first = thinvm_clusters(s, size);
-    int ret;
+    int ret = thinvm_unmap_alone(s, thinvm_clusters(s, size),
+                                 thinvm_clusters(s, old), errp);
 
-    ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, first,
-                             thinvm_clusters(s, old) - first,
-                             THINVM_SOURCE_BACKING, NULL, errp);
     if (ret < 0) {
         return ret;
     }
@@ -260,9 +280,8 @@ thinvm_co_make_empty(BlockDriverState *bs, void *opaque, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = thinvm_store_unmap(s->store, THINVM_TREE_DISK, 0,
-                             thinvm_clusters(s, thinvm_virtual_size(s)),
-                             THINVM_SOURCE_BACKING, NULL, errp);
+    ret = thinvm_unmap_alone(s, 0, thinvm_clusters(s, thinvm_virtual_size(s)),
+                             errp);
     if (ret < 0) {
         return ret;
     }
