@@ -93,6 +93,7 @@ static int coroutine_fn read_page(ThinvmStore *st, ThinvmState *s,
 
 void thinvm_page_read_init(ThinvmStore *st)
 {
+    st->bad_block = UINT64_MAX;     /* none */
     for (unsigned i = 0; i < THINVM_BLOCK_READS; i++) {
         qemu_co_queue_init(&st->block_reads[i].waiters);
     }

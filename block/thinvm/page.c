@@ -14,8 +14,10 @@
  * and in the hash by its place, unless no pointer names it any more.
  *
  * Invariant 3: bytes from a device come in by thinvm_state_insert_page(), or by
- * its sister for neighbours, and no page before check_page() has judged it.  Own invariant: a page whose generation is not the one that is
- * being built, or that several pointers name, is never changed.
+ * its sister for neighbours, and no page before check_page() has judged it.
+ *
+ * Own invariant: a page whose generation is not the one that is being built, or
+ * that several pointers name, is never changed.
  */
 #include "qemu/osdep.h"
 #include "qemu/memalign.h"
