@@ -248,14 +248,22 @@ thinvm_co_snapshot_create(BlockDriverState *bs, void *opaque, Error **errp)
     return ret;
 }
 
+/*
+ * Nothing that is private becomes shared while requests are in flight: who
+ * overwrites in place relies on it (inflight.h).  Most callers have drained
+ * some node above this one, but not all, and others may use this one.
+ */
 int thinvm_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn_info)
 {
     ThinvmSnapshotCo c = {
         .info = sn_info,
     };
     Error *local_err = NULL;
-    int ret = thinvm_run(bs, thinvm_co_snapshot_create, &c, &local_err);
+    int ret;
 
+    bdrv_drained_begin(bs);
+    ret = thinvm_run(bs, thinvm_co_snapshot_create, &c, &local_err);
+    bdrv_drained_end(bs);
     if (ret < 0) {
         /* The callback only has room for a number */
         error_reportf_err(local_err, "Snapshot '%s': ", sn_info->name);
