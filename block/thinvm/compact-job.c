@@ -7,9 +7,10 @@
  * is moved and how, and keeps the guest's writes off what is being moved:
  *
  * While the job runs it counts as one who copies (s->copiers), so that a write
- * into a private cluster registers too.  Writes that began before it counted
- * have not seen that; before anything is moved all of these have left.  What
- * is moved is then registered alone, as an allocation is (inflight.h).
+ * into a private cluster registers too, until it has ended.  Writes that began
+ * before it counted have not seen that; before anything is moved all of these
+ * have left.  What is moved is then registered alone, as an allocation is
+ * (inflight.h).
  *
  * It stands still while the node is drained (job.c): snapshots are taken, and
  * gone back to, between two steps.

@@ -7,6 +7,8 @@
  *
  *  - A plain overwrite of valid parts of a private cluster registers nothing.
  *    The store's request epochs keep the cluster from reuse until it left.
+ *    While clusters may be copied or moved (thinvm_inflight_may_copy()) it
+ *    registers these parts, until its data are written.
  *  - A write that makes parts of a mapped cluster valid registers these parts.
  *    Two such writes of one cluster go on side by side as long as they touch
  *    different parts: a part that one of them fills must not be written by
@@ -81,12 +83,17 @@ static inline uint64_t thinvm_inflight_end(const ThinvmInflight *f)
 }
 
 /*
- * May somebody be copying a shared cluster to a new place?  A write into a
- * cluster that is private registers nothing; but the cluster may have been
- * shared when a copy of it began, and be private since the last snapshot that
- * shared it was deleted: then the copy would take the place of what is written
- * now.  To be asked after the look-up that found it private; if so the write
- * registers, which waits for the copy, and looks up again.
+ * May somebody be copying a cluster to a new place?  A write into a cluster
+ * that is private registers nothing; but
+ *  - it may have been shared when a copy of it began, and be private since the
+ *    last snapshot that shared it was deleted;
+ *  - somebody may be moving what is private (thinvm_inflight_begin_moving()):
+ * then the copy would take the place of what is written now.  To be asked
+ * after the look-up that found it private; if so the write registers, which
+ * waits for a copy that has begun, looks up again, and stays registered until
+ * its data are written: a move that begins meanwhile waits for them.
+ *
+ * For copies of what is shared, why the answer is right:
  *
  * A copier counts itself in s->copiers before the look-up that finds the
  * cluster shared, and nothing that is private becomes shared while requests
@@ -115,8 +122,10 @@ void coroutine_fn thinvm_inflight_begin_parts(BDRVThinvmState *s,
 /*
  * Private clusters are about to be copied, too, not only shared ones.  Writes
  * in place that looked up before know nothing of it: after begin_moving the
- * caller waits until all requests that are running have left, and only then
- * registers what it moves, alone.  Any context.
+ * caller waits until all requests that are running have left.  From then on
+ * thinvm_inflight_may_copy() says yes to all that look up, so that each write
+ * is registered as long as it writes, in place too: who registers what he
+ * moves, alone, has no writer there until he ends that.  Any context.
  */
 void thinvm_inflight_begin_moving(BDRVThinvmState *s);
 void coroutine_fn thinvm_inflight_end_moving(BDRVThinvmState *s);

@@ -27,8 +27,8 @@
 #include "trace.h"
 
 typedef enum WriteKind {
-    /* all parts are valid and the cluster is private: registers nothing (but
-       see thinvm_inflight_may_copy()) */
+    /* all parts are valid and the cluster is private: registers nothing, or
+       all the same, see thinvm_inflight_may_copy() */
     WRITE_IN_PLACE,
     /* private cluster, some parts become valid: registered for its parts */
     WRITE_VALIDATE,
@@ -70,7 +70,8 @@ typedef struct WriteChunk {
     uint64_t physical;              /* of the first cluster */
     bool summed;                    /* the data have this checksum */
     ThinvmDataSum sum;
-    ThinvmInflight inflight;        /* unless WRITE_IN_PLACE */
+    bool registered;                /* though it is WRITE_IN_PLACE */
+    ThinvmInflight inflight;
 } WriteChunk;
 
 static size_t qiov_offset(const WriteChunk *c)
@@ -146,17 +147,14 @@ static int coroutine_fn prepare_registered_parts(WriteChunk *c)
         assert(!c->inflight.exclusive);
         shorten(c, c->old.count);
         c->physical = c->old.physical;
-        if (!all_valid(c)) {
-            c->kind = WRITE_VALIDATE;
-            thinvm_inflight_shorten(s, &c->inflight, end_part(c));
-            return 0;
-        }
-        c->kind = WRITE_IN_PLACE;
-    } else if (ret == 0) {
-        ret = -EAGAIN;
+        c->kind = all_valid(c) ? WRITE_IN_PLACE : WRITE_VALIDATE;
+        /* in place, too: who moves the cluster must wait for our data */
+        c->registered = true;
+        thinvm_inflight_shorten(s, &c->inflight, end_part(c));
+        return 0;
     }
     thinvm_inflight_end_request(s, &c->inflight);
-    return ret;
+    return ret < 0 ? ret : -EAGAIN;
 }
 
 static int coroutine_fn prepare_parts(WriteChunk *c)
@@ -804,7 +802,7 @@ static void coroutine_fn finish(WriteChunk *c)
     BDRVThinvmState *s = c->bs->opaque;
     uint64_t skip, count;
 
-    if (c->kind == WRITE_IN_PLACE) {
+    if (c->kind == WRITE_IN_PLACE && !c->registered) {
         return;
     }
     inner_clusters(c, &skip, &count);

@@ -7,10 +7,13 @@
  * copy of that cluster which began while the cluster was shared, also when
  * that has ended between its look-up and its question: with several threads
  * anything may happen in between.  Here it does, in the one order that counts.
+ *
+ * Compaction moves private clusters.  A write in place that is on its way to
+ * the device must have arrived before its cluster is copied.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
-#include "block/thinvm/inflight.h"
+#include "thinvm-node.h"
 
 #define GUEST   77
 #define OTHER   5000
@@ -160,6 +163,159 @@ static void coroutine_fn test_copy_goes_on(ThinvmSim *sim)
     close_node(s);
 }
 
+/* ------------------------------------------------------------------ */
+/* Moves                                                               */
+
+/* Of these, the disk keeps the last, which lies highest */
+#define NB_WRITTEN  40
+
+static ThinvmSim *the_sim;
+static bool hold;               /* the next write of data */
+static bool held;
+
+static void coroutine_fn hold_write(BlkdebugEvent event)
+{
+    if (event == BLKDBG_WRITE_AIO && hold) {
+        held = true;
+        while (hold) {
+            sim_yield(the_sim);
+        }
+        held = false;
+    }
+}
+
+typedef struct Guest {
+    BlockDriverState *bs;
+    uint64_t offset, bytes, tag;
+    bool done;
+} Guest;
+
+static void coroutine_fn guest_write(void *opaque)
+{
+    Guest *g = opaque;
+    g_autofree uint8_t *buf = g_malloc(g->bytes);
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, g->bytes);
+
+    image_fill(buf, g->offset / SIM_SECTOR, g->bytes / SIM_SECTOR, g->tag);
+    assume_graph_lock();
+    g_assert_cmpint(thinvm_io_write(g->bs, THINVM_TREE_DISK, g->offset,
+                                    g->bytes, &qiov, 0, 0), ==, 0);
+    g->done = true;
+    sim_finish(the_sim);
+}
+
+typedef struct Mover {
+    BDRVThinvmState *s;
+    ThinvmInflight inflight;
+    bool asked, granted, done;
+} Mover;
+
+static void coroutine_fn mover_lock(void *opaque, int tree, uint64_t guest,
+                                    uint64_t count)
+{
+    Mover *m = opaque;
+
+    m->asked = true;
+    thinvm_inflight_begin_exclusive(m->s, &m->inflight, tree, guest, count);
+    m->granted = true;
+}
+
+static void coroutine_fn mover_unlock(void *opaque)
+{
+    Mover *m = opaque;
+
+    m->asked = m->granted = false;
+    thinvm_inflight_end_request(m->s, &m->inflight);
+}
+
+/* As the job does it, which counted itself before */
+static void coroutine_fn mover_run(void *opaque)
+{
+    Mover *m = opaque;
+    ThinvmCompactLocks locks = { mover_lock, mover_unlock, m };
+    ThinvmCompact *c = thinvm_compact_new(m->s->store, &locks);
+
+    while (!m->done) {
+        g_assert_cmpint(thinvm_compact_step(c, &m->done, &error_abort), ==, 0);
+    }
+    thinvm_compact_free(c);
+    sim_finish(the_sim);
+}
+
+static uint64_t coroutine_fn sector_tag(ThinvmSim *sim, ThinvmStore *st,
+                                        uint64_t sector)
+{
+    uint8_t buf[IMAGE_CLUSTER];
+
+    g_assert_cmpint(image_read(sim, st, sector / IMAGE_SECTORS, buf), ==, 0);
+    return image_tag(buf + sector % IMAGE_SECTORS * SIM_SECTOR, sector);
+}
+
+/*
+ * Sectors [@first, @first + @nb) are overwritten; before that arrives on the
+ * device their cluster is to be moved.
+ */
+static void coroutine_fn move_beside_write(ThinvmSim *sim, uint64_t first,
+                                           unsigned nb)
+{
+    uint64_t cluster = NB_WRITTEN - 1, before;
+    ThinvmStore *st;
+    Guest g = { .offset = (cluster * IMAGE_SECTORS + first) * SIM_SECTOR,
+                .bytes = nb * SIM_SECTOR, .tag = 1000 };
+    Mover m = {};
+
+    the_sim = sim;
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    for (uint64_t i = 0; i < NB_WRITTEN; i++) {
+        g_assert_cmpint(write_one(sim, st, i, i + 1), ==, 0);
+    }
+    g_assert_cmpint(thinvm_store_unmap(st, THINVM_TREE_DISK, 0, cluster,
+                                       THINVM_SOURCE_ZERO, NULL,
+                                       &error_abort), ==, 0);
+    before = look_up(st, cluster).physical;
+    g.bs = test_node_new(st, VIRTUAL_SIZE);
+    m.s = g.bs->opaque;
+    test_node_event = hold_write;
+
+    thinvm_inflight_begin_moving(m.s);
+    hold = true;
+    sim_start(sim, guest_write, &g);
+    while (!held) {
+        sim_yield(sim);
+    }
+    sim_start(sim, mover_run, &m);
+    /* until it waits for the write; if it does not, to its end */
+    while (!m.done && !(m.asked && !m.granted)) {
+        sim_yield(sim);
+    }
+    hold = false;
+    while (!g.done || !m.done) {
+        sim_yield(sim);
+    }
+    thinvm_inflight_end_moving(m.s);
+    test_node_event = NULL;
+
+    g_assert_cmpuint(look_up(st, cluster).physical, <, before);
+    for (uint64_t i = 0; i < IMAGE_SECTORS; i++) {
+        g_assert_cmpuint(sector_tag(sim, st, cluster * IMAGE_SECTORS + i), ==,
+                         i >= first && i < first + nb ? g.tag : cluster + 1);
+    }
+    test_node_free(g.bs);
+    image_recount(sim, st);
+    store_close(st, true);
+}
+
+static void coroutine_fn test_move_cluster(ThinvmSim *sim)
+{
+    move_beside_write(sim, 0, IMAGE_SECTORS);
+}
+
+static void coroutine_fn test_move_sector(ThinvmSim *sim)
+{
+    move_beside_write(sim, 5, 1);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -168,5 +324,7 @@ int main(int argc, char **argv)
 
     add("/thinvm/inflight/copy/ends", test_copy_ends);
     add("/thinvm/inflight/copy/goes-on", test_copy_goes_on);
+    add("/thinvm/inflight/move/cluster", test_move_cluster);
+    add("/thinvm/inflight/move/sector", test_move_sector);
     return g_test_run();
 }

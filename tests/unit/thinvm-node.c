@@ -11,6 +11,8 @@
 #include "thinvm-sim-image.h"
 #include "block/thinvm/store-int.h"
 
+void coroutine_fn (*test_node_event)(BlkdebugEvent event);
+
 typedef struct TestNode {
     BlockDriverState bs, file_bs;
     BdrvChild file;
@@ -95,6 +97,9 @@ int64_t coroutine_fn bdrv_co_getlength(BlockDriverState *bs)
 void coroutine_fn bdrv_co_debug_event(BlockDriverState *bs,
                                       BlkdebugEvent event)
 {
+    if (test_node_event) {
+        test_node_event(event);
+    }
 }
 
 void *qemu_try_blockalign(BlockDriverState *bs, size_t size)

@@ -17,4 +17,7 @@
 BlockDriverState *test_node_new(ThinvmStore *st, uint64_t size);
 void test_node_free(BlockDriverState *bs);
 
+/* Called, unless NULL, where blkdebug would see an event; may wait */
+extern void coroutine_fn (*test_node_event)(BlkdebugEvent event);
+
 #endif
