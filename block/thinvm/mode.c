@@ -573,6 +573,12 @@ int coroutine_fn thinvm_mode_activate(BlockDriverState *bs, Error **errp)
 /* ------------------------------------------------------------------ */
 /* What requests call                                                  */
 
+/* How often something has changed where the node's data are */
+static uint64_t thinvm_changes_seen(BDRVThinvmState *s, ThinvmStore *st)
+{
+    return s->view ? thinvm_store_moves(st) : thinvm_store_changes(st);
+}
+
 int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
 {
     BDRVThinvmState *s = bs->opaque;
@@ -587,7 +593,7 @@ int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
     }
     look->store = qatomic_read(&s->store);
     ret = thinvm_store_catch_up(look->store, NULL, NULL);
-    look->changes = thinvm_store_changes(look->store);
+    look->changes = thinvm_changes_seen(s, look->store);
     return ret;
 }
 
@@ -611,11 +617,10 @@ int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
         return 0;
     }
     ret = thinvm_store_catch_up(look->store, NULL, NULL);
-    if (s->view) {
-        /* It never changes: all that can happen to it is that it goes */
-        return ret < 0 ? ret : thinvm_snapshot_still_there(bs, look->store);
+    if (s->view && ret == 0) {
+        ret = thinvm_snapshot_still_there(bs, look->store);
     }
-    *repeat = thinvm_store_changes(look->store) != look->changes;
+    *repeat = thinvm_changes_seen(s, look->store) != look->changes;
     return ret;
 }
 

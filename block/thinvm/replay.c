@@ -108,6 +108,12 @@ static int coroutine_fn replay_op(ThinvmStore *st, ThinvmState *s,
     if (ret == -EALREADY) {
         return 0;
     }
+    if (ret == 0 && op->type == THINVM_OP_RELOCATE &&
+        op->value >> THINVM_HOLDER_SHIFT != THINVM_HOLDER_ACTIVE) {
+        /* After it was applied: who reads the number before looks up later */
+        QEMU_LOCK_GUARD(&st->lock);
+        st->follow_moves++;
+    }
     if (ret == -ENOSPC || (ret == 0 &&
                            info.dirty_pages > THINVM_MAX_REPLAY_PAGES)) {
         error_setg(errp, "it changes more metadata than there can be");
@@ -285,6 +291,7 @@ static void publish(ThinvmStore *st, ThinvmState *s, const ThinvmPosition *pos)
             old = st->state;
             smp_wmb();
             qatomic_set(&st->state, s);
+            st->follow_moves++;     /* its base may have some */
         }
         j->tail = pos->tail;
         j->base = pos->base;
@@ -771,6 +778,12 @@ uint64_t thinvm_store_changes(ThinvmStore *st)
 {
     QEMU_LOCK_GUARD(&st->lock);
     return st->follow_changes;
+}
+
+uint64_t thinvm_store_moves(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->follow_moves;
 }
 
 int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,

@@ -253,6 +253,8 @@ struct ThinvmStore {
     uint64_t follow_started, follow_finished;
     int follow_ret;
     uint64_t follow_changes;    /* times that anything changed */
+    uint64_t follow_moves;      /* times that data of snapshots may have moved;
+                                   st->lock */
     CoQueue follow_queue;
     uint64_t scanned_sequence;  /* end of journal that a scan confirmed */
     bool stale;                 /* memory may not agree with the device */

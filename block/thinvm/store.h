@@ -339,6 +339,11 @@ int coroutine_fn thinvm_store_catch_up(ThinvmStore *st, bool *changed,
  * what another reader has applied in between counts too.  Any context.
  */
 uint64_t thinvm_store_changes(ThinvmStore *st);
+/*
+ * The same for one who reads a snapshot.  What that says never changes, but
+ * compaction moves where it lies, and then gives the former place to others.
+ */
+uint64_t thinvm_store_moves(ThinvmStore *st);
 
 /*
  * Go over to the owner's newest base if that has moved on, so that taking

@@ -108,7 +108,7 @@ typedef struct ThinvmFence {
 typedef struct ThinvmLook {
     bool followed;
     ThinvmStore *store;
-    uint64_t changes;
+    uint64_t changes;               /* that concern what the node shows */
 } ThinvmLook;
 
 struct BDRVThinvmState {

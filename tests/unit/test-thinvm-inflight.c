@@ -9,7 +9,8 @@
  * anything may happen in between.  Here it does, in the one order that counts.
  *
  * Compaction moves private clusters.  A write in place that is on its way to
- * the device must have arrived before its cluster is copied.
+ * the device must have arrived before its cluster is copied.  It moves those of
+ * snapshots, too, which readers elsewhere must notice.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
@@ -242,6 +243,22 @@ static void coroutine_fn mover_run(void *opaque)
     sim_finish(the_sim);
 }
 
+static ThinvmStore *coroutine_fn open_with_holes(ThinvmSim *sim)
+{
+    ThinvmStore *st;
+
+    the_sim = sim;
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    for (uint64_t i = 0; i < NB_WRITTEN; i++) {
+        g_assert_cmpint(write_one(sim, st, i, i + 1), ==, 0);
+    }
+    g_assert_cmpint(thinvm_store_unmap(st, THINVM_TREE_DISK, 0, NB_WRITTEN - 1,
+                                       THINVM_SOURCE_ZERO, NULL,
+                                       &error_abort), ==, 0);
+    return st;
+}
+
 static uint64_t coroutine_fn sector_tag(ThinvmSim *sim, ThinvmStore *st,
                                         uint64_t sector)
 {
@@ -260,19 +277,11 @@ static void coroutine_fn move_beside_write(ThinvmSim *sim, uint64_t first,
 {
     uint64_t cluster = NB_WRITTEN - 1, before;
     ThinvmStore *st;
+    Mover m = {};
     Guest g = { .offset = (cluster * IMAGE_SECTORS + first) * SIM_SECTOR,
                 .bytes = nb * SIM_SECTOR, .tag = 1000 };
-    Mover m = {};
 
-    the_sim = sim;
-    image_create(sim, VIRTUAL_SIZE);
-    st = image_open(sim);
-    for (uint64_t i = 0; i < NB_WRITTEN; i++) {
-        g_assert_cmpint(write_one(sim, st, i, i + 1), ==, 0);
-    }
-    g_assert_cmpint(thinvm_store_unmap(st, THINVM_TREE_DISK, 0, cluster,
-                                       THINVM_SOURCE_ZERO, NULL,
-                                       &error_abort), ==, 0);
+    st = open_with_holes(sim);
     before = look_up(st, cluster).physical;
     g.bs = test_node_new(st, VIRTUAL_SIZE);
     m.s = g.bs->opaque;
@@ -316,6 +325,55 @@ static void coroutine_fn test_move_sector(ThinvmSim *sim)
     move_beside_write(sim, 5, 1);
 }
 
+static bool coroutine_fn sees_moves(ThinvmStore *follower)
+{
+    uint64_t before = thinvm_store_moves(follower);
+
+    g_assert_cmpint(thinvm_store_catch_up(follower, NULL, &error_abort), ==,
+                    0);
+    return thinvm_store_moves(follower) != before;
+}
+
+/* From records, and where the follower was left behind and starts afresh */
+static void coroutine_fn test_move_seen(ThinvmSim *sim)
+{
+    ThinvmStore *st = open_with_holes(sim), *follower;
+    BlockDriverState *bs = test_node_new(st, VIRTUAL_SIZE);
+    Mover m = { .s = bs->opaque };
+
+    snapshot_create(st);
+    flush(st);
+    follower = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    g_assert_cmpint(write_one(sim, st, OTHER, 1), ==, 0);
+    flush(st);
+    g_assert_false(sees_moves(follower));
+    g_assert_cmpuint(image_read_tag(sim, follower, OTHER), ==, 1);
+
+    sim_start(sim, mover_run, &m);
+    while (!m.done) {
+        sim_yield(sim);
+    }
+    flush(st);
+    g_assert_true(sees_moves(follower));
+    g_assert_cmpuint(stats_of(follower).fresh_starts, ==, 0);
+    g_assert_false(sees_moves(follower));
+
+    for (uint64_t i = 0; i < 700; i++) {
+        g_assert_cmpint(write_one(sim, st, i * 20, i + 100), ==, 0);
+        flush(st);
+        if (i % 100 == 99) {
+            thinvm_store_checkpoint(st);
+        }
+    }
+    g_assert_true(sees_moves(follower));
+    g_assert_cmpuint(stats_of(follower).fresh_starts, ==, 1);
+
+    test_node_free(bs);
+    thinvm_store_free(follower);
+    image_check(st);
+    store_close(st, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -326,5 +384,6 @@ int main(int argc, char **argv)
     add("/thinvm/inflight/copy/goes-on", test_copy_goes_on);
     add("/thinvm/inflight/move/cluster", test_move_cluster);
     add("/thinvm/inflight/move/sector", test_move_sector);
+    add("/thinvm/inflight/move/seen", test_move_seen);
     return g_test_run();
 }
