@@ -50,7 +50,7 @@ void precopy_converge_start(PrecopyJob *s)
 
     c->horizon_cap = PRECOPY_MOST_HORIZON;
     c->sweep.horizon = PRECOPY_FIRST_HORIZON;
-    c->rate_since = c->least_since = precopy_clock_ms();
+    c->rate_since = c->link_since = c->least_since = precopy_clock_ms();
     c->least_left = UINT64_MAX;
     /*
      * Nothing is known yet of what the guest writes, so begin where it writes
@@ -72,24 +72,36 @@ static uint64_t precopy_smooth(uint64_t mean, uint64_t sample)
     return mean ? (3 * mean + sample) / 4 : sample;
 }
 
-/* What the link carries, if it has been busy for long enough to tell */
-static void precopy_measure_link(PrecopyJob *s, const PrecopyCounters *n)
+/*
+ * What the link carries, if it has been busy for long enough to tell.  It is
+ * known how long copies took, not so what the guest writes through beside and
+ * between them.  So there are two rates, neither of which is too high: that of
+ * the copies while there are some, and that of all over the whole time; the
+ * latter is the better one when both share the link.
+ */
+static void precopy_measure_link(PrecopyJob *s, const PrecopyCounters *n,
+                                 int64_t now)
 {
     PrecopyConverge *c = &s->converge;
     int64_t busy = precopy_busy_ns(s);
-    uint64_t sent = n->sent - c->rate_sent;
+    uint64_t through = n->written_through - c->rate_through;
+    uint64_t copied = n->sent - c->rate_sent - through;
     uint64_t zeroed = n->zeroed - c->rate_zeroed;
 
-    if (busy < PRECOPY_MEASURE_MS * SCALE_MS / 2 || !(sent || zeroed)) {
+    if (busy < PRECOPY_MEASURE_MS * SCALE_MS / 2 || !(copied || zeroed)) {
         return;
     }
     /* Time that went into zeroes says nothing of payload */
-    if (zeroed <= sent) {
-        c->rate = precopy_smooth(c->rate,
-                                 sent * (double)NANOSECONDS_PER_SECOND / busy);
+    if (zeroed <= copied) {
+        uint64_t rate = copied * (double)NANOSECONDS_PER_SECOND / busy;
+
+        c->rate = precopy_smooth(c->rate, MAX(rate, (copied + through) * 1000 /
+                                                    (now - c->link_since)));
     }
     c->rate_sent = n->sent;
+    c->rate_through = n->written_through;
     c->rate_zeroed = n->zeroed;
+    c->link_since = now;
     s->busy_ns -= busy;             /* what is in flight begins anew */
 }
 
@@ -112,7 +124,7 @@ void precopy_converge_measure(PrecopyJob *s)
     c->rate_dirtied = n.newly_dirty;
     c->rate_guest = n.guest_touched;
     c->rate_since = now;
-    precopy_measure_link(s, &n);
+    precopy_measure_link(s, &n, now);
     precopy_check_faster(s);
 }
 

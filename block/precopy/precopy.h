@@ -55,7 +55,9 @@ typedef struct PrecopyConverge {
     uint64_t guest_rate;        /* all that it writes, bytes per second */
     uint64_t rate_sent, rate_zeroed;    /* counters at the last measurement */
     uint64_t rate_dirtied, rate_guest;
+    uint64_t rate_through;
     int64_t rate_since;         /* ms */
+    int64_t link_since;         /* ms: when the link was measured last */
     uint64_t least_left;        /* the best so far */
     int64_t least_since;        /* ms: when that was */
     bool outpaced;

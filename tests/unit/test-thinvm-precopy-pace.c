@@ -145,6 +145,32 @@ static void test_rate_zeroes(void)
     job_free(s);
 }
 
+/* What the guest writes through is no payload of the time that copies take */
+static void test_rate_through(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_WRITE_BLOCKING);
+
+    /* 40 MiB/s: copies in an eighth of a second, the guest's in two seconds */
+    s->track->counters.written_through += 75 * MiB;
+    pass(s, 2000, 125, 80 * MiB, 0);
+    g_assert_cmpint(s->converge.rate, ==, 40 * MiB);
+    /* Both share the link all the time: neither is all that it carries */
+    s->track->counters.written_through += 6 * MiB;
+    pass(s, 250, 250, 10 * MiB, 0);
+    g_assert_cmpint(s->converge.rate, ==, 40 * MiB);
+    /* Copies that get nowhere are no reason to count the guest's alone */
+    s->track->counters.written_through += 20 * MiB;
+    pass(s, 500, 500, 20 * MiB, 0);
+    g_assert_cmpint(s->converge.rate, ==, 40 * MiB);
+    pass(s, 500, 500, 20 * MiB, 0);
+    g_assert_cmpint(s->converge.rate, ==, 40 * MiB);
+    /* Little of the guest, and copies that were slow */
+    s->track->counters.written_through += 1 * MiB;
+    pass(s, 10000, 250, 6 * MiB, 0);
+    g_assert_cmpint(s->converge.rate, ==, 35 * MiB);
+    job_free(s);
+}
+
 /* What a user who cancels the job may have to wait for */
 static void test_window(void)
 {
@@ -531,6 +557,7 @@ int main(int argc, char **argv)
     qemu_mutex_init(&job_mutex);
     g_test_add_func("/precopy-pace/rate", test_rate);
     g_test_add_func("/precopy-pace/rate-zeroes", test_rate_zeroes);
+    g_test_add_func("/precopy-pace/rate-through", test_rate_through);
     g_test_add_func("/precopy-pace/window", test_window);
     g_test_add_func("/precopy-pace/bound", test_bound);
     g_test_add_func("/precopy-pace/faster", test_faster);
