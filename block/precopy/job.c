@@ -266,6 +266,9 @@ static int coroutine_fn precopy_run(Job *job, Error **errp)
         s->started = precopy_clock_ms();
         ret = precopy_loop(s, bs);
     }
+    if (ret < 0) {
+        precopy_track_let_go(s->track);
+    }
     precopy_wait_all(s);
     if (!s->in_drain) {
         /* precopy_finish() counts on it */
@@ -399,14 +402,20 @@ static bool precopy_cancel(Job *job, bool force)
     /* Nothing can be said of a target before the job is ready */
     force = force || !job_is_ready(job);
     if (force && s->target) {
-        /* The guest does not wait for the target any longer */
-        precopy_track_set_write_through(s->track, false);
+        /*
+         * The guest does not wait for the target any longer, but for what it
+         * is writing there itself
+         */
+        precopy_track_let_go(s->track);
         bdrv_cancel_in_flight(blk_bs(s->target));
     }
     return force;
 }
 
-/* The link is free while the job is paused, and the guest does not wait */
+/*
+ * The link is free while the job is paused, and the guest does not wait.  The
+ * job comes here when what it has in flight leaves it a moment.
+ */
 static void coroutine_fn precopy_pause(Job *job)
 {
     PrecopyJob *s = container_of(job, PrecopyJob, common.job);

@@ -312,10 +312,49 @@ bool precopy_track_clean_part(PrecopyTrack *t, int64_t *offset, int64_t *bytes)
     return true;
 }
 
+/* Called with the lock held, which is let go meanwhile */
+static void track_wake_waiters(PrecopyTrack *t)
+{
+    CoQueue woken;
+    PrecopyOp *op;
+
+    qemu_co_queue_init(&woken);
+    QTAILQ_FOREACH(op, &t->ops, next) {
+        QSIMPLEQ_CONCAT(&woken.entries, &op->waiters.entries);
+    }
+    /* Operations may end now, and who waits for one still goes back to it */
+    while (qemu_co_enter_next(&woken, &t->lock)) {
+        /* each of them looks for itself */
+    }
+}
+
+static void track_set_write_through(PrecopyTrack *t, bool on)
+{
+    bool was_on = t->write_through;
+
+    t->write_through = on && !t->let_go;
+    if (was_on && !t->write_through) {
+        track_wake_waiters(t);
+    }
+}
+
 void precopy_track_set_write_through(PrecopyTrack *t, bool on)
 {
     QEMU_LOCK_GUARD(&t->lock);
-    t->write_through = on;
+    track_set_write_through(t, on);
+}
+
+bool precopy_track_writes_through(PrecopyTrack *t)
+{
+    QEMU_LOCK_GUARD(&t->lock);
+    return t->write_through;
+}
+
+void precopy_track_let_go(PrecopyTrack *t)
+{
+    QEMU_LOCK_GUARD(&t->lock);
+    t->let_go = true;
+    track_set_write_through(t, false);
 }
 
 /* ------------------------------------------------------------------ */

@@ -102,6 +102,7 @@ struct PrecopyTrack {
     QTAILQ_HEAD(, PrecopyOp) ops;
     PrecopyCounters counters;
     bool write_through;         /* writes to clean blocks go to both */
+    bool let_go;                /* never again */
     PrecopyHintFunc *hint;
     PrecopyHintWrittenFunc *hint_written;
     void *hint_opaque;
@@ -151,7 +152,7 @@ void coroutine_fn precopy_track_wait_ops(PrecopyTrack *t);
 
 /*
  * If writes go through: wait until nobody works on the range, enter @op for
- * it and return true.
+ * it and return true.  False if they do not, or no longer.
  */
 bool coroutine_fn precopy_track_begin_write(PrecopyTrack *t, int64_t offset,
                                             int64_t bytes, PrecopyOp *op);
@@ -163,6 +164,10 @@ bool precopy_track_clean_part(PrecopyTrack *t, int64_t *offset,
                               int64_t *bytes);
 
 void precopy_track_set_write_through(PrecopyTrack *t, bool on);
+bool precopy_track_writes_through(PrecopyTrack *t);
+
+/* The target does not matter any more: no write waits for it from now on */
+void precopy_track_let_go(PrecopyTrack *t);
 
 /* Where the operation is in bytes */
 static inline int64_t precopy_op_offset(const PrecopyTrack *t,

@@ -549,6 +549,72 @@ static void test_cancel_write_through(void)
     teardown();
 }
 
+/* A write of the guest waits for a copy, and the target does not answer */
+static Request *wait_behind_copy(int held)
+{
+    Request *r;
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0x48);
+    gate_close(w.target, &w.target->writes);
+    start((PrecopyOptions) {
+        .on_target_error = BLOCKDEV_ON_ERROR_REPORT,
+        .when_outpaced = PRECOPY_OUTPACED_WRITE_BLOCKING,
+    });
+    WAIT_UNTIL(w.job->in_flight &&
+               precopy_is_full(w.job, PRECOPY_MAX_IN_FLIGHT));
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), >=, held);
+    outpace();
+    /* Where that is follows from where the first sweep begins */
+    r = write_begin(QTAILQ_LAST(&w.job->track->ops)->first * GATE_PAGE, 512,
+                    0x49);
+    turn();
+    g_assert_false(request_is_over(r));
+    return r;
+}
+
+/* It goes on when the guest need not wait any longer, whatever the target */
+static void test_let_go(void)
+{
+    Request *r;
+    int held;
+
+    /* The job is cancelled, */
+    r = wait_behind_copy(2);
+    held = gate_held(w.target, &w.target->writes);
+    job_is_to(cancel_by_force);
+    write_end(r);
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, held);
+    /* for good, */
+    precopy_converge_stand(w.job, false);
+    g_assert_false(w.job->track->write_through);
+    open_writes(NULL);
+    assert_ends(-ECANCELED, w.source_bs);
+    teardown();
+
+    /* or has failed, while other copies are under way, */
+    r = wait_behind_copy(2);
+    held = gate_held(w.target, &w.target->writes);
+    w.target->fails = -EIO;
+    gate_let_one(w.target, &w.target->writes);
+    write_end(r);
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, held - 1);
+    open_writes(NULL);
+    assert_ends(-EIO, w.source_bs);
+    teardown();
+
+    /* or it stands still; what was written is not forgotten */
+    r = wait_behind_copy(2);
+    precopy_converge_stand(w.job, true);
+    write_end(r);
+    g_assert_cmpint(precopy_track_left(w.job->track), >, 0);
+    open_writes(NULL);
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
 /* ------------------------------------------------------------------ */
 /* Drain                                                               */
 
@@ -977,6 +1043,7 @@ int main(int argc, char **argv)
                     test_pause_write_through);
     g_test_add_func("/precopy-job/cancel-write-through",
                     test_cancel_write_through);
+    g_test_add_func("/precopy-job/let-go", test_let_go);
     g_test_add_func("/precopy-job/drain", test_drain);
     g_test_add_func("/precopy-job/drain-iothread", test_drain_iothread);
     g_test_add_func("/precopy-job/drain-scan", test_drain_scan);
