@@ -1,0 +1,205 @@
+/*
+ * Unit tests of blockdev-precopy and a guest that is faster than the link
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What its requests wait for, for how long, and what lets them go; and what
+ * goes through to the target, discards too.  In the world of
+ * thinvm-precopy-world.h, so nothing here depends on how fast the machine is.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/main-loop.h"
+#include "qemu/units.h"
+#include "system/block-backend.h"
+#include "thinvm-precopy-world.h"
+
+/* A write of the guest waits for a copy, and the target does not answer */
+static Request *wait_behind_copy(int held)
+{
+    Request *r;
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0x48);
+    gate_close(w.target, &w.target->writes);
+    start((PrecopyOptions) {
+        .on_target_error = BLOCKDEV_ON_ERROR_REPORT,
+        .when_outpaced = PRECOPY_OUTPACED_WRITE_BLOCKING,
+    });
+    WAIT_UNTIL(w.job->in_flight &&
+               precopy_is_full(w.job, PRECOPY_MAX_IN_FLIGHT));
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), >=, held);
+    outpace();
+    /* Where that is follows from where the first sweep begins */
+    r = write_begin(QTAILQ_LAST(&w.job->track->ops)->first * GATE_PAGE, 512,
+                    0x49);
+    turn();
+    g_assert_false(request_is_over(r));
+    return r;
+}
+
+/* It goes on when the guest need not wait any longer, whatever the target */
+static void test_let_go(void)
+{
+    Request *r;
+    int held;
+
+    /* The job is cancelled, */
+    r = wait_behind_copy(2);
+    held = gate_held(w.target, &w.target->writes);
+    job_is_to(cancel_by_force);
+    write_end(r);
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, held);
+    /* for good, */
+    precopy_converge_stand(w.job, false);
+    g_assert_false(w.job->track->write_through);
+    open_writes(NULL);
+    assert_ends(-ECANCELED, w.source_bs);
+    teardown();
+
+    /* or has failed, while other copies are under way, */
+    r = wait_behind_copy(2);
+    held = gate_held(w.target, &w.target->writes);
+    w.target->fails = -EIO;
+    gate_let_one(w.target, &w.target->writes);
+    write_end(r);
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, held - 1);
+    open_writes(NULL);
+    assert_ends(-EIO, w.source_bs);
+    teardown();
+
+    /* or it stands still; what was written is not forgotten */
+    r = wait_behind_copy(2);
+    precopy_converge_stand(w.job, true);
+    write_end(r);
+    g_assert_cmpint(precopy_track_left(w.job->track), >, 0);
+    open_writes(NULL);
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
+/* As slow as can be */
+static void throttle(void)
+{
+    ratelimit_set_speed(&w.job->throttle, 1, BLOCK_JOB_SLICE_TIME);
+    nap.played = true;
+}
+
+static void assert_written(void)
+{
+    g_assert_cmpint(gate_disk_byte(w.source, MiB), ==, 0xa2);
+    g_assert_true(hbitmap_get(w.job->track->dirty, MiB / GATE_PAGE));
+}
+
+/* It is held after it has been written, in small parts, and not for ever */
+static void test_delay(void)
+{
+    uint8_t buf[512];
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0xa1);
+    start_default();
+    wait_ready();
+    nap.played = true;
+    guest_writes(0, 512, 0xa2);
+    g_assert_cmpint(nap.nb, ==, 0);
+    throttle();
+    nap.look = assert_written;
+    guest_writes(MiB, 512, 0xa2);
+    g_assert_cmpint(nap.total, ==, 2 * NANOSECONDS_PER_SECOND);
+    g_assert_cmpint(nap.longest, ==, 100 * SCALE_MS);
+    g_assert_cmpint(nap.nb, ==, 20);
+    /* Reads are free */
+    blk_pread(w.guest, 0, sizeof(buf), buf, 0);
+    g_assert_cmpint(nap.nb, ==, 20);
+    ratelimit_set_speed(&w.job->throttle, 0, BLOCK_JOB_SLICE_TIME);
+    guest_writes(MiB, 512, 0xa2);
+    g_assert_cmpint(nap.nb, ==, 20);
+    complete();
+    teardown();
+}
+
+static void wake(void *opaque)
+{
+    if (nap.sleeper) {
+        aio_co_wake(nap.sleeper);
+        later(wake);
+    }
+}
+
+/* Who drains the node waits for one part at most */
+static void test_delay_drained(void)
+{
+    BlockDriverState *filter;
+    Request *r;
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0xb1);
+    start_default();
+    wait_ready();
+    filter = w.job->filter;
+    throttle();
+    nap.hold = true;
+    r = write_begin(MiB, 512, 0xb2);
+    WAIT_UNTIL(nap.sleeper);
+    for (int i = 0; i < 3; i++) {
+        aio_co_wake(nap.sleeper);
+    }
+    g_assert_cmpint(nap.nb, ==, 4);
+    later(wake);
+    bdrv_drained_begin(filter);
+    g_assert_cmpint(nap.nb, ==, 4);
+    g_assert_null(nap.sleeper);
+    bdrv_drained_end(filter);
+    write_end(r);
+    nap.played = false;
+    complete();
+    teardown();
+}
+
+/* Several that go through to one block: each in its turn, and none for ever */
+static void test_write_through_queue(void)
+{
+    Request *r[4];
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0xb3);
+    start((PrecopyOptions) {
+        .when_outpaced = PRECOPY_OUTPACED_WRITE_BLOCKING,
+    });
+    wait_ready();
+    outpace();
+    gate_close(w.target, &w.target->writes);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        r[i] = write_begin(MiB + i * 512, KiB, 0xb4 + i);
+    }
+    turn();
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, 1);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        g_assert_false(request_is_over(r[i]));
+    }
+    open_writes(NULL);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        write_end(r[i]);
+    }
+    g_assert_cmpint(precopy_left(w.job), ==, 0);
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
+int main(int argc, char **argv)
+{
+    bdrv_init();
+    qemu_init_main_loop(&error_abort);
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/precopy-outpaced/let-go", test_let_go);
+    g_test_add_func("/precopy-outpaced/delay", test_delay);
+    g_test_add_func("/precopy-outpaced/delay-drained", test_delay_drained);
+    g_test_add_func("/precopy-outpaced/write-through-queue",
+                    test_write_through_queue);
+    return g_test_run();
+}
