@@ -275,3 +275,39 @@ precopy_write_through(PrecopyJob *s, int64_t offset, int64_t bytes,
     }
     return ret;
 }
+
+/*
+ * The guest has discarded it: tell the target what now reads as zeroes.  What
+ * does not is copied as if it had been written.  Called as the above is, with
+ * the range taken before it was discarded.
+ */
+void coroutine_fn GRAPH_RDLOCK
+precopy_discard_through(PrecopyJob *s, int64_t offset, int64_t bytes)
+{
+    int64_t done, n;
+
+    for (done = 0; done < bytes; done += n) {
+        int status = bdrv_co_block_status_above(bdrv_filter_bs(s->filter),
+                                                NULL, offset + done,
+                                                bytes - done, &n, NULL, NULL);
+        int ret = 0;
+
+        if (status < 0 || n <= 0) {
+            n = bytes - done;       /* unknown: the copy looks for itself */
+            status = 0;
+        }
+        if (status & BDRV_BLOCK_ZERO) {
+            ret = blk_co_pwrite_zeroes(s->target, offset + done, n,
+                                       BDRV_REQ_MAY_UNMAP);
+            trace_precopy_write_through(s, offset + done, n, ret);
+        }
+        if (ret < 0) {
+            precopy_failed(s, false, ret);
+        }
+        if (ret < 0 || !(status & BDRV_BLOCK_ZERO)) {
+            precopy_track_discarded(s->track, offset + done, n);
+        } else {
+            precopy_track_zeroed(s->track, n, false);
+        }
+    }
+}

@@ -11,7 +11,7 @@
  * range, goes to the source, and then to the target as far as the track says
  * that it is clean there; dirty blocks stay dirty and are copied later.  Its
  * data is copied first: a guest may change it meanwhile, and both sides must
- * hold the same.
+ * hold the same.  A discard goes through as the zeroes that it leaves behind.
  *
  * A failed target never fails the guest's request.
  */
@@ -27,6 +27,8 @@
 /* The longest that "throttle" holds back a request, and who drains the node */
 #define PRECOPY_MAX_DELAY_NS (2 * NANOSECONDS_PER_SECOND)
 #define PRECOPY_DELAY_NS     (100 * SCALE_MS)
+/* Of a discard that goes through, while others may wait for it */
+#define PRECOPY_DISCARD_BYTES (16 * 1024 * 1024)
 
 typedef enum PrecopyWriteKind {
     PRECOPY_DATA,
@@ -140,17 +142,66 @@ precopy_filter_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
                                 flags);
 }
 
+/* It goes to both sides; an operation has been entered for it */
+static int coroutine_fn GRAPH_RDLOCK
+precopy_filter_discard_both(BlockDriverState *bs, int64_t offset,
+                            int64_t bytes)
+{
+    PrecopyFilter *f = bs->opaque;
+    int ret;
+
+    precopy_track_take(f->track, offset, bytes);
+    ret = bdrv_co_pdiscard(bs->backing, offset, bytes);
+    if (ret < 0) {
+        precopy_track_discarded(f->track, offset, bytes);
+    } else {
+        precopy_discard_through(f->job, offset, bytes);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+precopy_filter_discard_part(BlockDriverState *bs, int64_t offset,
+                            int64_t bytes)
+{
+    PrecopyFilter *f = bs->opaque;
+    PrecopyOp op;
+    int ret;
+
+    if (f->job && precopy_track_begin_write(f->track, offset, bytes, &op)) {
+        ret = precopy_filter_discard_both(bs, offset, bytes);
+        precopy_track_end_op(f->track, &op);
+        return ret;
+    }
+    ret = bdrv_co_pdiscard(bs->backing, offset, bytes);
+    precopy_track_discarded(f->track, offset, bytes);
+    return ret;
+}
+
 /*
  * What a discarded range reads as is the source's affair (it may as well stay
- * as it was), so the copy looks for itself.
+ * as it was), so whoever tells the target looks for himself.
  */
 static int coroutine_fn GRAPH_RDLOCK
 precopy_filter_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     PrecopyFilter *f = bs->opaque;
-    int ret = bdrv_co_pdiscard(bs->backing, offset, bytes);
+    int64_t done, n;
+    int ret = 0;
 
-    precopy_track_discarded(f->track, offset, bytes);
+    if (!(bs->backing->bs->open_flags & BDRV_O_UNMAP)) {
+        /* It is not for the source, which stays as it is */
+        return bdrv_co_pdiscard(bs->backing, offset, bytes);
+    }
+    for (done = 0; ret >= 0 && done < bytes; done += n) {
+        n = bytes - done;
+        if (precopy_track_writes_through(f->track)) {
+            int64_t at = (offset + done) % PRECOPY_DISCARD_BYTES;
+
+            n = MIN(n, PRECOPY_DISCARD_BYTES - at);
+        }
+        ret = precopy_filter_discard_part(bs, offset + done, n);
+    }
     return ret;
 }
 

@@ -123,6 +123,8 @@ int64_t precopy_busy_ns(PrecopyJob *s);
 int coroutine_fn GRAPH_RDLOCK
 precopy_write_through(PrecopyJob *s, int64_t offset, int64_t bytes,
                       QEMUIOVector *qiov, size_t qiov_offset);
+void coroutine_fn GRAPH_RDLOCK
+precopy_discard_through(PrecopyJob *s, int64_t offset, int64_t bytes);
 
 /* converge.c */
 void precopy_converge_start(PrecopyJob *s);

@@ -291,6 +291,20 @@ bool coroutine_fn precopy_track_begin_write(PrecopyTrack *t, int64_t offset,
     return false;
 }
 
+void precopy_track_take(PrecopyTrack *t, int64_t offset, int64_t bytes)
+{
+    int64_t first = DIV_ROUND_UP(offset, t->granularity);
+    int64_t end = offset + bytes >= t->length
+        ? t->nb_blocks : (offset + bytes) / t->granularity;
+
+    QEMU_LOCK_GUARD(&t->lock);
+    if (first < end) {
+        hbitmap_reset(t->dirty, first, end - first);
+        bitmap_clear(t->passed_history, first, end - first);
+        bitmap_clear(t->passed_hints, first, end - first);
+    }
+}
+
 bool precopy_track_clean_part(PrecopyTrack *t, int64_t *offset, int64_t *bytes)
 {
     int64_t first, nb, begin, end;

@@ -145,6 +145,14 @@ void precopy_track_sent(PrecopyTrack *t, int64_t offset, int64_t bytes,
                         bool written_through);
 void precopy_track_zeroed(PrecopyTrack *t, int64_t bytes, bool was_data);
 
+/*
+ * Whoever has entered an operation for these bytes is about to change all of
+ * them at the source, and then tells the target, or marks what he does not tell
+ * it: blocks that lie in them as a whole are clean until somebody marks them.
+ * The source must not have been changed yet.
+ */
+void precopy_track_take(PrecopyTrack *t, int64_t offset, int64_t bytes);
+
 void precopy_track_end_op(PrecopyTrack *t, PrecopyOp *op);
 
 /* Until nobody works on any block */

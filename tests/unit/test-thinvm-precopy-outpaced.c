@@ -191,6 +191,94 @@ static void test_write_through_queue(void)
     teardown();
 }
 
+static void discard(int64_t offset, int64_t bytes, int ret)
+{
+    g_assert_cmpint(blk_pdiscard(w.guest, offset, bytes, 0), ==, ret);
+}
+
+static void ready_write_blocking(int64_t size)
+{
+    setup(size, size, NULL);
+    gate_disk_fill(w.source, 0, size, 0xb8);
+    start((PrecopyOptions) {
+        .on_target_error = BLOCKDEV_ON_ERROR_IGNORE,
+        .when_outpaced = PRECOPY_OUTPACED_WRITE_BLOCKING,
+    });
+    wait_ready();
+}
+
+/* What a source does not discard it need not copy again */
+static void test_discard_ignored(void)
+{
+    ready_write_blocking(SIZE);
+    w.source_bs->open_flags &= ~BDRV_O_UNMAP;
+    discard(0, SIZE, 0);
+    g_assert_cmpint(precopy_left(w.job), ==, 0);
+    w.source_bs->open_flags |= BDRV_O_UNMAP;
+    discard(MiB, MiB, 0);
+    g_assert_cmpint(precopy_left(w.job), ==, MiB);
+    complete();
+    teardown();
+}
+
+/* It goes through as writes do, over what is left, too */
+static void test_discard_through(void)
+{
+    const int64_t size = 40 * MiB + 512;
+    int begun;
+
+    ready_write_blocking(size);
+    begun = gate_begun(w.target, &w.target->writes);
+    guest_writes(MiB, MiB, 0xb9);
+    guest_writes(size - 512, 512, 0xb9);
+    outpace();
+    discard(512, size - 512, 0);
+    /* In three pieces; of pages at the ends the source says they are data */
+    g_assert_cmpint(gate_begun(w.target, &w.target->writes), ==, begun + 3);
+    g_assert_cmpint(gate_disk_byte(w.source, size - 1), ==, 0);
+    g_assert_cmpint(g_hash_table_size(w.target->pages), ==, 2);
+    g_assert_cmpint(precopy_left(w.job), ==, 2 * GATE_PAGE);
+    wait_ready();
+    g_assert_cmpint(gate_disk_byte(w.target, 511), ==, 0xb8);
+    gate_disk_assert_same(w.source, w.target);
+
+    /* Amid a block that is left: it stays so */
+    gate_disk_fill(w.source, 2 * MiB, GATE_PAGE, 0xba);
+    precopy_track_mark(w.job->track, 2 * MiB, 512);
+    discard(2 * MiB + 512, 512, 0);
+    g_assert_cmpint(precopy_left(w.job), ==, GATE_PAGE);
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
+/* What was discarded is not zero, or nobody knows, or the target fails */
+static void test_discard_through_left(void)
+{
+    ready_write_blocking(SIZE);
+    outpace();
+    w.source->keeps_discarded = true;
+    discard(MiB, MiB, 0);
+    g_assert_cmpint(precopy_left(w.job), ==, MiB);
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    w.source->keeps_discarded = false;
+    w.source->fails_discard = -EIO;
+    discard(2 * MiB, MiB, -EIO);
+    g_assert_cmpint(precopy_left(w.job), ==, MiB);
+    w.source->fails_discard = 0;
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    w.target->fails = -EIO;
+    discard(3 * MiB, 64 * KiB, 0);
+    g_assert_cmpint(precopy_left(w.job), ==, 64 * KiB);
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
 int main(int argc, char **argv)
 {
     bdrv_init();
@@ -201,5 +289,9 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-outpaced/delay-drained", test_delay_drained);
     g_test_add_func("/precopy-outpaced/write-through-queue",
                     test_write_through_queue);
+    g_test_add_func("/precopy-outpaced/discard-ignored", test_discard_ignored);
+    g_test_add_func("/precopy-outpaced/discard-through", test_discard_through);
+    g_test_add_func("/precopy-outpaced/discard-through-left",
+                    test_discard_through_left);
     return g_test_run();
 }

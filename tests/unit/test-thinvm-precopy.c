@@ -272,6 +272,28 @@ static void test_track_clean_part(void)
     precopy_track_free(t);
 }
 
+/* What lies in the range as a whole is clean, and nothing else */
+static void test_track_take(void)
+{
+    PrecopyTrack *t = precopy_track_new(10 * GRAN + 512, GRAN);
+    PrecopySweep s = { .free_too = true };
+
+    precopy_track_mark(t, 0, 10 * GRAN + 512);
+    precopy_track_take(t, GRAN + 1, GRAN);
+    precopy_track_take(t, 3 * GRAN + 512, 512);
+    precopy_track_take(t, 3 * GRAN, 0);
+    g_assert_cmpint(precopy_track_left(t), ==, 10 * GRAN + 512);
+    precopy_track_take(t, GRAN - 512, 2 * GRAN);
+    precopy_track_take(t, 4 * GRAN, GRAN);
+    precopy_track_take(t, 7 * GRAN + 512, 3 * GRAN - 512);
+    ASSERT_SWEEP(t, &s, 0, "0+1 2+2 5+3 10+1 ");
+    /* The last one is shorter */
+    precopy_track_mark(t, 0, 10 * GRAN + 512);
+    precopy_track_take(t, 9 * GRAN, GRAN + 512);
+    ASSERT_SWEEP(t, &s, 0, "0+9 ");
+    precopy_track_free(t);
+}
+
 static void test_track_counters(void)
 {
     PrecopyTrack *t = precopy_track_new(8 * GRAN, GRAN);
@@ -565,6 +587,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy/track-history", test_track_history);
     g_test_add_func("/precopy/track-hints", test_track_hints);
     g_test_add_func("/precopy/track-clean-part", test_track_clean_part);
+    g_test_add_func("/precopy/track-take", test_track_take);
     g_test_add_func("/precopy/track-counters", test_track_counters);
     g_test_add_func("/precopy/track-place", test_track_place);
     g_test_add_func("/precopy/granularity", test_granularity);

@@ -239,6 +239,17 @@ static int coroutine_fn disk_pwrite_zeroes(BlockDriverState *bs,
     return ret;
 }
 
+static int coroutine_fn disk_pdiscard(BlockDriverState *bs, int64_t offset,
+                                      int64_t bytes)
+{
+    GateDisk *d = bs->opaque;
+
+    if (!d->keeps_discarded) {
+        disk_put(d, offset, bytes, NULL);
+    }
+    return d->fails_discard;
+}
+
 static int coroutine_fn disk_flush(BlockDriverState *bs)
 {
     GateDisk *d = bs->opaque;
@@ -294,6 +305,7 @@ static BlockDriver disk_driver = {
     .bdrv_co_preadv         = disk_preadv,
     .bdrv_co_pwritev        = disk_pwritev,
     .bdrv_co_pwrite_zeroes  = disk_pwrite_zeroes,
+    .bdrv_co_pdiscard       = disk_pdiscard,
     .bdrv_co_flush          = disk_flush,
     .bdrv_co_block_status   = disk_block_status,
 };

@@ -27,6 +27,8 @@ typedef struct GateDisk {
     GHashTable *pages;      /* number -> GATE_PAGE bytes */
     Gate writes, flushes;
     int fails;              /* the next write, with this */
+    int fails_discard;      /* each discard, when it has been done */
+    bool keeps_discarded;   /* a discard changes nothing */
     void (*look)(void);     /* when a write begins */
 } GateDisk;
 
