@@ -305,7 +305,7 @@ read_following(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
         repeat = false;
         st = qatomic_read(&s->store);
         token = thinvm_store_request_begin(st);
-        ret = thinvm_mode_begin_read(bs, &look);
+        ret = thinvm_mode_begin_read(bs, st, &look);
         if (ret == 0) {
             ret = read_once(bs, st, tree, offset, bytes, qiov, qiov_offset,
                             flags);
@@ -338,7 +338,9 @@ thinvm_io_read(BlockDriverState *bs, int tree, uint64_t offset, uint64_t bytes,
     }
     st = qatomic_read(&s->store);
     token = thinvm_store_request_begin(st);
-    if (unlikely(qatomic_read(&s->follow))) {
+    /* A new store is put in place before "follow" ends, so look again */
+    if (unlikely(qatomic_load_acquire(&s->follow) ||
+                 qatomic_read(&s->store) != st)) {
         thinvm_store_request_end(st, token);
         return read_following(bs, tree, offset, bytes, qiov, qiov_offset,
                               flags);
@@ -407,11 +409,11 @@ thinvm_co_copy_range_from(BlockDriverState *bs, BdrvChild *src,
         .flags = read_flags,
     };
 
-    if (qatomic_read(&s->follow)) {
-        /* what is copied could not be called back when it proves stale */
-        return -ENOTSUP;
-    }
     token = thinvm_store_request_begin(st);
+    if (qatomic_load_acquire(&s->follow) || qatomic_read(&s->store) != st) {
+        /* what is copied could not be called back when it proves stale */
+        ret = -ENOTSUP;
+    }
     while (p.offset < end && ret == 0) {
         p.bytes = end - p.offset;
         ret = thinvm_lookup(s, st, p.tree, p.offset, p.bytes, false, &m);

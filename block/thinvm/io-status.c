@@ -114,17 +114,21 @@ thinvm_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
                        BlockDriverState **file)
 {
     BDRVThinvmState *s = bs->opaque;
-    ThinvmStore *st = qatomic_read(&s->store);
-    unsigned token = thinvm_store_request_begin(st);
     Status status = { };
+    ThinvmStore *st;
     ThinvmLook look;
+    unsigned token;
     int ret;
 
-    ret = thinvm_mode_begin_read(bs, &look);
-    if (ret == 0) {
-        ret = find_status(bs, st, offset, bytes, &status);
-    }
-    thinvm_store_request_end(st, token);
+    do {
+        st = qatomic_read(&s->store);
+        token = thinvm_store_request_begin(st);
+        ret = thinvm_mode_begin_read(bs, st, &look);
+        if (ret == 0) {
+            ret = find_status(bs, st, offset, bytes, &status);
+        }
+        thinvm_store_request_end(st, token);
+    } while (qatomic_read(&s->store) != st);
     if (ret < 0) {
         return ret;
     }

@@ -478,14 +478,15 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     BDRVThinvmState *s = bs->opaque;
     bool active = !(bs->open_flags & BDRV_O_INACTIVE);
     bool wished = s->options.mode == THINVM_CACHE_MODE_MIGRATION;
+    bool coherent = thinvm_device_coherent(bs);
     ThinvmOwnerView view;
     int ret;
 
+    /* Whoever reads meanwhile goes on following, if he did */
     s->mode = s->options.mode;
-    s->follow = false;
     if (!active) {
         s->mode = THINVM_CACHE_MODE_MIGRATION;
-        s->follow = thinvm_device_coherent(bs);
+        qatomic_set(&s->follow, coherent);
         return 0;
     }
     ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
@@ -494,18 +495,20 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     }
     if (!wished && !s->view && view.kind != THINVM_OWNER_OTHER &&
         view.kind != THINVM_OWNER_NODE) {
+        qatomic_set(&s->follow, false);
         return 0;
     }
     s->mode = THINVM_CACHE_MODE_MIGRATION;
-    s->follow = thinvm_device_coherent(bs);
-    if (s->follow || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
+    if (coherent || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
+        qatomic_set(&s->follow, coherent);
         return 0;
     }
     if (s->view && !wished && view.kind != THINVM_OWNER_OTHER) {
         /* This host's page cache is no obstacle: nobody else writes */
-        s->follow = true;
+        qatomic_set(&s->follow, true);
         return 0;
     }
+    qatomic_set(&s->follow, false);
     if (wished) {
         error_setg(errp, "Option '%s' is 'migration', which needs reads past "
                    "the host's page cache", THINVM_OPT_MODE);
@@ -579,11 +582,13 @@ static uint64_t thinvm_changes_seen(BDRVThinvmState *s, ThinvmStore *st)
     return s->view ? thinvm_store_moves(st) : thinvm_store_changes(st);
 }
 
-int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
+int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmStore *st,
+                                        ThinvmLook *look)
 {
     BDRVThinvmState *s = bs->opaque;
     int ret;
 
+    look->store = st;
     look->followed = qatomic_read(&s->follow);
     if (likely(!look->followed)) {
         return 0;
@@ -591,16 +596,15 @@ int coroutine_fn thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look)
     if (qatomic_read(&s->cut)) {
         return -EIO;
     }
-    look->store = qatomic_read(&s->store);
-    ret = thinvm_store_catch_up(look->store, NULL, NULL);
-    look->changes = thinvm_changes_seen(s, look->store);
+    ret = thinvm_store_catch_up(st, NULL, NULL);
+    look->changes = thinvm_changes_seen(s, st);
     return ret;
 }
 
 /*
  * What was looked up may be somebody else's by now if any catch-up since, our
  * own or another reader's, has changed anything; and if we have become the
- * owner meanwhile, since nobody has compared then.
+ * owner, or the store was replaced, meanwhile, since nobody has compared then.
  */
 int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
                                       const ThinvmLook *look, bool *repeat)
@@ -608,12 +612,9 @@ int coroutine_fn thinvm_mode_end_read(BlockDriverState *bs,
     BDRVThinvmState *s = bs->opaque;
     int ret;
 
-    *repeat = false;
-    if (likely(!look->followed)) {
-        return 0;
-    }
-    if (!qatomic_read(&s->follow) || qatomic_read(&s->store) != look->store) {
-        *repeat = true;
+    *repeat = qatomic_read(&s->store) != look->store ||
+              (look->followed && !qatomic_read(&s->follow));
+    if (*repeat || likely(!look->followed)) {
         return 0;
     }
     ret = thinvm_store_catch_up(look->store, NULL, NULL);

@@ -104,7 +104,7 @@ typedef struct ThinvmFence {
     const char *reason;             /* why it is held, or not; for people */
 } ThinvmFence;
 
-/* What a read began with, when it followed another owner (mode.c) */
+/* What a read began with, when it may follow another owner (mode.c) */
 typedef struct ThinvmLook {
     bool followed;
     ThinvmStore *store;
@@ -286,10 +286,12 @@ bool thinvm_options_parse(ThinvmOptions *dst, QDict *options, Error **errp);
 /* mode.c: the machine of the three mapping-cache modes                */
 
 /*
- * Before a look-up for reading: in migration mode catches up with the owner.
+ * Before a look-up for reading in @st, which was s->store when the request
+ * began: in migration mode catches up with the owner.
  */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_mode_begin_read(BlockDriverState *bs, ThinvmLook *look);
+thinvm_mode_begin_read(BlockDriverState *bs, ThinvmStore *st,
+                       ThinvmLook *look);
 /*
  * After the data arrived: in migration mode catches up again; *repeat is set
  * when the mapping may have changed, and the data must be read again.

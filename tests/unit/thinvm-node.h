@@ -3,9 +3,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Links io-write.c, io-zero.c and inflight.c; what these need of the block
- * layer and of the rest of the driver is replaced by the least that does: a
- * node that owns its image, in write-back mode, without backing file or
+ * Links io-read.c, io-write.c, io-zero.c and inflight.c; what these need of
+ * the block layer and of the rest of the driver is replaced by the least that
+ * does: a node that owns its image, in write-back mode, without backing file or
  * template, over the ThinvmDevice that its store is on.
  */
 #ifndef TESTS_UNIT_THINVM_NODE_H
