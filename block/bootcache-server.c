@@ -8,9 +8,9 @@
  * readers (max-readers), the time until a hello has come, the requests of one
  * reader that are worked on (beyond, nothing more is read from his socket),
  * and the blocks of a request.  A reader who does not take his answers keeps
- * his own requests waiting, and nobody else's.  All that a reader can have is
- * what he could read from the template himself: the shared memory, for
- * reading.
+ * his own requests waiting, and nobody else's, until he is hung up on.  All
+ * that a reader can have is what he could read from the template himself: the
+ * shared memory, for reading.
  *
  * Main loop; coroutines for each reader (one that receives, one for each of
  * his requests), all counted by bootcache_publisher_enter().
@@ -28,6 +28,7 @@
 
 #define BOOTCACHE_MAX_REQUESTS      16      /* of one reader at a time */
 #define BOOTCACHE_HELLO_MS          10000
+#define BOOTCACHE_ANSWER_MS         5000    /* to take one */
 #define BOOTCACHE_BACKLOG           64
 
 struct BootcacheServer {
@@ -43,7 +44,7 @@ struct BootcacheServer {
 typedef struct BootcacheReader {
     BootcacheServer *server;
     QIOChannel *ioc;
-    QEMUTimer *timer;           /* until the hello is here */
+    QEMUTimer *timer;           /* hello, or an answer to be taken */
     CoMutex send_lock;
     CoQueue done;               /* the receiver waits for a request's end */
     unsigned nb_requests;
@@ -55,12 +56,23 @@ typedef struct BootcacheJob {
     BootcacheRequest request;
 } BootcacheJob;
 
+/*
+ * Outside of coroutines, @r may be gone afterwards.  Who waits to write has to
+ * be woken: a full socket does not become writable by being shut down, and
+ * would be polled for nothing, again and again.
+ */
 static void bootcache_reader_hang_up(BootcacheReader *r)
 {
+    Coroutine *writer;
+
     qio_channel_shutdown(r->ioc, QIO_CHANNEL_SHUTDOWN_BOTH, NULL);
+    writer = qatomic_xchg(&r->ioc->write_coroutine, NULL);
+    if (writer) {
+        aio_co_wake(writer);
+    }
 }
 
-static void bootcache_hello_overdue(void *opaque)
+static void bootcache_reader_overdue(void *opaque)
 {
     BootcacheReader *r = opaque;
 
@@ -68,27 +80,61 @@ static void bootcache_hello_overdue(void *opaque)
     bootcache_reader_hang_up(r);
 }
 
+static void bootcache_reader_hurry(BootcacheReader *r, int64_t ms)
+{
+    timer_mod(r->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
+}
+
 /* ------------------------------------------------------------------ */
 /* Requests                                                            */
+
+/* With the lock for sending */
+static bool coroutine_fn bootcache_reader_send(BootcacheReader *r,
+                                               const char *buf, size_t size)
+{
+    ssize_t n = qio_channel_write(r->ioc, buf, size, NULL);
+    int ret;
+
+    if (n == size) {
+        return true;
+    }
+    if (n < 0 && n != QIO_CHANNEL_ERR_BLOCK) {
+        return false;
+    }
+    n = MAX(n, 0);
+    bootcache_reader_hurry(r, BOOTCACHE_ANSWER_MS);
+    ret = qio_channel_write_all(r->ioc, buf + n, size - n, NULL);
+    timer_del(r->timer);
+    return ret == 0;
+}
+
+static void coroutine_fn bootcache_reader_reply(BootcacheReader *r,
+                                                uint64_t cookie,
+                                                BootcacheStatus status)
+{
+    uint8_t buf[BOOTCACHE_REPLY_SIZE];
+    BootcacheReply reply = {
+        .cookie = cookie,
+        .status = status,
+    };
+
+    bootcache_encode_reply(&reply, buf);
+    qemu_co_mutex_lock(&r->send_lock);
+    if (!bootcache_reader_send(r, (char *)buf, sizeof(buf))) {
+        bootcache_reader_hang_up(r);
+    }
+    qemu_co_mutex_unlock(&r->send_lock);
+}
 
 static void coroutine_fn bootcache_job_entry(void *opaque)
 {
     BootcacheJob *job = opaque;
     BootcacheReader *r = job->reader;
     BootcachePublisher *p = r->server->publisher;
-    uint8_t buf[BOOTCACHE_REPLY_SIZE];
-    BootcacheReply reply = {
-        .cookie = job->request.cookie,
-        .status = bootcache_publisher_get(p, job->request.block,
-                                          job->request.count),
-    };
 
-    bootcache_encode_reply(&reply, buf);
-    qemu_co_mutex_lock(&r->send_lock);
-    if (qio_channel_write_all(r->ioc, (char *)buf, sizeof(buf), NULL) < 0) {
-        bootcache_reader_hang_up(r);
-    }
-    qemu_co_mutex_unlock(&r->send_lock);
+    bootcache_reader_reply(r, job->request.cookie,
+                           bootcache_publisher_get(p, job->request.block,
+                                                   job->request.count));
     g_free(job);
     r->nb_requests--;
     qemu_co_queue_next(&r->done);
@@ -206,9 +252,8 @@ static void bootcache_server_accept(QIONetListener *listener,
     qio_channel_set_follow_coroutine_ctx(r->ioc, true);
     qemu_co_mutex_init(&r->send_lock);
     qemu_co_queue_init(&r->done);
-    r->timer = timer_new_ms(QEMU_CLOCK_REALTIME, bootcache_hello_overdue, r);
-    timer_mod(r->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-                        BOOTCACHE_HELLO_MS);
+    r->timer = timer_new_ms(QEMU_CLOCK_REALTIME, bootcache_reader_overdue, r);
+    bootcache_reader_hurry(r, BOOTCACHE_HELLO_MS);
     QLIST_INSERT_HEAD(&server->readers, r, link);
     bootcache_publisher_enter(server->publisher);
     qemu_coroutine_enter(qemu_coroutine_create(bootcache_reader_entry, r));
@@ -271,11 +316,11 @@ BootcacheServer *bootcache_server_new(BootcachePublisher *p,
 
 void bootcache_server_stop(BootcacheServer *server)
 {
-    BootcacheReader *r;
+    BootcacheReader *r, *next;
 
     server->stopped = true;
     qio_net_listener_disconnect(server->listener);
-    QLIST_FOREACH(r, &server->readers, link) {
+    QLIST_FOREACH_SAFE(r, &server->readers, link, next) {
         bootcache_reader_hang_up(r);
     }
 }

@@ -304,6 +304,58 @@ def hostile_readers(ctx):
     good.verify_all()
 
 
+def send_all_that_goes(sock, message):
+    """How often it went."""
+    sock.setblocking(False)
+    try:
+        for count in range(100000):
+            sock.send(message)
+    except BlockingIOError:
+        return count
+    raise Failure('100,000 messages were taken')
+
+
+def flood(path, identity, length, message):
+    """A connection whose publisher waits for an answer to be taken: he has
+    read more messages than there is room for answers."""
+    most = 0
+    for size in (16, 32):
+        pair = socket.socketpair(socket.AF_UNIX)
+        most += send_all_that_goes(pair[0], bytes(size))
+        for sock in pair:
+            sock.close()
+    wire = Wire(path)
+    check(wire.greet(identity, length) == 0, 'not greeted')
+    sent = [0]
+
+    def is_full():
+        try:
+            sent[0] += send_all_that_goes(wire.sock, message)
+        except ConnectionError:
+            return True         # he has hung up already
+        return sent[0] > most
+
+    wait_for(is_full, 60, 'the publisher waits')
+    return wire
+
+
+@test()
+def answers_not_taken(ctx):
+    """Who asks and never takes an answer is hung up on after a while, also
+    if he closes his side meanwhile, and does not keep the publisher from
+    ending."""
+    template, meter, path, publisher = surroundings(ctx)
+    identity = publisher.info()['identity']
+    wires = [flood(path, identity, template.size, Wire.request(7, 0, 1))
+             for _ in range(2)]
+    wires[1].sock.shutdown(socket.SHUT_RDWR)
+    wait_for(lambda: publisher.state()['readers'] == 0, 60,
+             'the publisher has hung up')
+    wires.append(flood(path, identity, template.size,
+                       Wire.request(7, 0, 1)))
+    publisher.quit()
+
+
 @test()
 def shared_memory(ctx):
     """The descriptor that a reader gets cannot be used to change the memory
