@@ -59,6 +59,9 @@ struct BootcacheClient {
     int64_t heard_ms;           /* the publisher's last sign of life */
     GHashTable *pending;        /* of BootcachePending, by cookie */
     GSList *waiting;            /* coroutines, until ready */
+    bool has_boot_end;          /* somebody said that the boot has ended */
+    ThinvmBootcacheBootEnd boot_end;
+    uint64_t boot_end_cookie;   /* of the message, while its fate is SENT */
     char *problem;
 };
 
@@ -248,13 +251,35 @@ static int bootcache_client_establish(BootcacheClient *c, Error **errp)
     return fd;
 }
 
+/* With the lock */
+static void bootcache_client_complete_boot_end(BootcacheClient *c,
+                                               const BootcacheReply *reply)
+{
+    if (!c->has_boot_end || c->boot_end != THINVM_BOOTCACHE_BOOT_END_SENT ||
+        reply->cookie != c->boot_end_cookie) {
+        return;         /* none of ours; nothing depends on it */
+    }
+    switch (reply->status) {
+    case BOOTCACHE_STATUS_OK:
+        c->boot_end = THINVM_BOOTCACHE_BOOT_END_SEALED;
+        break;
+    case BOOTCACHE_STATUS_EMPTY:
+        c->boot_end = THINVM_BOOTCACHE_BOOT_END_EMPTY;
+        break;
+    default:
+        c->boot_end = THINVM_BOOTCACHE_BOOT_END_REFUSED;
+        break;
+    }
+}
+
 static void bootcache_client_complete(BootcacheClient *c,
                                       const BootcacheReply *reply)
 {
     BootcachePending *p = g_hash_table_lookup(c->pending, &reply->cookie);
 
     if (!p) {
-        return;         /* none of ours; nothing depends on it */
+        bootcache_client_complete_boot_end(c, reply);
+        return;
     }
     g_hash_table_remove(c->pending, &reply->cookie);
     p->ret = reply->status == BOOTCACHE_STATUS_OK ? 0 : -ENODATA;
@@ -420,6 +445,25 @@ void coroutine_fn bootcache_client_wait_ready(BootcacheClient *c)
 }
 
 /* With the lock.  A message is sent whole: they are small. */
+static int bootcache_client_send_message(BootcacheClient *c,
+                                         const uint8_t *buf)
+{
+    ssize_t n;
+
+    if (c->fd < 0) {
+        return -ENOTCONN;
+    }
+    n = RETRY_ON_EINTR(send(c->fd, buf, BOOTCACHE_REQUEST_SIZE,
+                            MSG_DONTWAIT | MSG_NOSIGNAL));
+    if (n == BOOTCACHE_REQUEST_SIZE) {
+        return 0;
+    }
+    if (n >= 0) {
+        shutdown(c->fd, SHUT_RDWR);     /* the rest would be misread */
+    }
+    return n < 0 && errno == EAGAIN ? -EBUSY : -ENOTCONN;
+}
+
 static int bootcache_client_send(BootcacheClient *c, BootcachePending *p,
                                  uint64_t block, uint32_t count)
 {
@@ -427,24 +471,12 @@ static int bootcache_client_send(BootcacheClient *c, BootcachePending *p,
         .cookie = p->cookie, .block = block, .count = count,
     };
     uint8_t buf[BOOTCACHE_REQUEST_SIZE];
-    ssize_t n;
 
-    if (c->fd < 0) {
-        return -ENOTCONN;
-    }
     if (g_hash_table_size(c->pending) >= BOOTCACHE_MAX_PENDING) {
         return -EBUSY;
     }
     bootcache_encode_request(&request, buf);
-    n = RETRY_ON_EINTR(send(c->fd, buf, sizeof(buf),
-                            MSG_DONTWAIT | MSG_NOSIGNAL));
-    if (n == sizeof(buf)) {
-        return 0;
-    }
-    if (n >= 0) {
-        shutdown(c->fd, SHUT_RDWR);     /* the rest would be misread */
-    }
-    return n < 0 && errno == EAGAIN ? -EBUSY : -ENOTCONN;
+    return bootcache_client_send_message(c, buf);
 }
 
 int coroutine_fn bootcache_client_fetch(BootcacheClient *c, uint64_t block,
@@ -475,6 +507,34 @@ int coroutine_fn bootcache_client_fetch(BootcacheClient *c, uint64_t block,
     qemu_coroutine_yield();
     assert(p.done);
     return p.ret;
+}
+
+bool bootcache_client_boot_ended(BootcacheClient *c, Error **errp)
+{
+    uint8_t buf[BOOTCACHE_REQUEST_SIZE];
+    int ret;
+
+    QEMU_LOCK_GUARD(&c->lock);
+    c->has_boot_end = true;
+    c->boot_end_cookie = c->next_cookie++;
+    bootcache_encode_boot_end(c->boot_end_cookie, buf);
+    ret = bootcache_client_send_message(c, buf);
+    if (ret < 0) {
+        c->boot_end = THINVM_BOOTCACHE_BOOT_END_UNSENT;
+        error_setg(errp, "The publisher of bootcache node '%s' could not be "
+                   "told that the guest has booted: %s", c->node_name,
+                   c->problem ?: strerror(-ret));
+        return false;
+    }
+    c->boot_end = THINVM_BOOTCACHE_BOOT_END_SENT;
+    return true;
+}
+
+bool bootcache_client_boot_end(BootcacheClient *c, ThinvmBootcacheBootEnd *end)
+{
+    QEMU_LOCK_GUARD(&c->lock);
+    *end = c->boot_end;
+    return c->has_boot_end;
 }
 
 BootcacheMap *bootcache_client_map(BootcacheClient *c)

@@ -15,6 +15,7 @@
 #ifndef BLOCK_BOOTCACHE_CLIENT_H
 #define BLOCK_BOOTCACHE_CLIENT_H
 
+#include "qapi/qapi-types-thinvm.h"
 #include "bootcache-map.h"
 
 typedef struct BootcacheClient BootcacheClient;
@@ -40,6 +41,16 @@ void coroutine_fn bootcache_client_wait_ready(BootcacheClient *c);
  */
 int coroutine_fn bootcache_client_fetch(BootcacheClient *c, uint64_t block,
                                         uint32_t count);
+
+/*
+ * Tell the publisher that the guest has booted.  Sent at once or not at all
+ * (then with an error): by the time that there is another publisher, it is no
+ * longer true of what that one records.  His answer is not waited for.
+ */
+bool bootcache_client_boot_ended(BootcacheClient *c, Error **errp);
+
+/* What has become of the last one; false if there was none */
+bool bootcache_client_boot_end(BootcacheClient *c, ThinvmBootcacheBootEnd *end);
 
 /*
  * The cache; NULL before there was one.  Inside an RCU read section.  It stays

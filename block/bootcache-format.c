@@ -9,6 +9,7 @@
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
 #include "qemu/bswap.h"
+#include "qemu/cutils.h"
 #include "bootcache-format.h"
 #include "thinvm/format.h"
 
@@ -255,6 +256,20 @@ bool bootcache_decode_request(BootcacheRequest *m, const uint8_t *buf,
     return ldl_le_p(buf) == BOOTCACHE_REQUEST_MAGIC && !ldq_le_p(buf + 24) &&
            m->count && m->count <= BOOTCACHE_MAX_REQUEST_BLOCKS &&
            m->block < nb_blocks && m->count <= nb_blocks - m->block;
+}
+
+void bootcache_encode_boot_end(uint64_t cookie, uint8_t *buf)
+{
+    memset(buf, 0, BOOTCACHE_REQUEST_SIZE);
+    stl_le_p(buf, BOOTCACHE_BOOT_END_MAGIC);
+    stq_le_p(buf + 8, cookie);
+}
+
+bool bootcache_decode_boot_end(uint64_t *cookie, const uint8_t *buf)
+{
+    *cookie = ldq_le_p(buf + 8);
+    return ldl_le_p(buf) == BOOTCACHE_BOOT_END_MAGIC && !ldl_le_p(buf + 4) &&
+           buffer_is_zero(buf + 16, BOOTCACHE_REQUEST_SIZE - 16);
 }
 
 void bootcache_encode_reply(const BootcacheReply *m, uint8_t *buf)

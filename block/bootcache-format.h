@@ -118,6 +118,7 @@ bool bootcache_file_decode_records(const BootcacheFileHeader *h,
 
 #define BOOTCACHE_HELLO_MAGIC        0x6f6c6c6568627674ULL   /* tvbhello */
 #define BOOTCACHE_REQUEST_MAGIC      0x71657262U             /* breq */
+#define BOOTCACHE_BOOT_END_MAGIC     0x646e6562U             /* bend */
 #define BOOTCACHE_REPLY_MAGIC        0x79706572U             /* repy */
 #define BOOTCACHE_HELLO_SIZE         64
 #define BOOTCACHE_REQUEST_SIZE       32
@@ -137,6 +138,8 @@ typedef enum BootcacheStatus {
     BOOTCACHE_STATUS_FOREIGN  = 1,  /* another template, or version of it */
     BOOTCACHE_STATUS_CLOSED   = 2,  /* nothing more is recorded */
     BOOTCACHE_STATUS_IO_ERROR = 3,  /* the template cannot be read */
+    BOOTCACHE_STATUS_REFUSED  = 4,  /* a guest's word does not seal here */
+    BOOTCACHE_STATUS_EMPTY    = 5,  /* nothing has been recorded yet */
 } BootcacheStatus;
 
 typedef struct BootcacheRequest {
@@ -155,6 +158,11 @@ bool bootcache_decode_hello(BootcacheHello *m, const uint8_t *buf);
 void bootcache_encode_request(const BootcacheRequest *m, uint8_t *buf);
 bool bootcache_decode_request(BootcacheRequest *m, const uint8_t *buf,
                               uint64_t nb_blocks);
+
+/* "The boot has ended": as large as a request, and answered like one */
+void bootcache_encode_boot_end(uint64_t cookie, uint8_t *buf);
+bool bootcache_decode_boot_end(uint64_t *cookie, const uint8_t *buf);
+
 void bootcache_encode_reply(const BootcacheReply *m, uint8_t *buf);
 bool bootcache_decode_reply(BootcacheReply *m, const uint8_t *buf);
 

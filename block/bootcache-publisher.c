@@ -7,7 +7,8 @@
  * into the shared memory, and keeps the order.  Runs in the main loop: no
  * locks, and whatever is between two yields is atomic.
  *
- *   recording --bytes, seconds, command, memory full, closed--> sealed
+ *   recording --bytes, seconds, command, a guest's word, memory full,
+ *               closed--> sealed
  *
  * In recording, any block may be asked for, and gets a record when it has
  * been read.  Sealed, only blocks with a record are in the cache; the file of
@@ -72,6 +73,7 @@ struct BootcachePublisher {
     uint64_t save_files;        /* written so far */
 
     uint64_t requests, joined, io_errors;
+    uint64_t boot_ends, boot_ends_refused;
     uint64_t template_bytes, file_bytes;
     uint64_t damaged_blocks;    /* of the file */
 };
@@ -145,6 +147,30 @@ void bootcache_publisher_seal(BootcachePublisher *p, const char *why)
     timer_del(p->timer);
     trace_thinvm_bootcache_seal(p->bs, why, p->map->header->used_records);
     bootcache_save(p);
+}
+
+/*
+ * A reader passes on what a guest says.  A guest that lies ends a recording
+ * too early, which costs others speed, and only if the administrator lets
+ * guests decide.  Before anything was read this cannot be the end of a boot,
+ * and a recording of nothing would serve nobody.
+ */
+BootcacheStatus bootcache_publisher_boot_ended(BootcachePublisher *p)
+{
+    p->boot_ends++;
+    if (!p->s->options.seal_by_guest) {
+        p->boot_ends_refused++;
+        return BOOTCACHE_STATUS_REFUSED;
+    }
+    if (bootcache_map_state(p->map) != BOOTCACHE_MAP_RECORDING) {
+        return BOOTCACHE_STATUS_OK;     /* another guest was first, say */
+    }
+    if (!p->map->header->used_records) {
+        p->boot_ends_refused++;
+        return BOOTCACHE_STATUS_EMPTY;
+    }
+    bootcache_publisher_seal(p, "guest-agent");
+    return BOOTCACHE_STATUS_OK;
 }
 
 static void bootcache_seconds_over(void *opaque)
@@ -707,6 +733,8 @@ bootcache_publisher_info(BootcachePublisher *p)
         .prefetched_blocks = h->prefetched,
         .requests = p->requests,
         .joined = p->joined,
+        .boot_ends = p->boot_ends,
+        .boot_ends_refused = p->boot_ends_refused,
         .template_bytes = p->template_bytes,
         .file_bytes = p->file_bytes,
         .damaged_blocks = p->damaged_blocks,

@@ -42,6 +42,8 @@ static ThinvmBootcacheInfo *bootcache_describe(BDRVBootcacheState *s)
         info->connected = bootcache_client_connected(s->client);
         info->problem = bootcache_client_problem(s->client);
         info->statistics = bootcache_statistics(s);
+        info->has_boot_end = bootcache_client_boot_end(s->client,
+                                                       &info->boot_end);
     }
     return info;
 }

@@ -148,9 +148,15 @@ static bool coroutine_fn bootcache_reader_receive(BootcacheReader *r)
     uint8_t buf[BOOTCACHE_REQUEST_SIZE];
     BootcacheJob *job;
     BootcacheRequest request;
+    uint64_t cookie;
 
     if (qio_channel_read_all_eof(r->ioc, (char *)buf, sizeof(buf), NULL) <= 0) {
         return false;
+    }
+    if (bootcache_decode_boot_end(&cookie, buf)) {
+        /* No more is received from him until he takes the answer */
+        bootcache_reader_reply(r, cookie, bootcache_publisher_boot_ended(p));
+        return true;
     }
     if (!bootcache_decode_request(&request, buf,
             bootcache_publisher_map(p)->geometry.nb_blocks)) {

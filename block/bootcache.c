@@ -60,6 +60,9 @@ static QemuOptsList bootcache_runtime_opts = {
           .help = "publisher: seal the recording after this time" },
         { .name = "max-readers", .type = QEMU_OPT_NUMBER,
           .help = "publisher: most connections" },
+        { .name = "seal-by-guest", .type = QEMU_OPT_BOOL,
+          .help = "publisher: seal the recording when a guest says that it "
+                  "has booted" },
         { .name = "cache-file", .type = QEMU_OPT_STRING,
           .help = "publisher: where the recording is kept" },
         { /* end of list */ }
@@ -68,7 +71,7 @@ static QemuOptsList bootcache_runtime_opts = {
 
 static const char *const bootcache_publisher_options[] = {
     "block-size", "memory-limit", "record-bytes", "record-seconds",
-    "max-readers", "cache-file",
+    "max-readers", "seal-by-guest", "cache-file",
 };
 
 static bool bootcache_in_range(const char *name, uint64_t value, uint64_t min,
@@ -111,6 +114,7 @@ static bool bootcache_options_numbers(BootcacheOptions *o, QemuOpts *opts,
     o->block_size = block_size;
     o->record_seconds = seconds;
     o->max_readers = readers;
+    o->seal_by_guest = qemu_opt_get_bool(opts, "seal-by-guest", false);
     return true;
 }
 
@@ -486,6 +490,27 @@ ThinvmBootcacheStatistics *bootcache_statistics(BDRVBootcacheState *s)
         stats->prefetched_blocks = qatomic_read(&map->header->prefetched);
     }
     return stats;
+}
+
+bool bootcache_boot_ended(const char *node_name, Error **errp)
+{
+    BDRVBootcacheState *s;
+
+    QTAILQ_FOREACH(s, &bootcache_nodes, link) {
+        if (!strcmp(bdrv_get_node_name(s->bs), node_name)) {
+            break;
+        }
+    }
+    if (!s) {
+        error_setg(errp, "There is no bootcache node '%s'", node_name);
+        return false;
+    }
+    if (!s->client) {
+        error_setg(errp, "Node '%s' is not a reader of a boot cache; its "
+                   "guest's word is of no use to it", node_name);
+        return false;
+    }
+    return bootcache_client_boot_ended(s->client, errp);
 }
 
 static BlockStatsSpecific *bootcache_get_specific_stats(BlockDriverState *bs)

@@ -41,6 +41,7 @@ typedef struct BootcacheOptions {
     uint64_t record_bytes;      /* 0: up to the memory limit */
     uint32_t record_seconds;    /* 0: no limit */
     uint32_t max_readers;
+    bool seal_by_guest;
     char *cache_file;           /* NULL: none */
 } BootcacheOptions;
 
@@ -75,6 +76,13 @@ bootcache_identify(BdrvChild *child, const char *template_id,
 ThinvmBootcacheStatistics *bootcache_statistics(BDRVBootcacheState *s);
 
 /*
+ * The guest that reads through the reader @node_name says that it has booted:
+ * its publisher is told, who decides what that is worth.  Main loop; waits for
+ * nobody.
+ */
+bool bootcache_boot_ended(const char *node_name, Error **errp);
+
+/*
  * bootcache-publisher.c.  All of it is the main loop's: requests, recording,
  * and the file, so that it needs no lock.
  */
@@ -84,6 +92,7 @@ void bootcache_publisher_free(BootcachePublisher *p);   /* drained */
 void bootcache_publisher_drain_begin(BootcachePublisher *p);
 void bootcache_publisher_drain_end(BootcachePublisher *p);
 void bootcache_publisher_seal(BootcachePublisher *p, const char *why);
+BootcacheStatus bootcache_publisher_boot_ended(BootcachePublisher *p);
 BootcacheMap *bootcache_publisher_map(BootcachePublisher *p);
 ThinvmBootcachePublisherInfo *
 bootcache_publisher_info(BootcachePublisher *p);

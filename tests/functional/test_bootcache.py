@@ -385,6 +385,72 @@ def shared_memory(ctx):
     os.close(wire.fd)
 
 
+def ask(wire, message):
+    """The status of the answer."""
+    wire.sock.sendall(message)
+    cookie, status = wire.reply()
+    check(cookie == 7, 'an answer to %d', cookie)
+    return status
+
+
+@test()
+def boot_end_message(ctx):
+    """That a guest has booted is refused without the option, and before any
+    block was read; ends the recording once, and does no harm when it comes
+    again, is not well-formed, or never stops."""
+    template, meter, path, publisher = surroundings(ctx)
+    identity = publisher.info()['identity']
+
+    def greeted():
+        wire = Wire(path)
+        check(wire.greet(identity, template.size) == 0, 'not greeted')
+        return wire
+
+    wire = greeted()
+    check(ask(wire, Wire.request(7, 0, 1)) == 0, 'block 0')
+    check(ask(wire, Wire.boot_end(7)) == 4, 'not refused')
+    check(ask(wire, Wire.request(7, 1, 1)) == 0, 'block 1')
+    state = publisher.state()
+    check(state['state'] == 'recording' and state['boot-ends'] == 1 and
+          state['boot-ends-refused'] == 1, 'publisher: %s', state)
+    publisher.quit()
+
+    publisher = Publisher(ctx, template, meter, path, seal_by_guest=True,
+                          cache_file=ctx.path('cache'))
+    wire = greeted()
+    check(ask(wire, Wire.boot_end(7)) == 5, 'before any block')
+    check(publisher.state()['state'] == 'recording', 'publisher: %s',
+          publisher.state())
+    check(ask(wire, Wire.request(7, 0, 3)) == 0, 'blocks')
+    for bad in (Wire.boot_end(7, first=1), Wire.boot_end(7, last=1)):
+        other = greeted()
+        other.sock.sendall(bad)
+        check(other.closed(), 'not closed')
+    state = publisher.state()
+    check(state['state'] == 'recording' and state['misbehaved'] == 2,
+          'publisher: %s', state)
+    check(ask(wire, Wire.boot_end(7)) == 0, 'not sealed')
+    publisher.wait_saved()
+    state = publisher.state()
+    check(state['sealed-by'] == 'guest-agent' and state['blocks'] == 3,
+          'publisher: %s', state)
+    for _ in range(3):
+        check(ask(wire, Wire.boot_end(7)) == 0, 'again')
+    check(ask(wire, Wire.request(7, 3, 1)) == 2, 'it still records')
+    state = publisher.state()
+    check((state['saved'], state['boot-ends'], state['boot-ends-refused']) ==
+          (1, 5, 1), 'publisher: %s', state)
+
+    # Who says it for ever and never takes an answer is not listened to
+    silent = flood(path, identity, template.size, Wire.boot_end(7))
+    reader, = make_readers(ctx, 1, template, meter, path)
+    reader.verify_all()
+    check(reader.statistics()['hit-bytes'] == 3 * 65536, 'reader: %s',
+          reader.statistics())
+    publisher.quit()
+    silent.close()
+
+
 class FalsePublisher:
     """Listens like a publisher, and answers as it is told."""
 

@@ -486,6 +486,28 @@ static void test_messages(void)
     g_assert(!bootcache_decode_hello(&hello, buf));
 }
 
+/* "The boot has ended" is no request, and each byte but the cookie counts */
+static void test_boot_end(void)
+{
+    uint8_t buf[BOOTCACHE_REQUEST_SIZE];
+    BootcacheRequest request = { .block = 1, .count = 1 };
+    uint64_t cookie = 0;
+
+    bootcache_encode_boot_end(UINT64_MAX - 5, buf);
+    g_assert_true(bootcache_decode_boot_end(&cookie, buf));
+    g_assert_cmpuint(cookie, ==, UINT64_MAX - 5);
+    g_assert_false(bootcache_decode_request(&request, buf, NB_BLOCKS));
+    for (size_t i = 0; i < sizeof(buf); i++) {
+        bool is_cookie = i >= 8 && i < 16;
+
+        buf[i] ^= 0x80;
+        g_assert(bootcache_decode_boot_end(&cookie, buf) == is_cookie);
+        buf[i] ^= 0x80;
+    }
+    bootcache_encode_request(&request, buf);
+    g_assert_false(bootcache_decode_boot_end(&cookie, buf));
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -498,5 +520,6 @@ int main(int argc, char **argv)
     g_test_add_func("/bootcache/file/header", test_file_header);
     g_test_add_func("/bootcache/file/records", test_file_records);
     g_test_add_func("/bootcache/messages", test_messages);
+    g_test_add_func("/bootcache/boot-end", test_boot_end);
     return g_test_run();
 }

@@ -19,6 +19,7 @@ from .qsd import StorageDaemon
 
 HELLO_MAGIC = 0x6f6c6c6568627674
 REQUEST_MAGIC = 0x71657262
+BOOT_END_MAGIC = 0x646e6562
 REPLY_MAGIC = 0x79706572
 
 
@@ -231,6 +232,10 @@ class Wire:
     def request(cookie, block, count, magic=REQUEST_MAGIC):
         return struct.pack('<IIQQQ', magic, count & 0xffffffff, cookie,
                            block & (2 ** 64 - 1), 0)
+
+    @staticmethod
+    def boot_end(cookie, first=0, last=0):
+        return struct.pack('<IIQQQ', BOOT_END_MAGIC, first, cookie, 0, last)
 
     def greet(self, identity, length):
         """The publisher's status; .fd is the shared memory."""
