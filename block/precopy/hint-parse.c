@@ -28,6 +28,7 @@ static const struct {
     [PRECOPY_VERB_USED]     = { "used",     "dr" },
     [PRECOPY_VERB_COST]     = { "cost",     "nnn" },
     [PRECOPY_VERB_DONE]     = { "done",     "nwn" },
+    [PRECOPY_VERB_BOOTED]   = { "booted",   "" },
     [PRECOPY_VERB_BYE]      = { "bye",      "" },
 };
 

@@ -29,6 +29,7 @@ typedef enum PrecopyHintVerb {
     PRECOPY_VERB_USED,
     PRECOPY_VERB_COST,
     PRECOPY_VERB_DONE,
+    PRECOPY_VERB_BOOTED,
     PRECOPY_VERB_BYE,
     PRECOPY_VERB__MAX,
 } PrecopyHintVerb;

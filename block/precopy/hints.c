@@ -6,7 +6,9 @@
  * See hints.h.  The guest's side is not trusted: lines are checked one by one
  * (hint-parse.c), ranges are kept in maps of bounded size (hint-map.c), and
  * what comes in is read at a bounded rate; the rest stays in the channel.
- * Nothing of what it says does more than to let blocks wait.
+ * Nothing of what it says does more than to let blocks wait; and, where the
+ * administrator has said so twice, here and of the boot cache's publisher, to
+ * end the recording of a boot.
  *
  * Reading, and all that is sent, happens in the main loop.  The lock covers
  * disks, maps and users, which jobs look at from their own threads, some with
@@ -16,8 +18,11 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-precopy.h"
+#include "qapi/qapi-events-precopy.h"
+#include "block/bootcache.h"
 #include "chardev/char-fe.h"
 #include "qemu/cutils.h"
+#include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
 #include "qom/object_interfaces.h"
@@ -40,6 +45,8 @@
 /* "At some time": half of what Linux lets pages be dirty for */
 #define HINTS_UNKNOWN_MS        15000
 #define HINTS_ASK_MS            1000
+/* A guest does not boot more often; QMP clients are not to be flooded */
+#define HINTS_BOOTED_MS         1000
 
 OBJECT_DECLARE_SIMPLE_TYPE(ThinvmHints, THINVM_HINTS)
 
@@ -69,6 +76,7 @@ struct ThinvmHints {
 
     char *chardev;
     uint32_t max_ranges;
+    char *boot_cache;               /* node name, or NULL */
 
     /* Main loop only */
     CharBackend chr;
@@ -83,6 +91,8 @@ struct ThinvmHints {
     bool started;
     int version;                    /* 0: no agent */
     char agent[PRECOPY_HINT_MAX_WORD + 1];
+    int64_t booted, booted_at;      /* how often; ms */
+    char *boot_cache_problem;
     int64_t lines, ignored, trimmed;
     int64_t cost[3];
 
@@ -326,6 +336,42 @@ static void hints_done(ThinvmHints *h, const PrecopyHintLine *line)
     }
 }
 
+static void hints_tell_boot_cache(ThinvmHints *h)
+{
+    Error *local_err = NULL;
+
+    if (bootcache_boot_ended(h->boot_cache, &local_err)) {
+        g_free(g_steal_pointer(&h->boot_cache_problem));
+        return;
+    }
+    /* The guest must not fill the log with it */
+    if (g_strcmp0(h->boot_cache_problem, error_get_pretty(local_err))) {
+        g_free(h->boot_cache_problem);
+        h->boot_cache_problem = g_strdup(error_get_pretty(local_err));
+        warn_report_err(local_err);
+    } else {
+        error_free(local_err);
+    }
+}
+
+/* False if that is too soon after the last time */
+static bool hints_booted(ThinvmHints *h)
+{
+    int64_t now = precopy_clock_ms();
+
+    if (h->booted && now - h->booted_at < HINTS_BOOTED_MS) {
+        return false;
+    }
+    h->booted++;
+    h->booted_at = now;
+    qapi_event_send_thinvm_guest_booted(
+        object_get_canonical_path_component(OBJECT(h)));
+    if (h->boot_cache) {
+        hints_tell_boot_cache(h);
+    }
+    return true;
+}
+
 /* Returns false if the line is to be counted as ignored */
 static bool hints_line(ThinvmHints *h, const char *text, size_t length)
 {
@@ -358,6 +404,8 @@ static bool hints_line(ThinvmHints *h, const char *text, size_t length)
     case PRECOPY_VERB_DONE:
         hints_done(h, &line);
         return true;
+    case PRECOPY_VERB_BOOTED:
+        return hints_booted(h);
     case PRECOPY_VERB_BYE:
         hints_forget(h);
         return true;
@@ -584,6 +632,30 @@ static void hints_set_chardev(Object *obj, const char *value, Error **errp)
     h->chardev = g_strdup(value);
 }
 
+static char *hints_get_boot_cache(Object *obj, Error **errp)
+{
+    return g_strdup(THINVM_HINTS(obj)->boot_cache ?: "");
+}
+
+/* The node may come later, and go; it is looked for when it is needed */
+static void hints_set_boot_cache(Object *obj, const char *value, Error **errp)
+{
+    ThinvmHints *h = THINVM_HINTS(obj);
+
+    if (h->complete) {
+        error_setg(errp, "Property 'boot-cache' cannot be changed");
+        return;
+    }
+    if (!*value || strlen(value) >= sizeof_field(BlockDriverState, node_name)) {
+        error_setg(errp, "Property 'boot-cache' is '%s', it must be the name "
+                   "of a node, of 1 to %zu bytes", value,
+                   sizeof_field(BlockDriverState, node_name) - 1);
+        return;
+    }
+    g_free(h->boot_cache);
+    h->boot_cache = g_strdup(value);
+}
+
 static void hints_get_max_ranges(Object *obj, Visitor *v, const char *name,
                                  void *opaque, Error **errp)
 {
@@ -631,6 +703,8 @@ static void hints_finalize(Object *obj)
     hints_forget(h);
     qemu_mutex_destroy(&h->lock);
     g_free(h->chardev);
+    g_free(h->boot_cache);
+    g_free(h->boot_cache_problem);
 }
 
 static void hints_class_init(ObjectClass *oc, void *data)
@@ -641,6 +715,8 @@ static void hints_class_init(ObjectClass *oc, void *data)
     ucc->can_be_deleted = hints_can_be_deleted;
     object_class_property_add_str(oc, "chardev", hints_get_chardev,
                                   hints_set_chardev);
+    object_class_property_add_str(oc, "boot-cache", hints_get_boot_cache,
+                                  hints_set_boot_cache);
     object_class_property_add(oc, "max-ranges", "uint32",
                               hints_get_max_ranges, hints_set_max_ranges,
                               NULL, NULL);
@@ -713,6 +789,8 @@ static int hints_info(Object *obj, void *opaque)
     info->reporting = h->started;
     info->lines = h->lines;
     info->ignored = h->ignored;
+    info->booted = h->booted;
+    info->boot_cache_problem = g_strdup(h->boot_cache_problem);
     info->trimmed = h->trimmed;
     info->cpu_us = h->cost[0];
     info->written = h->cost[1];

@@ -12,6 +12,7 @@
  *   - and, through partitions and linear maps of LVM, on which disk;
  *   - and which space file systems do not use (FS_IOC_GETFSMAP: ext4, xfs).
  * What cannot be told that way is counted as unknown, with the reason.
+ * Started with --booted, it also says once that the guest has booted.
  *
  * It writes nothing but to the port, has no file system write anything back,
  * and changes no setting; on request it discards free space (FITRIM).  It
@@ -49,6 +50,7 @@ static uint64_t written_before;
 static pid_t trimmer;
 static int trim_pipe = -1;
 static uint64_t trim_request;
+static bool booted;                 /* not yet said */
 static volatile sig_atomic_t ended;
 
 /* ------------------------------------------------------------------ */
@@ -269,6 +271,9 @@ static void obey(char *line)
     if (nb == 3 && !strcmp(word[0], "hello") &&
         !strcmp(word[1], "thinvm-hints")) {
         say_hello();                /* it asks who is there */
+    } else if (nb == 2 && !strcmp(word[0], "version") && number(word[1], n)) {
+        /* somebody listens now */
+        booted = booted && !say("booted");
     } else if (nb == 4 && !strcmp(word[0], "start") && number(word[1], n) &&
                number(word[2], n + 1) && number(word[3], n + 2)) {
         start(n[0], n[1], n[2]);
@@ -419,9 +424,10 @@ static void turn(void)
 
 static void usage(FILE *to)
 {
-    fprintf(to, "usage: thinvm-agent [--port PATH]\n"
+    fprintf(to, "usage: thinvm-agent [--booted] [--port PATH]\n"
             "Tells the host over a virtio-serial port (default: %s)\n"
-            "which parts of the disks are about to be written.\n",
+            "which parts of the disks are about to be written;\n"
+            "with --booted, also that the guest has booted.\n",
             DEFAULT_PORT);
 }
 
@@ -438,11 +444,15 @@ int main(int argc, char **argv)
         usage(stdout);
         return 0;
     }
-    if (argc == 3 && !strcmp(argv[1], "--port")) {
-        path = argv[2];
-    } else if (argc != 1) {
-        usage(stderr);
-        return 2;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--port") && i + 1 < argc) {
+            path = argv[++i];
+        } else if (!strcmp(argv[i], "--booted")) {
+            booted = true;
+        } else {
+            usage(stderr);
+            return 2;
+        }
     }
     port = open(path, O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (port < 0) {

@@ -451,6 +451,105 @@ def boot_end_message(ctx):
     silent.close()
 
 
+class Agent:
+    """A guest's agent, as the object thinvm-hints of a reader hears it."""
+
+    def __init__(self, ctx, reader, object_id, **options):
+        path = ctx.path(ctx.unique('hints'))
+        reader.qmp.cmd_raw('chardev-add', {
+            'id': object_id, 'backend': {'type': 'socket', 'data': {
+                'server': True, 'wait': False,
+                'addr': {'type': 'unix', 'data': {'path': path}}}}})
+        reader.qmp.cmd('object-add', qom_type='thinvm-hints', id=object_id,
+                       chardev=object_id, **options)
+        self.reader, self.id = reader, object_id
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(path)
+        ctx.cleanup(self.sock.close)
+        self.sock.sendall(b'hello thinvm-hints 1 test/1\n')
+        heard = b''
+        while b'version 1\n' not in heard:
+            data = self.sock.recv(4096)
+            check(data, 'the object has closed its channel')
+            heard += data
+
+    def booted(self):
+        """Say so; QMP tells whose guest it was."""
+        self.sock.sendall(b'booted\n')
+        event = self.reader.qmp.wait_event('THINVM_GUEST_BOOTED')
+        check(event['data'] == {'id': self.id}, 'event: %s', event)
+
+    def info(self):
+        return [info for info in self.reader.qmp.cmd('query-thinvm-hints')
+                if info['id'] == self.id][0]
+
+
+def told(reader, what):
+    wait_for(lambda: reader.info().get('boot-end') == what, 60,
+             'the boot\'s end is "%s": %s' % (what, reader.info()))
+
+
+@test()
+def guest_says_booted(ctx):
+    """The word of a guest's agent, from its channel to the publisher: the
+    recording ends if he lets guests decide, and is there for the next
+    boot.  Where it does not get there, that is told."""
+    template, meter, path, publisher = surroundings(ctx)
+    reader, = make_readers(ctx, 1, template, meter, path)
+    check('boot-end' not in reader.info(), 'reader: %s', reader.info())
+    alone = Agent(ctx, reader, 'alone')
+    alone.booted()
+    check('boot-end' not in reader.info(), 'nobody was to be told')
+    lost = Agent(ctx, reader, 'lost', boot_cache='elsewhere')
+    lost.booted()
+    check("'elsewhere'" in lost.info()['boot-cache-problem'], 'object: %s',
+          lost.info())
+    wrong = Agent(ctx, reader, 'wrong', boot_cache='template')
+    wrong.booted()
+    check("'template'" in wrong.info()['boot-cache-problem'], 'object: %s',
+          wrong.info())
+    reader.verify(0, MiB)
+    Agent(ctx, reader, 'refused', boot_cache='cache').booted()
+    told(reader, 'refused')
+    check(publisher.state()['state'] == 'recording', 'publisher: %s',
+          publisher.state())
+    publisher.quit()
+    reader.wait_connected(False)
+    early = Agent(ctx, reader, 'unsent', boot_cache='cache')
+    early.booted()
+    told(reader, 'unsent')
+    check('could not be told' in early.info()['boot-cache-problem'],
+          'object: %s', early.info())
+
+    options = {'seal_by_guest': True, 'cache_file': ctx.path('cache')}
+    publisher = Publisher(ctx, template, meter, path, **options)
+    reader.wait_connected()
+    # What was said before was not said to this one
+    check(publisher.state()['boot-ends'] == 0, 'publisher: %s',
+          publisher.state())
+    Agent(ctx, reader, 'empty', boot_cache='cache').booted()
+    told(reader, 'empty')
+    reader.verify(0, MiB)
+    agent = Agent(ctx, reader, 'hints', boot_cache='cache')
+    agent.booted()
+    told(reader, 'sealed')
+    check(agent.info()['booted'] == 1 and
+          'boot-cache-problem' not in agent.info(), 'object: %s',
+          agent.info())
+    publisher.wait_saved()
+    state = publisher.state()
+    check(state['sealed-by'] == 'guest-agent' and state['blocks'] == 16,
+          'publisher: %s', state)
+    reader.verify_all()
+    check(publisher.state()['blocks'] == 16, 'publisher: %s',
+          publisher.state())
+    publisher.quit()
+    publisher = Publisher(ctx, template, meter, path, **options)
+    check(publisher.state()['blocks'] == 16, 'publisher: %s',
+          publisher.state())
+
+
 class FalsePublisher:
     """Listens like a publisher, and answers as it is told."""
 

@@ -27,6 +27,7 @@ def begin(guest, request=1):
     hints.send('version 1')
     hints.send('start %d 200 20000' % request)
     hints.expect('done %d ok 0' % request)
+    check('booted' not in hints.lines, 'it was not to say that')
 
 
 def dirty_pages(path, offset, file, first, count):
@@ -254,4 +255,25 @@ def silent_and_robust(ctx):
     check(len(hints.lines) == count + 1, 'after "stop" it said %s',
           hints.lines[count:])
     guest.ask('umount /mnt')
+    guest.poweroff()
+
+
+@test()
+def booted(ctx):
+    """An agent that was started with --booted says so once, when the host
+    has answered its hello, however often it is asked who it is."""
+    guest = FilesGuest(ctx, [], booted=True)
+    hints = guest.hints
+    hints.expect(r'hello thinvm-hints 1 .*')
+    guest.ask('sync')
+    check('booted' not in hints.lines, 'it did not wait for the host')
+    hints.send('version 1')
+    hints.expect('booted')
+    count = len(hints.lines)
+    hints.send('hello thinvm-hints 1')
+    hints.expect(r'hello thinvm-hints 1 .*', begin=count)
+    hints.send('version 1')
+    hints.send('start 1 200 1000')
+    hints.expect('done 1 ok 0', begin=count)
+    check(hints.lines.count('booted') == 1, 'it said %s', hints.lines)
     guest.poweroff()

@@ -13,11 +13,13 @@
  *   05 N   the guest writes there         06     QMP asks for everything
  *
  * What is looked at beside crashes: memory and rate are within their bounds,
- * and what a job is told goes forward and ends.
+ * that of events included, and what a job is told goes forward and ends.
  */
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-precopy.h"
+#include "qapi/qapi-events-precopy.h"
+#include "block/bootcache.h"
 #include "chardev/char-fe.h"
 #include "crypto/hash.h"
 #include "qemu/main-loop.h"
@@ -35,6 +37,7 @@
 /* What the object promises, and what one read may be beyond */
 #define BURST       (200 + PRECOPY_HINT_MAX_LINE)
 #define PER_SECOND  2000
+#define BOOTED_MS   1000
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -60,6 +63,7 @@ static int64_t clock_ms, clock_begin;
 static Object *object;
 static PrecopyHintsUser *user;
 static bool is_open;
+static int64_t events, told;
 
 /* ------------------------------------------------------------------ */
 /* What surrounds the object                                           */
@@ -109,6 +113,21 @@ void __wrap_qemu_chr_fe_accept_input(CharBackend *b)
 {
 }
 
+void qapi_event_send_thinvm_guest_booted(const char *id)
+{
+    events++;
+}
+
+bool bootcache_boot_ended(const char *node_name, Error **errp)
+{
+    g_assert_cmpstr(node_name, ==, "cache");
+    told++;
+    if (told % 2) {
+        error_setg(errp, "There is no bootcache node '%s'", node_name);
+    }
+    return told % 2 == 0;
+}
+
 /* Of bitmaps, for migration; nobody asks for it here */
 int qcrypto_hash_digest(QCryptoHashAlgo alg, const char *buf, size_t len,
                         char **digest, Error **errp)
@@ -128,6 +147,9 @@ static void check_info(void)
     g_assert_cmpint(list->value->lines, <=,
                     BURST + passed * PER_SECOND / 1000);
     g_assert_cmpint(list->value->ignored, <=, list->value->lines);
+    g_assert_cmpint(list->value->booted, ==, events);
+    g_assert_cmpint(told, ==, events);
+    g_assert_cmpint(events, <=, 1 + passed / BOOTED_MS);
     for (ThinvmHintsDiskList *d = list->value->disks; d; d = d->next) {
         g_assert_cmpint(d->value->ranges, <=, MAX_RANGES);
         g_assert_cmpint(strlen(d->value->name), <=, PRECOPY_HINT_MAX_WORD);
@@ -246,9 +268,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     g_autofree char *most = g_strdup_printf("%d", MAX_RANGES);
 
     clock_begin = clock_ms;
+    events = told = 0;
     object = object_new_with_props("thinvm-hints", object_get_objects_root(),
                                    "h", &error_abort, "chardev", "c",
-                                   "max-ranges", most, NULL);
+                                   "max-ranges", most, "boot-cache", "cache",
+                                   NULL);
     is_open = false;
     change_channel();
     change_user();

@@ -5,12 +5,15 @@
  *
  * hints.c with its parser and maps, as QEMU has it; the character device and
  * the clock are played here.  What a guest may cost (lines, bytes, ranges,
- * looks at ranges), how long a job waits for it, and which disk it speaks of.
+ * looks at ranges), how long a job waits for it, and which disk it speaks of;
+ * whom its word that it has booted reaches, and how often.
  */
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-precopy.h"
+#include "qapi/qapi-events-precopy.h"
+#include "block/bootcache.h"
 #include "chardev/char-fe.h"
 #include "qemu/module.h"
 #include "qemu/timer.h"
@@ -79,6 +82,29 @@ int qemu_chr_fe_write(CharBackend *be, const uint8_t *buf, int len)
 
 void qemu_chr_fe_accept_input(CharBackend *be)
 {
+}
+
+static struct {
+    int events, told;       /* of the boot's end */
+    char *node;             /* who was told at last */
+    const char *problem;    /* of the boot cache, if it has one */
+} boot;
+
+void qapi_event_send_thinvm_guest_booted(const char *id)
+{
+    g_assert_cmpstr(id, ==, "h");
+    boot.events++;
+}
+
+bool bootcache_boot_ended(const char *node_name, Error **errp)
+{
+    boot.told++;
+    g_free(boot.node);
+    boot.node = g_strdup(node_name);
+    if (boot.problem) {
+        error_setg(errp, "%s", boot.problem);
+    }
+    return !boot.problem;
 }
 
 /* ------------------------------------------------------------------ */
@@ -561,6 +587,113 @@ static void test_disks(void)
     teardown();
 }
 
+/* ------------------------------------------------------------------ */
+/* The end of a boot                                                   */
+
+static int64_t booted(const char *problem)
+{
+    g_autoptr(ThinvmHintsInfoList) list = info();
+
+    g_assert_cmpstr(list->value->boot_cache_problem, ==, problem);
+    return list->value->booted;
+}
+
+static void forget_boot(void)
+{
+    g_clear_pointer(&boot.node, g_free);
+    memset(&boot, 0, sizeof(boot));
+}
+
+/* Nobody is named: an event, and that is all */
+static void test_booted(void)
+{
+    forget_boot();
+    setup("100");
+    channel.event(channel.opaque, CHR_EVENT_OPENED);
+    /* Who has not said hello is not listened to */
+    say("booted");
+    g_assert_cmpint(boot.events, ==, 0);
+    g_assert_cmpint(booted(NULL), ==, 0);
+    g_assert_cmpint(ignored(), ==, 1);
+    say("hello thinvm-hints 1 test/1");
+    say("booted now");
+    g_assert_cmpint(boot.events, ==, 0);
+    say("booted");
+    g_assert_cmpint(boot.events, ==, 1);
+    g_assert_cmpint(boot.told, ==, 0);
+    g_assert_cmpint(booted(NULL), ==, 1);
+    g_assert_cmpint(ignored(), ==, 2);
+    teardown();
+}
+
+/* However often it is said, begun afresh or not: once in a second */
+static void test_booted_rate(void)
+{
+    forget_boot();
+    setup("100");
+    connect_agent();
+    for (int i = 0; i < 10000; i++) {
+        now_ms++;
+        say(i % 3 ? "booted" : "hello thinvm-hints 1 again");
+    }
+    g_assert_cmpint(boot.events, >=, 9);
+    g_assert_cmpint(boot.events, <=, 10);
+    g_assert_cmpint(booted(NULL), ==, boot.events);
+    teardown();
+}
+
+static void test_booted_cache(void)
+{
+    forget_boot();
+    setup("100");
+    object_unparent(object);
+    object = object_new_with_props("thinvm-hints", object_get_objects_root(),
+                                   "h", &error_abort, "chardev", "c",
+                                   "boot-cache", "cache", NULL);
+    g_assert_false(object_property_set_str(object, "boot-cache", "x", NULL));
+    connect_agent();
+    g_assert_cmpint(boot.told, ==, 0);
+    say("booted");
+    g_assert_cmpint(boot.told, ==, 1);
+    g_assert_cmpstr(boot.node, ==, "cache");
+    g_assert_cmpint(booted(NULL), ==, 1);
+    say("booted");
+    g_assert_cmpint(boot.told, ==, 1);
+    /* What is wrong with it is told, for as long as it is */
+    boot.problem = "a test's problem";
+    now_ms += 1000;
+    say("booted");
+    g_assert_cmpint(booted(boot.problem), ==, 2);
+    now_ms += 1000;
+    say("booted");
+    g_assert_cmpint(booted(boot.problem), ==, 3);
+    boot.problem = NULL;
+    now_ms += 1000;
+    say("booted");
+    g_assert_cmpint(booted(NULL), ==, 4);
+    g_assert_cmpint(boot.events, ==, 4);
+    g_assert_cmpint(boot.told, ==, 4);
+    teardown();
+}
+
+static void test_boot_cache_name(void)
+{
+    static const char *const names[] = {
+        "", "0123456789012345678901234567890x",
+    };
+
+    for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+        Error *local_err = NULL;
+
+        object_new_with_props("thinvm-hints", object_get_objects_root(), "h",
+                              &local_err, "chardev", "c", "boot-cache",
+                              names[i], NULL);
+        g_assert_true(strstr(error_get_pretty(local_err), "'boot-cache'"));
+        g_assert_true(strstr(error_get_pretty(local_err), "1 to 31 bytes"));
+        error_free(local_err);
+    }
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -580,5 +713,9 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-hints/hello", test_hello);
     g_test_add_func("/precopy-hints/looks", test_looks);
     g_test_add_func("/precopy-hints/disks", test_disks);
+    g_test_add_func("/precopy-hints/booted", test_booted);
+    g_test_add_func("/precopy-hints/booted-rate", test_booted_rate);
+    g_test_add_func("/precopy-hints/booted-cache", test_booted_cache);
+    g_test_add_func("/precopy-hints/boot-cache-name", test_boot_cache_name);
     return g_test_run();
 }

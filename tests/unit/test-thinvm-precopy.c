@@ -447,6 +447,7 @@ static const char *const good_lines[] = {
     "used 3 0 512",
     "cost 31250 268435456 7",
     "done 2 ok 536870912",
+    "booted",
     "bye",
 };
 
@@ -473,6 +474,7 @@ static const char *const bad_lines[] = {
     "0 512 0 512 0 512 0 512 0 512 0 512 0 512",
     "clean 0", "free 0 100 0 512", "used 64 0 512",
     "cost 1 2", "cost 1 2 3 4", "done 1 ok", "done 1", "done x ok 1",
+    "booted ", "booted 1", "booted booted", "boote", "bootedd", "Booted",
 };
 
 static void test_parse_good(void)

@@ -4,7 +4,7 @@
  * A guest with file systems, for tests of what a guest knows of its files.
  *
  * It is /init.  It loads the modules of its initramfs, starts the program
- * /agent if there is one, and obeys one-line commands from the virtio-serial
+ * /agent if there is one (with "--booted" if it has that itself), and obeys one-line commands from the virtio-serial
  * port org.thinvm.test; words are separated by one space:
  *
  *   mount DEVICE PATH [TYPE]    ext4 if it is not said; answers "ok"
@@ -295,8 +295,9 @@ static void obey(char *line, FILE *answers)
     fflush(answers);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    bool booted = argc > 1 && !strcmp(argv[argc - 1], "--booted");
     char line[1024];
     FILE *in, *out;
     int port;
@@ -315,7 +316,7 @@ int main(void)
     /* dirty pages are to stay dirty until a test has seen them */
     set_vm("dirty_expire_centisecs", "60000");
     if (access("/agent", X_OK) == 0 && fork() == 0) {
-        execl("/agent", "/agent", NULL);
+        execl("/agent", "/agent", booted ? "--booted" : NULL, NULL);
         _exit(127);
     }
     in = fdopen(port, "r");

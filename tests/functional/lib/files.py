@@ -159,9 +159,9 @@ class FilesGuest:
     that belongs to an object thinvm-hints of the machine."""
 
     def __init__(self, ctx, disks, extra=(), hints_object=None, memory=256,
-                 boot=None, env=None):
+                 boot=None, env=None, booted=False):
         """@disks: (raw image, serial number)...; @hints_object: its id;
-        @boot: what initramfs() has made"""
+        @boot: what initramfs() has made; @booted: the agent tells so"""
         kernel, initrd = boot or initramfs(ctx)
         name = ctx.unique('qemu-files')
         paths = {p: ctx.path('%s.%s' % (name, p))
@@ -172,7 +172,8 @@ class FilesGuest:
                 '-m', str(memory),
                 '-kernel', kernel, '-initrd', initrd,
                 '-append', 'console=ttyS0 quiet nowatchdog mitigations=off '
-                'cryptomgr.notests oops=panic panic=-1 rdinit=/init',
+                'cryptomgr.notests oops=panic panic=-1 rdinit=/init' +
+                (' -- --booted' if booted else ''),
                 '-serial', 'file:' + ctx.log_file(name + '-console'),
                 '-chardev', 'socket,id=qmp,server=on,wait=off,path=' +
                 paths['qmp'], '-mon', 'chardev=qmp,mode=control',
