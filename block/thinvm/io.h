@@ -135,7 +135,8 @@ thinvm_lookup(BDRVThinvmState *s, ThinvmStore *st, int tree, uint64_t offset,
     if (unlikely(s->view && tree == THINVM_TREE_DISK)) {
         ret = thinvm_store_lookup_snapshot(st, &s->view_name, guest, count, m);
         if (ret == -ENOENT) {
-            ret = thinvm_snapshot_still_there(s->bs, st);
+            /* It may be there again, after a power cut: then @m says nothing */
+            ret = thinvm_snapshot_still_there(s->bs, st) ?: -EIO;
         }
     } else {
         ret = thinvm_store_lookup(st, tree, NULL, guest, count, for_write, m);

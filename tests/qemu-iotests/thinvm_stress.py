@@ -253,10 +253,16 @@ class Daemon:
         for path in (self.socket, self.qmp_path):
             if os.path.exists(path):
                 os.unlink(path)
+        file = {'driver': 'file', 'filename': image, 'discard': 'unmap'}
+        if options.get('late'):
+            file = {'driver': 'throttle', 'throttle-group': 'late',
+                    'discard': 'unmap', 'file': file}
         node = {'driver': 'thinvm', 'node-name': 'disk', 'discard': 'unmap',
-                'file': {'driver': 'file', 'filename': image,
-                         'discard': 'unmap'}, **options.get('node', {})}
+                'file': file, **options.get('node', {})}
         args = [tools['qemu-storage-daemon'],
+                '--object', json.dumps(
+                    {'qom-type': 'throttle-group', 'id': 'late',
+                     'limits': {'iops-write': options.get('late') or 0}}),
                 '--blockdev', json.dumps(node),
                 '--nbd-server', f'addr.type=unix,addr.path={self.socket}',
                 '--chardev', f'socket,id=c,path={self.qmp_path},server=on,'
@@ -278,8 +284,10 @@ class Daemon:
             self.process.wait()
             self.log.close()
             raise
-        self.qmp_file = self.qmp.makefile('rw')
-        self.qmp_file.readline()
+        self.unread = b''
+        while b'\n' not in self.unread:       # the greeting
+            self.receive()
+        self.unread = b''
         self.command('qmp_capabilities')
 
     def connect(self, path):
@@ -303,18 +311,29 @@ class Daemon:
             return f.read().decode(errors='replace')
 
     def send_command(self, command, **arguments):
-        self.qmp_file.write(json.dumps({'execute': command,
-                                        'arguments': arguments}) + '\n')
-        self.qmp_file.flush()
+        self.qmp.sendall(json.dumps({'execute': command,
+                                     'arguments': arguments}).encode() + b'\n')
+
+    def receive(self):
+        data = self.qmp.recv(65536)
+        if not data:
+            raise Failure(f'the daemon died: {self.output()}')
+        self.unread += data
+
+    def answer_there(self):
+        """The answer to the last command, None if it has not come yet."""
+        *lines, self.unread = self.unread.split(b'\n')
+        for reply in map(json.loads, lines):
+            if 'return' in reply or 'error' in reply:
+                return reply
+        return None
 
     def answer(self):
         while True:
-            line = self.qmp_file.readline()
-            if not line:
-                raise Failure(f'the daemon died: {self.output()}')
-            reply = json.loads(line)
-            if 'return' in reply or 'error' in reply:
+            reply = self.answer_there()
+            if reply:
                 return reply
+            self.receive()
 
     def command(self, command, **arguments):
         self.send_command(command, **arguments)
@@ -324,7 +343,6 @@ class Daemon:
         return reply['return']
 
     def close(self):
-        self.qmp_file.close()
         self.qmp.close()
         self.log.close()
 
@@ -347,16 +365,19 @@ class Stress:
 
     def __init__(self, tools, directory, seed, size=4 << 20,
                  cluster=64 << 10, base=False, depth=32, snapshots=False,
-                 node=None, iothread=False, create=(), keep=False):
+                 compact=False, node=None, iothread=False, create=(),
+                 late=0, keep=False):
         self.tools, self.dir, self.keep = tools, directory, keep
         self.rng = random.Random(seed)
         self.sectors = size // SECTOR
         self.cluster = cluster // SECTOR
-        self.depth, self.snapshots = depth, snapshots
-        self.options = {'node': node or {}, 'iothread': iothread}
+        self.depth, self.snapshots, self.compact = depth, snapshots, compact
+        self.options = {'node': node or {}, 'iothread': iothread,
+                        'late': late}
         self.image = os.path.join(directory, 'disk.thinvm')
         self.number = 0
         self.snapshot_names = []
+        self.asked = False          # by QMP, without an answer yet
         args = ['-o', f'cluster_size={cluster}', *create]
         if base:
             path = os.path.join(directory, 'base.raw')
@@ -378,7 +399,9 @@ class Stress:
 
     def request(self):
         rng = self.rng
+        # what goes leaves places for compaction to move to
         kind = rng.choices((WRITE, READ, ZEROES, TRIM, FLUSH),
+                           (10, 10, 1, 3, 0.3) if self.compact else
                            (10, 5, 2, 2, 0.3))[0]
         if kind == FLUSH:
             return Request(FLUSH, 0, 0, 0)
@@ -433,12 +456,29 @@ class Stress:
             daemon.send_command('blockdev-snapshot-delete-internal-sync',
                                 device='disk', name=name)
 
-    def await_answer(self, daemon, nbd, asked):
+    def start_compaction(self, daemon):
+        """The last one may still run: then there are several at it."""
+        self.number += 1
+        daemon.send_command('thinvm-compact', **{
+            'job-id': f'c{self.number}', 'node-name': 'disk'})
+
+    def ask(self, daemon, nbd, i):
+        """After request @i: for what is to go on beside requests."""
+        if self.snapshots and i % 100 == 99:
+            self.await_answer(daemon, nbd)
+            self.take_snapshot(daemon)
+            self.asked = True
+        elif self.compact and i % 40 == 39:
+            self.await_answer(daemon, nbd)
+            self.start_compaction(daemon)
+            self.asked = True
+
+    def await_answer(self, daemon, nbd):
         """
         To the last QMP command.  It waits until the node is drained, so the
         answers to NBD requests must be read meanwhile.
         """
-        while asked:
+        while self.asked:
             with selectors.DefaultSelector() as s:
                 s.register(nbd.sock, selectors.EVENT_READ)
                 s.register(daemon.qmp, selectors.EVENT_READ)
@@ -446,11 +486,13 @@ class Stress:
             if not ready:
                 raise Failure('no answer to a QMP command')
             if daemon.qmp in ready:
-                reply = daemon.answer()
-                if 'error' in reply:
+                daemon.receive()
+                reply = daemon.answer_there()
+                if reply and 'error' in reply:
                     raise Failure(str(reply['error']))
-                return
-            self.finish_one(nbd)
+                self.asked = not reply
+            else:
+                self.finish_one(nbd)
 
     def check(self):
         result = json.loads(self.img('check', '-f', 'thinvm',
@@ -471,18 +513,15 @@ class Stress:
 
     def round(self, requests, crash):
         daemon = Daemon(self.tools, self.dir, self.image, self.options)
-        asked = False
+        self.asked = False
         try:
             nbd = Nbd(daemon.socket, 'disk')
             for i in range(requests):
                 self.start_one(nbd)
                 while len(nbd.pending) >= self.depth or nbd.readable():
                     self.finish_one(nbd)
-                if self.snapshots and i % 100 == 99:
-                    self.await_answer(daemon, nbd, asked)
-                    self.take_snapshot(daemon)
-                    asked = True
-            self.await_answer(daemon, nbd, asked)
+                self.ask(daemon, nbd, i)
+            self.await_answer(daemon, nbd)
             if crash:
                 daemon.kill()
             else:
@@ -525,6 +564,10 @@ def main():
     parser.add_argument('--depth', type=int, default=32)
     parser.add_argument('--base', action='store_true')
     parser.add_argument('--snapshots', action='store_true')
+    parser.add_argument('--compact', action='store_true')
+    parser.add_argument('--late', type=int, default=0, metavar='N',
+                        help='let at most N writes a second reach the file: '
+                        'they wait there, and reads overtake them')
     parser.add_argument('--iothread', action='store_true')
     parser.add_argument('--mode', default='writeback')
     parser.add_argument('--cache', type=int)
@@ -537,8 +580,9 @@ def main():
     directory = tempfile.mkdtemp(prefix='thinvm-stress-')
     try:
         Stress(find_tools(args.build), directory, args.seed, args.size,
-               args.cluster, args.base, args.depth, args.snapshots, node,
-               args.iothread, keep=args.keep).run(args.rounds, args.requests)
+               args.cluster, args.base, args.depth, args.snapshots,
+               args.compact, node, args.iothread, late=args.late,
+               keep=args.keep).run(args.rounds, args.requests)
     except Failure as e:
         print(f'FAILED (seed {args.seed}): {e}')
         print(f'kept: {directory}')
