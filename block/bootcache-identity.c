@@ -8,21 +8,37 @@
  * one of
  *  - option template-id, what the operator says (the digest of a template
  *    store, say): the only way for a template that comes over a network;
- *  - what the nodes below tell: for a thinvm image its UUID, the epoch (every
- *    writer begins a new one) and the snapshot shown; for a file its inode,
- *    size and time of change; for a template of the store its digest.
+ *  - what the nodes below tell: for a thinvm image what block/thinvm/info.c
+ *    knows its contents by; for a template of the store its digest; for a file
+ *    inode, size, times of change, and samples; for other drivers the options
+ *    that decide on what they show.
+ *
+ * It is computed of what is open, never of a path, where by now another file
+ * may be.  All that goes in must be the same in several programs, after a
+ * restart of the host, and where possible on several hosts: hence not st_dev,
+ * which NFS, btrfs and LVM give out anew at each mount.  (Two files with the
+ * same inode number and the same nanoseconds of ctime are not met; images of
+ * read-only file systems may have all their times alike, for these there are
+ * the samples.)
  */
 
 #include "qemu/osdep.h"
-#include "qapi/qapi-types-block-core.h"
-#include "qapi/qapi-types-thinvm.h"
+#include "qapi/error.h"
 #include "qobject/qdict.h"
+#include "qobject/qjson.h"
+#include "qobject/qstring.h"
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "block/block_int.h"
 #include "bootcache.h"
+#include "thinvm/thinvm.h"
 
-#define BOOTCACHE_SAMPLE    4096
+#define BOOTCACHE_SAMPLE        4096    /* at the beginning */
+
+/* Of each file; as small as may be, since every reader reads them */
+#define BOOTCACHE_FILE_SAMPLES  16
+#define BOOTCACHE_FILE_SAMPLE   512
+#define BOOTCACHE_FILE_ALIGN    4096
 
 static void bootcache_hash_u64(GChecksum *hash, uint64_t value)
 {
@@ -49,13 +65,38 @@ static bool bootcache_hash_template(GChecksum *hash, BlockDriverState *bs)
     return true;
 }
 
+/* Evenly spread; the first one is the beginning */
 static bool GRAPH_RDLOCK
-bootcache_hash_file(GChecksum *hash, BlockDriverState *bs, Error **errp)
+bootcache_hash_samples(GChecksum *hash, BdrvChild *child, Error **errp)
 {
+    uint8_t buf[BOOTCACHE_FILE_SAMPLE];
+    int64_t length = bdrv_getlength(child->bs);
+
+    for (int i = 0; i < BOOTCACHE_FILE_SAMPLES; i++) {
+        int64_t offset = QEMU_ALIGN_DOWN(length / BOOTCACHE_FILE_SAMPLES * i,
+                                         BOOTCACHE_FILE_ALIGN);
+        int64_t bytes = MIN(length - offset, BOOTCACHE_FILE_SAMPLE);
+        int ret = length < 0 ? length : bdrv_pread(child, offset, bytes, buf,
+                                                   0);
+
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Cannot read node '%s' at offset %"
+                             PRId64, bdrv_get_node_name(child->bs), offset);
+            return false;
+        }
+        g_checksum_update(hash, buf, bytes);
+    }
+    return true;
+}
+
+static bool GRAPH_RDLOCK
+bootcache_hash_file(GChecksum *hash, BdrvChild *child, Error **errp)
+{
+    BlockDriverState *bs = child->bs;
     struct stat st;
 
-    if (strcmp(bs->drv->format_name, "file") || stat(bs->filename, &st) < 0 ||
-        !S_ISREG(st.st_mode)) {
+    if (strcmp(bs->drv->format_name, "file") ||
+        bootcache_fstat(bs, &st) < 0 || !S_ISREG(st.st_mode)) {
         error_setg(errp, "Option 'template-id' is required: nothing tells "
                    "whether the contents of node '%s' (driver '%s') are still "
                    "the same; give a name that changes with them",
@@ -67,27 +108,86 @@ bootcache_hash_file(GChecksum *hash, BlockDriverState *bs, Error **errp)
     bootcache_hash_u64(hash, st.st_size);
     bootcache_hash_u64(hash, st.st_mtim.tv_sec);
     bootcache_hash_u64(hash, st.st_mtim.tv_nsec);
+    bootcache_hash_u64(hash, st.st_ctim.tv_sec);
+    bootcache_hash_u64(hash, st.st_ctim.tv_nsec);
+    return bootcache_hash_samples(hash, child, errp);
+}
+
+static bool GRAPH_RDLOCK
+bootcache_hash_thinvm(GChecksum *hash, BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    ThinvmContents c;
+
+    if (thinvm_contents(bs, &c, errp) < 0) {
+        error_prepend(errp, "Option 'template-id' is required: ");
+        return false;
+    }
+    bootcache_hash_str(hash, "thinvm");
+    g_checksum_update(hash, c.uuid.data, sizeof(c.uuid.data));
+    bootcache_hash_u64(hash, c.snapshot_id);
+    bootcache_hash_u64(hash, c.snapshot_sec);
+    bootcache_hash_u64(hash, c.snapshot_nsec);
+    bootcache_hash_u64(hash, c.epoch);
+    bootcache_hash_u64(hash, c.sequence);
+    bootcache_hash_u64(hash, c.claim_epoch);
+    g_checksum_update(hash, c.claim_nonce.data, sizeof(c.claim_nonce.data));
     return true;
 }
 
-static void GRAPH_RDLOCK
-bootcache_hash_thinvm(GChecksum *hash, BlockDriverState *bs,
-                      ImageInfoSpecificThinvm *info)
+/* Does option @key decide on the contents?  The name of a secret does not */
+static bool bootcache_option_counts(BlockDriverState *bs, const char *key)
 {
-    static const char *const options[] = { "snapshot.id", "snapshot.name" };
+    const char *const *name = bs->drv->strong_runtime_opts;
 
-    bootcache_hash_str(hash, "thinvm");
-    bootcache_hash_str(hash, info->uuid);
-    bootcache_hash_u64(hash, info->epoch);
-    for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-        bootcache_hash_str(hash,
-                           qdict_get_try_str(bs->options, options[i]) ?: "");
+    if (g_str_has_suffix(key, "key-secret")) {
+        return false;
+    }
+    for (; name && *name; name++) {
+        if (g_str_has_suffix(*name, ".") ? strstart(key, *name, NULL)
+                                         : !strcmp(key, *name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Numbers look the same whether they were given as such or as strings */
+static void bootcache_hash_value(GChecksum *hash, const QObject *value)
+{
+    const QString *string = qobject_to(QString, value);
+    g_autoptr(GString) json = string ? NULL : qobject_to_json(value);
+
+    bootcache_hash_str(hash, string ? qstring_get_str(string) : json->str);
+}
+
+static gint bootcache_compare_keys(gconstpointer a, gconstpointer b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static void GRAPH_RDLOCK
+bootcache_hash_options(GChecksum *hash, BlockDriverState *bs)
+{
+    g_autoptr(GPtrArray) keys = g_ptr_array_new();
+    const QDictEntry *e;
+
+    for (e = qdict_first(bs->options); e; e = qdict_next(bs->options, e)) {
+        if (bootcache_option_counts(bs, qdict_entry_key(e))) {
+            g_ptr_array_add(keys, (char *)qdict_entry_key(e));
+        }
+    }
+    g_ptr_array_sort(keys, bootcache_compare_keys);
+    for (unsigned i = 0; i < keys->len; i++) {
+        bootcache_hash_str(hash, keys->pdata[i]);
+        bootcache_hash_value(hash, qdict_get(bs->options, keys->pdata[i]));
     }
 }
 
 static bool GRAPH_RDLOCK
-bootcache_hash_node(GChecksum *hash, BlockDriverState *bs, Error **errp);
+bootcache_hash_node(GChecksum *hash, BdrvChild *child, Error **errp);
 
+/* With their names, and an end: another tree is never the same string */
 static bool GRAPH_RDLOCK
 bootcache_hash_children(GChecksum *hash, BlockDriverState *bs,
                         BdrvChild *except, Error **errp)
@@ -95,43 +195,46 @@ bootcache_hash_children(GChecksum *hash, BlockDriverState *bs,
     BdrvChild *child;
 
     QLIST_FOREACH(child, &bs->children, next) {
-        if (child != except &&
-            !bootcache_hash_node(hash, child->bs, errp)) {
+        if (child == except) {
+            continue;
+        }
+        bootcache_hash_str(hash, child->name);
+        if (!bootcache_hash_node(hash, child, errp)) {
             return false;
         }
     }
+    bootcache_hash_str(hash, "");
     return true;
 }
 
 static bool GRAPH_RDLOCK
-bootcache_hash_node(GChecksum *hash, BlockDriverState *bs, Error **errp)
+bootcache_hash_node(GChecksum *hash, BdrvChild *child, Error **errp)
 {
-    ImageInfoSpecific *info;
+    BlockDriverState *bs = child->bs;
+    BdrvChild *filtered = bdrv_filter_child(bs);
 
+    if (filtered) {
+        /* Filters change nothing: one side may have others than the other */
+        return bootcache_hash_node(hash, filtered, errp);
+    }
     if (!strcmp(bs->drv->format_name, "thinvm")) {
-        info = bdrv_get_specific_info(bs, errp);
-        if (!info) {
-            return false;
-        }
-        bootcache_hash_thinvm(hash, bs, info->u.thinvm.data);
-        qapi_free_ImageInfoSpecific(info);
-        return bootcache_hash_children(hash, bs, bs->file, errp);
+        return bootcache_hash_thinvm(hash, bs, errp) &&
+               bootcache_hash_children(hash, bs, bs->file, errp);
     }
     if (!strcmp(bs->drv->format_name, "thinvm-template")) {
         return bootcache_hash_template(hash, bs);
     }
     if (QLIST_EMPTY(&bs->children)) {
-        return bootcache_hash_file(hash, bs, errp);
+        return bootcache_hash_file(hash, child, errp);
     }
-    /* Filters change nothing: one side may have others than the other */
-    if (!bs->drv->is_filter) {
-        bootcache_hash_str(hash, bs->drv->format_name);
-    }
+    bootcache_hash_str(hash, bs->drv->format_name);
+    bootcache_hash_options(hash, bs);
+    bootcache_hash_str(hash, "");
     return bootcache_hash_children(hash, bs, NULL, errp);
 }
 
 static bool GRAPH_RDLOCK
-bootcache_hash_name(GChecksum *hash, BlockDriverState *bs,
+bootcache_hash_name(GChecksum *hash, BdrvChild *child,
                     const char *template_id, Error **errp)
 {
     if (template_id) {
@@ -139,7 +242,7 @@ bootcache_hash_name(GChecksum *hash, BlockDriverState *bs,
         bootcache_hash_str(hash, template_id);
         return true;
     }
-    return bootcache_hash_node(hash, bs, errp);
+    return bootcache_hash_node(hash, child, errp);
 }
 
 int bootcache_identify(BdrvChild *child, const char *template_id,
@@ -157,10 +260,10 @@ int bootcache_identify(BdrvChild *child, const char *template_id,
         error_setg_errno(errp, -ret, "Cannot read the template");
         return ret;
     }
-    bootcache_hash_str(hash, "thinvm-bootcache 1");
+    bootcache_hash_str(hash, "thinvm-bootcache 2");
     bootcache_hash_u64(hash, len);
     g_checksum_update(hash, sample, bytes);
-    if (!bootcache_hash_name(hash, child->bs, template_id, errp)) {
+    if (!bootcache_hash_name(hash, child, template_id, errp)) {
         return -EINVAL;
     }
     g_checksum_get_digest(hash, identity->hash, &size);

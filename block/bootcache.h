@@ -72,6 +72,12 @@ bootcache_identify(BdrvChild *child, const char *template_id,
                    BootcacheIdentity *identity, uint64_t *length,
                    Error **errp);
 
+/*
+ * fstat() of a node of the driver "file": what is open, whatever is at its
+ * path by now.  In file-posix.c, see integration/insertions.toml.
+ */
+int bootcache_fstat(BlockDriverState *bs, struct stat *st);
+
 /* bootcache.c */
 ThinvmBootcacheStatistics *bootcache_statistics(BDRVBootcacheState *s);
 

@@ -162,6 +162,88 @@ ThinvmInfo *thinvm_info(BDRVThinvmState *s)
 }
 
 /* ------------------------------------------------------------------ */
+/* What the contents are known by                                      */
+
+/*
+ * While an owner is active its writes change contents without a trace in the
+ * journal, those to clusters that are mapped; once it has ended, they change
+ * no more under its claim.
+ */
+static bool thinvm_contents_settled(BlockDriverState *bs,
+                                    const ThinvmOwnerView *view, Error **errp)
+{
+    g_autofree char *host = NULL;
+
+    if (view->kind == THINVM_OWNER_NONE || view->kind == THINVM_OWNER_GONE) {
+        return true;
+    }
+    if (view->kind == THINVM_OWNER_UNKNOWN) {
+        error_setg(errp, "Node '%s': a claim of ownership after epoch %"
+                   PRIu64 " is damaged or by a later version, so the image "
+                   "may be in use", bdrv_get_node_name(bs),
+                   view->newest_epoch);
+        return false;
+    }
+    host = thinvm_owner_host(&view->newest);
+    error_setg(errp, "Node '%s': process %" PRIu32 " on host '%s' owns the "
+               "image (epoch %" PRIu64 ") and may be writing it; a template "
+               "must not change.  Close the image there, or open it read-only",
+               bdrv_get_node_name(bs), view->newest.process, host,
+               view->newest_epoch);
+    return false;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_co_contents(BlockDriverState *bs, void *opaque, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+    ThinvmContents *c = opaque;
+    ThinvmInfoState info;
+    ThinvmOwnerView view;
+    uint32_t crc;
+    int ret;
+
+    /* Of a block device, this host's page cache may have an old claim */
+    ret = thinvm_device_forget_cache(bs, errp);
+    if (ret >= 0) {
+        ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    if (!thinvm_contents_settled(bs, &view, errp)) {
+        return -EBUSY;
+    }
+    /* A node that was opened when the owner was there knows that much */
+    if (qatomic_read(&s->follow)) {
+        ret = thinvm_store_catch_up(s->store, NULL, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    thinvm_get_state(s->store, &info);
+    c->epoch = info.epoch;
+    thinvm_store_journal_end(s->store, &c->sequence, &crc);
+    c->claim_epoch = view.newest_epoch;
+    c->claim_nonce = view.newest.nonce;
+    return 0;
+}
+
+int thinvm_contents(BlockDriverState *bs, ThinvmContents *c, Error **errp)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    *c = (ThinvmContents) { .uuid = s->uuid };
+    if (s->view) {
+        c->snapshot_id = s->view->id;
+        c->snapshot_sec = s->view->date_sec;
+        c->snapshot_nsec = s->view->date_nsec;
+        return 0;           /* never changes, whoever writes the disk */
+    }
+    return thinvm_run(bs, thinvm_co_contents, c, errp);
+}
+
+/* ------------------------------------------------------------------ */
 /* Check                                                               */
 
 static void thinvm_check_report(void *opaque, const char *message)

@@ -555,6 +555,24 @@ void GRAPH_RDLOCK thinvm_template_perm(uint64_t *nperm, uint64_t *nshared);
 /* What qemu-img info tells; NULL: none */
 ThinvmCloneTemplate *thinvm_template_info(BDRVThinvmState *s);
 
+/* info.c: what else the disk may be known by while nobody writes it */
+typedef struct ThinvmContents {
+    QemuUUID uuid;
+    uint64_t snapshot_id;           /* the node shows that one; 0: none, and */
+    uint64_t snapshot_sec, snapshot_nsec;
+    uint64_t epoch, sequence;       /* of the journal's last record, and the */
+    uint64_t claim_epoch;           /* newest claim, which every writer makes */
+    QemuUUID claim_nonce;           /* anew; 0: none so far */
+} ThinvmContents;
+/*
+ * The same for every node, on every host, that shows the same contents; never
+ * the same for others, also not for those of a copy of the device that was
+ * written since.  (The backing file, if there is one, is not part of it.)
+ * -EBUSY: somebody may be writing the image.
+ */
+int coroutine_mixed_fn GRAPH_RDLOCK
+thinvm_contents(BlockDriverState *bs, ThinvmContents *c, Error **errp);
+
 /* change.c */
 extern QemuOptsList thinvm_amend_opts;
 int coroutine_fn GRAPH_RDLOCK
