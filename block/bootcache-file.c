@@ -92,23 +92,41 @@ static bool bootcache_file_matches(BootcacheFile *f,
     return true;
 }
 
-static bool bootcache_file_read_records(BootcacheFile *f, Error **errp)
+/*
+ * A file that this publisher wrote has for each slot of its memory two records,
+ * and some, in an eighth of that if blocks are as small as they can be; there
+ * they are twice while they are read.  Another one may claim any number.
+ */
+static bool bootcache_file_read_records(BootcacheFile *f,
+                                        uint64_t memory_limit, Error **errp)
 {
     size_t size = (size_t)f->header.nb_records * BOOTCACHE_RECORD_SIZE;
-    g_autofree uint8_t *buf = g_malloc(size);
+    uint64_t most = memory_limit / 8 + 1 * MiB;
+    g_autofree uint8_t *buf = NULL;
 
+    if (2 * (uint64_t)size > most) {
+        error_setg(errp, "its %" PRIu32 " records need %zu bytes of memory, "
+                   "and with option 'memory-limit' as it is they may have %"
+                   PRIu64, f->header.nb_records, 2 * size, most);
+        return false;
+    }
+    buf = g_try_malloc(size);
+    f->records = g_try_new(BootcacheRecord, f->header.nb_records);
+    if (size && (!buf || !f->records)) {
+        error_setg(errp, "there is no memory for its records");
+        return false;
+    }
     if (bootcache_pread(f->fd, buf, size, BOOTCACHE_HEADER_SIZE) < 0) {
         error_setg(errp, "its records cannot be read");
         return false;
     }
-    f->records = g_new(BootcacheRecord, f->header.nb_records);
     return bootcache_file_decode_records(&f->header, buf, f->records, errp);
 }
 
 BootcacheFile *bootcache_file_open(const char *path,
                                    const BootcacheIdentity *identity,
                                    uint64_t length, uint32_t block_size,
-                                   bool *aside, Error **errp)
+                                   uint64_t memory_limit, bool *aside, Error **errp)
 {
     BootcacheFile *f = g_new0(BootcacheFile, 1);
 
@@ -123,7 +141,7 @@ BootcacheFile *bootcache_file_open(const char *path,
     }
     if (!bootcache_file_read_header(f, errp) ||
         !bootcache_file_matches(f, identity, length, block_size, errp) ||
-        !bootcache_file_read_records(f, errp)) {
+        !bootcache_file_read_records(f, memory_limit, errp)) {
         *aside = true;
         bootcache_file_close(f);
         return NULL;

@@ -20,12 +20,13 @@ typedef struct BootcacheFile {
 
 /*
  * NULL without an error: there is no such file.  NULL with one: it is not
- * usable, and *@aside says whether to put it aside.  @block_size 0: any.
+ * usable, and *@aside says whether to put it aside.  @block_size 0: any.  What
+ * describes its blocks must not need more than a small part of @memory_limit.
  */
 BootcacheFile *bootcache_file_open(const char *path,
                                    const BootcacheIdentity *identity,
                                    uint64_t length, uint32_t block_size,
-                                   bool *aside, Error **errp);
+                                   uint64_t memory_limit, bool *aside, Error **errp);
 
 /* Rename it, over what was put aside before */
 void bootcache_file_put_aside(const char *path, const char *why);

@@ -26,6 +26,8 @@
  *  - There is a bound on everything that readers can make it do at a time:
  *    fetches (MAX_FETCHES), their memory (each at most MAX_FETCH_BYTES), and,
  *    in bootcache-server.c, readers and their requests.
+ *  - One reader cannot use up the memory of a recording, and a recording that
+ *    ran out of memory, so that nobody knows what it lacks, is not kept.
  */
 
 #include "qemu/osdep.h"
@@ -146,7 +148,24 @@ void bootcache_publisher_seal(BootcachePublisher *p, const char *why)
     p->sealed_by = g_strdup(why);
     timer_del(p->timer);
     trace_thinvm_bootcache_seal(p->bs, why, p->map->header->used_records);
-    bootcache_save(p);
+    if (!p->save_problem) {
+        bootcache_save(p);
+    }
+}
+
+/* Somebody read far more than a boot does: the next one shall be better */
+static void bootcache_out_of_memory(BootcachePublisher *p)
+{
+    if (p->s->options.cache_file) {
+        p->save_problem =
+            g_strdup("the recording did not fit into memory-limit");
+        warn_report("The recording of node '%s' is not written to '%s': it "
+                    "has reached option 'memory-limit', so that blocks may be "
+                    "missing.  Seal it earlier (option 'record-bytes' or "
+                    "'record-seconds', thinvm-bootcache-seal)",
+                    bdrv_get_node_name(p->bs), p->s->options.cache_file);
+    }
+    bootcache_publisher_seal(p, "memory-limit");
 }
 
 /*
@@ -252,9 +271,24 @@ static int coroutine_fn bootcache_read_template(BootcachePublisher *p,
     return 0;
 }
 
+/*
+ * May the reader have another block recorded?  Half of what there is room for
+ * is his, unless all of the template has room.
+ */
+static bool bootcache_within_quota(BootcachePublisher *p,
+                                   const BootcacheQuota *quota)
+{
+    const BootcacheGeometry *g = &p->map->geometry;
+
+    return (quota->records < DIV_ROUND_UP(g->nb_records, 2) ||
+            g->nb_records == g->nb_blocks) &&
+           (quota->slots < DIV_ROUND_UP(g->nb_slots, 2) ||
+            g->nb_slots == g->nb_blocks);
+}
+
 /* A block that was read in recording: a record, then its data */
 static bool bootcache_record_block(BootcachePublisher *p, uint64_t block,
-                                   const void *data)
+                                   const void *data, BootcacheQuota *quota)
 {
     uint32_t bytes = bootcache_bytes_of(p, block);
     bool zeroes = buffer_is_zero(data, bytes);
@@ -269,7 +303,8 @@ static bool bootcache_record_block(BootcachePublisher *p, uint64_t block,
                   UINT32_MAX),
     };
 
-    if (bootcache_map_state(p->map) != BOOTCACHE_MAP_RECORDING) {
+    if (bootcache_map_state(p->map) != BOOTCACHE_MAP_RECORDING ||
+        !bootcache_within_quota(p, quota)) {
         return false;
     }
     if (!zeroes && limit &&
@@ -278,16 +313,18 @@ static bool bootcache_record_block(BootcachePublisher *p, uint64_t block,
         return false;
     }
     if (!bootcache_map_add_record(p->map, &r)) {
-        bootcache_publisher_seal(p, "memory-limit");
+        bootcache_out_of_memory(p);
         return false;
     }
+    quota->records++;
+    quota->slots += !zeroes;
     bootcache_map_publish(p->map, block, zeroes ? NULL : data, false);
     return true;
 }
 
 static BootcacheStatus coroutine_fn
 bootcache_fetch_new(BootcachePublisher *p, uint64_t first, uint32_t count,
-                    uint8_t *buf)
+                    uint8_t *buf, BootcacheQuota *quota)
 {
     BootcacheStatus status = BOOTCACHE_STATUS_OK;
 
@@ -296,7 +333,7 @@ bootcache_fetch_new(BootcachePublisher *p, uint64_t first, uint32_t count,
     }
     for (uint32_t i = 0; i < count; i++) {
         if (!bootcache_record_block(p, first + i, buf +
-                                    i * p->map->geometry.block_size)) {
+                                    i * p->map->geometry.block_size, quota)) {
             status = BOOTCACHE_STATUS_CLOSED;
         }
     }
@@ -405,8 +442,9 @@ static bool bootcache_must_wait(BootcachePublisher *p)
 
 static BootcacheStatus coroutine_fn
 bootcache_fetch(BootcachePublisher *p, uint64_t first, uint32_t count,
-                bool prefetch)
+                BootcacheQuota *quota)
 {
+    bool prefetch = !quota;
     BootcacheFetch f = { .first = first, .count = count };
     uint32_t block_size = p->map->geometry.block_size;
     g_autofree BootcacheRecord *records = g_new(BootcacheRecord, count);
@@ -426,7 +464,7 @@ bootcache_fetch(BootcachePublisher *p, uint64_t first, uint32_t count,
     if (recorded) {
         status = bootcache_fetch_recorded(p, records, count, buf, prefetch);
     } else {
-        status = bootcache_fetch_new(p, first, count, buf);
+        status = bootcache_fetch_new(p, first, count, buf, quota);
     }
     bootcache_fetch_unregister(p, &f);
     qemu_vfree(buf);
@@ -434,24 +472,27 @@ bootcache_fetch(BootcachePublisher *p, uint64_t first, uint32_t count,
 }
 
 /* May the block be brought into the cache? */
-static bool bootcache_obtainable(BootcachePublisher *p, uint64_t block)
+static bool bootcache_obtainable(BootcachePublisher *p, uint64_t block,
+                                 const BootcacheQuota *quota)
 {
     BootcacheRecord r;
 
     if (p->closing || p->distrusted) {
         return false;
     }
-    return bootcache_map_state(p->map) == BOOTCACHE_MAP_RECORDING ||
+    return (bootcache_map_state(p->map) == BOOTCACHE_MAP_RECORDING &&
+            bootcache_within_quota(p, quota)) ||
            bootcache_map_get_record(p->map, block, &r);
 }
 
 /*
  * Bring blocks from [@block, @end) in, at least the first.  Returns with
- * *@block behind what is there.
+ * *@block behind what is there.  Without @quota, which is the reader's, they
+ * are prefetched: there are records.
  */
 static BootcacheStatus coroutine_fn
 bootcache_get_some(BootcachePublisher *p, uint64_t *block, uint64_t end,
-                   bool prefetch)
+                   BootcacheQuota *quota)
 {
     BootcacheFetch *f;
 
@@ -459,7 +500,7 @@ bootcache_get_some(BootcachePublisher *p, uint64_t *block, uint64_t end,
         ++*block;
         return BOOTCACHE_STATUS_OK;
     }
-    if (!bootcache_obtainable(p, *block)) {
+    if (!bootcache_obtainable(p, *block, quota)) {
         return BOOTCACHE_STATUS_CLOSED;
     }
     f = g_hash_table_lookup(p->fetches, GUINT_TO_POINTER(*block));
@@ -482,18 +523,19 @@ bootcache_get_some(BootcachePublisher *p, uint64_t *block, uint64_t end,
     }
     return bootcache_fetch(p, *block,
                            bootcache_fetch_length(p, *block, end - *block),
-                           prefetch);
+                           quota);
 }
 
 BootcacheStatus coroutine_fn
-bootcache_publisher_get(BootcachePublisher *p, uint64_t block, uint32_t count)
+bootcache_publisher_get(BootcachePublisher *p, uint64_t block, uint32_t count,
+                        BootcacheQuota *quota)
 {
     BootcacheStatus status = BOOTCACHE_STATUS_OK;
     uint64_t end = block + count;
 
     p->requests++;
     while (block < end && status == BOOTCACHE_STATUS_OK) {
-        status = bootcache_get_some(p, &block, end, false);
+        status = bootcache_get_some(p, &block, end, quota);
     }
     return status;
 }
@@ -517,7 +559,7 @@ static void coroutine_fn bootcache_prefetch_entry(void *opaque)
             end++;
         }
         while (block < end &&
-               bootcache_get_some(p, &block, end, true) ==
+               bootcache_get_some(p, &block, end, NULL) ==
                BOOTCACHE_STATUS_OK) {
             /* goes on */
         }
@@ -572,7 +614,8 @@ static BootcacheFile *bootcache_load(BootcachePublisher *p)
     bool aside;
     BootcacheFile *f = bootcache_file_open(o->cache_file, &p->s->identity,
                                            p->s->length, o->block_size,
-                                           &aside, &local_err);
+                                           o->memory_limit, &aside,
+                                           &local_err);
 
     if (f && !bootcache_samples_match(p, f, &local_err)) {
         bootcache_file_close(f);

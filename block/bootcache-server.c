@@ -5,12 +5,13 @@
  *
  * Readers are QEMUs whose guests may have taken them over.  Each message is
  * checked, and the first wrong one ends the connection.  Bounded are: the
- * readers (max-readers), the time until a hello has come, the requests of one
+ * readers (max-readers), and those of one process, so that none can keep all
+ * others out; the time until a hello has come, the requests of one
  * reader that are worked on (beyond, nothing more is read from his socket),
- * and the blocks of a request.  A reader who does not take his answers keeps
- * his own requests waiting, and nobody else's, until he is hung up on.  All
- * that a reader can have is what he could read from the template himself: the
- * shared memory, for reading.
+ * the blocks of a request, and what one reader can have recorded.  A reader
+ * who does not take his answers keeps his own requests waiting, and nobody
+ * else's, until he is hung up on.  All that a reader can have is what he could
+ * read from the template himself: the shared memory, for reading.
  *
  * Main loop; coroutines for each reader (one that receives, one for each of
  * his requests), all counted by bootcache_publisher_enter().
@@ -31,6 +32,10 @@
 #define BOOTCACHE_ANSWER_MS         5000    /* to take one */
 #define BOOTCACHE_BACKLOG           64
 
+/* One process has this part of max-readers, and this many in any case */
+#define BOOTCACHE_PROCESS_PART      4
+#define BOOTCACHE_PROCESS_LEAST     4
+
 struct BootcacheServer {
     BootcachePublisher *publisher;
     QIONetListener *listener;
@@ -45,6 +50,8 @@ typedef struct BootcacheReader {
     BootcacheServer *server;
     QIOChannel *ioc;
     QEMUTimer *timer;           /* hello, or an answer to be taken */
+    pid_t process;              /* 0: one of another container */
+    BootcacheQuota quota;
     CoMutex send_lock;
     CoQueue done;               /* the receiver waits for a request's end */
     unsigned nb_requests;
@@ -134,7 +141,8 @@ static void coroutine_fn bootcache_job_entry(void *opaque)
 
     bootcache_reader_reply(r, job->request.cookie,
                            bootcache_publisher_get(p, job->request.block,
-                                                   job->request.count));
+                                                   job->request.count,
+                                                   &r->quota));
     g_free(job);
     r->nb_requests--;
     qemu_co_queue_next(&r->done);
@@ -237,13 +245,40 @@ static void coroutine_fn bootcache_reader_entry(void *opaque)
     bootcache_publisher_leave(server->publisher);
 }
 
+/* Who has connected; 0 if he has no process id here */
+static pid_t bootcache_peer_process(QIOChannelSocket *sioc)
+{
+    struct ucred peer;
+    socklen_t size = sizeof(peer);
+
+    return getsockopt(sioc->fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0
+           ? 0 : peer.pid;
+}
+
+static bool bootcache_server_full(BootcacheServer *server, pid_t process)
+{
+    unsigned most = MAX(server->max_readers / BOOTCACHE_PROCESS_PART,
+                        BOOTCACHE_PROCESS_LEAST);
+    unsigned have = 0;
+    BootcacheReader *r;
+
+    if (server->nb_readers >= server->max_readers) {
+        return true;
+    }
+    QLIST_FOREACH(r, &server->readers, link) {
+        have += process && r->process == process;
+    }
+    return have >= most;
+}
+
 static void bootcache_server_accept(QIONetListener *listener,
                                     QIOChannelSocket *sioc, gpointer opaque)
 {
     BootcacheServer *server = opaque;
+    pid_t process = bootcache_peer_process(sioc);
     BootcacheReader *r;
 
-    if (server->stopped || server->nb_readers >= server->max_readers) {
+    if (server->stopped || bootcache_server_full(server, process)) {
         server->refused++;
         return;                 /* whoever it is sees the end at once */
     }
@@ -251,6 +286,7 @@ static void bootcache_server_accept(QIONetListener *listener,
     server->nb_readers++;
     r = g_new0(BootcacheReader, 1);
     r->server = server;
+    r->process = process;
     r->ioc = QIO_CHANNEL(object_ref(OBJECT(sioc)));
     qio_channel_set_name(r->ioc, "thinvm-bootcache-reader");
     qio_channel_set_blocking(r->ioc, false, NULL);

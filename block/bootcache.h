@@ -103,9 +103,16 @@ BootcacheMap *bootcache_publisher_map(BootcachePublisher *p);
 ThinvmBootcachePublisherInfo *
 bootcache_publisher_info(BootcachePublisher *p);
 
+/* What one reader has had recorded; to begin with, zeroes */
+typedef struct BootcacheQuota {
+    uint32_t records;
+    uint32_t slots;             /* those that are not zeroes */
+} BootcacheQuota;
+
 /* Bring blocks into the cache: what a reader asks for */
 BootcacheStatus coroutine_fn
-bootcache_publisher_get(BootcachePublisher *p, uint64_t block, uint32_t count);
+bootcache_publisher_get(BootcachePublisher *p, uint64_t block, uint32_t count,
+                        BootcacheQuota *quota);
 
 /* Coroutines that bootcache_publisher_free() has to wait for */
 void bootcache_publisher_enter(BootcachePublisher *p);

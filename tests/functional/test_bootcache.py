@@ -286,20 +286,39 @@ def hostile_readers(ctx):
     for wire in silent:
         wire.close()
 
-    # Too many of them
-    crowd = []
-    for _ in range(30):
-        wire = Wire(path)
-        crowd.append(wire)
-    wait_for(lambda: publisher.state()['refused'] >= 10, 60,
+    # Too many of them: one process does not keep the others out
+    wait_for(lambda: publisher.state()['readers'] == 1, 60,
+             'the silent ones have left')
+    refused = publisher.state()['refused']
+    crowd = [Wire(path) for _ in range(30)]
+    for wire in crowd:
+        try:
+            wire.sock.sendall(Wire.hello(identity, template.size))
+        except ConnectionError:
+            pass
+    wait_for(lambda: publisher.state()['refused'] - refused == 25, 60,
              'readers are refused')
-    check(publisher.state()['readers'] <= 20, 'readers: %s',
+    check(publisher.state()['readers'] == 6, 'readers: %s',
           publisher.state())
+    late, = make_readers(ctx, 1, template, meter, path)
+    late.verify(0, MiB)
+    check(not late.statistics()['misses'], 'misses: %s', late.statistics())
+    late.quit()
     good.verify_all()
     for wire in crowd:
         wire.close()
     wait_for(lambda: publisher.state()['readers'] == 1, 60,
              'the crowd has left')
+
+    # And too many processes
+    crowd = make_readers(ctx, 2, template, meter, path)
+    publisher.quit()
+    publisher = Publisher(ctx, template, meter, path, max_readers=2)
+    wait_for(lambda: publisher.state()['refused'], 60, 'one is refused')
+    check(publisher.state()['readers'] == 2, 'readers: %s',
+          publisher.state())
+    for reader in [good] + crowd:
+        reader.verify(0, MiB)
     publisher.quit()
     good.verify_all()
 
