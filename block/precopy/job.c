@@ -325,6 +325,7 @@ static int precopy_finish(Job *job)
     bdrv_ref(target);
     bdrv_graph_rdunlock_main_loop();
 
+    precopy_release_guards(s);
     /* Its write permission is in the way of the guest's */
     blk_unref(s->target);
     s->target = NULL;

@@ -36,6 +36,9 @@
 /* With a speed limit, which counts a request when it begins */
 #define PRECOPY_MAX_LIMITED   2
 
+/* Filter, source and target */
+#define PRECOPY_GUARDS        3
+
 typedef struct PrecopyJob PrecopyJob;
 
 typedef struct PrecopyFilter {
@@ -73,6 +76,7 @@ struct PrecopyJob {
     PrecopyFilter *top;         /* its state */
     PrecopyTrack *track;        /* owned by the filter node */
     PrecopyHintsUser *hints;    /* NULL for none */
+    BdrvDirtyBitmap *guards[PRECOPY_GUARDS];    /* see start.c */
     BlockdevOnError on_source_error, on_target_error;
     PrecopyOutpaced when_outpaced;
     int64_t downtime_limit;     /* ms */
@@ -152,6 +156,7 @@ int GRAPH_RDLOCK precopy_hand_over(PrecopyJob *s, BlockDriverState *filter);
 
 /* start.c */
 void precopy_forget_hints(PrecopyJob *s);
+void precopy_release_guards(PrecopyJob *s);
 
 typedef struct PrecopyOptions {
     const char *job_id;

@@ -11,6 +11,8 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qemu/units.h"
+#include "block/dirty-bitmap.h"
 #include "system/block-backend.h"
 #include "precopy.h"
 
@@ -100,6 +102,37 @@ static int precopy_take_nodes(PrecopyJob *s, BlockDriverState *bs,
     return ret;
 }
 
+/*
+ * Going back to a snapshot changes a disk behind the job's back, and no filter
+ * node survives it.  The block layer refuses it for a node that has a dirty
+ * bitmap, as jobs have as a rule; ours is not one that it knows of, so each
+ * node gets one that records nothing.
+ */
+static bool precopy_take_guards(PrecopyJob *s, BlockDriverState *bs,
+                                BlockDriverState *target, Error **errp)
+{
+    BlockDriverState *nodes[PRECOPY_GUARDS] = { s->filter, bs, target };
+
+    for (int i = 0; i < PRECOPY_GUARDS; i++) {
+        s->guards[i] = bdrv_create_dirty_bitmap(nodes[i], GiB, NULL, errp);
+        if (!s->guards[i]) {
+            return false;
+        }
+        bdrv_disable_dirty_bitmap(s->guards[i]);
+    }
+    return true;
+}
+
+void precopy_release_guards(PrecopyJob *s)
+{
+    for (int i = 0; i < PRECOPY_GUARDS; i++) {
+        if (s->guards[i]) {
+            bdrv_release_dirty_bitmap(s->guards[i]);
+            s->guards[i] = NULL;
+        }
+    }
+}
+
 /* In the main loop, while the filter is in use */
 static bool precopy_use_hints(PrecopyJob *s, const PrecopyOptions *o,
                               Error **errp)
@@ -171,7 +204,9 @@ void precopy_start(BlockDriverState *bs, BlockDriverState *target,
     }
     precopy_init(s, filter, o);
     if (!precopy_use_hints(s, o, errp) ||
-        precopy_take_nodes(s, bs, target, errp) < 0) {
+        precopy_take_nodes(s, bs, target, errp) < 0 ||
+        !precopy_take_guards(s, bs, target, errp)) {
+        precopy_release_guards(s);
         precopy_forget_hints(s);
         blk_unref(s->target);
         ratelimit_destroy(&s->throttle);
