@@ -41,6 +41,16 @@ void precopy_failed(PrecopyJob *s, bool read, int ret)
     qatomic_set(&s->failed, true);
 }
 
+/*
+ * Somebody may inactivate the target (blockdev-set-active), which the block
+ * layer then has nobody write.  That drains it, so the job is paused while it
+ * happens and nothing is between this and the write.
+ */
+int precopy_check_target(PrecopyJob *s)
+{
+    return blk_bs(s->target)->open_flags & BDRV_O_INACTIVE ? -EPERM : 0;
+}
+
 /* Dirty, or being copied */
 uint64_t precopy_left(PrecopyJob *s)
 {
@@ -53,7 +63,8 @@ uint64_t precopy_left(PrecopyJob *s)
 static int coroutine_fn precopy_zero(PrecopyJob *s, int64_t offset,
                                      int64_t bytes, bool was_data)
 {
-    int ret = blk_co_pwrite_zeroes(s->target, offset, bytes,
+    int ret = precopy_check_target(s) ?:
+              blk_co_pwrite_zeroes(s->target, offset, bytes,
                                    BDRV_REQ_MAY_UNMAP);
 
     if (ret < 0) {
@@ -68,7 +79,8 @@ static int coroutine_fn precopy_send(PrecopyJob *s, int64_t offset,
                                      int64_t bytes, void *buf)
 {
     QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
-    int ret = blk_co_pwritev(s->target, offset, bytes, &qiov, 0);
+    int ret = precopy_check_target(s) ?:
+              blk_co_pwritev(s->target, offset, bytes, &qiov, 0);
 
     if (ret < 0) {
         precopy_failed(s, false, ret);
@@ -255,9 +267,11 @@ int coroutine_fn GRAPH_RDLOCK
 precopy_write_through(PrecopyJob *s, int64_t offset, int64_t bytes,
                       QEMUIOVector *qiov, size_t qiov_offset)
 {
-    int ret;
+    int ret = precopy_check_target(s);
 
-    if (qiov) {
+    if (ret < 0) {
+        /* as any other failure */
+    } else if (qiov) {
         ret = blk_co_pwritev_part(s->target, offset, bytes, qiov, qiov_offset,
                                   0);
     } else {
@@ -297,7 +311,8 @@ precopy_discard_through(PrecopyJob *s, int64_t offset, int64_t bytes)
             status = 0;
         }
         if (status & BDRV_BLOCK_ZERO) {
-            ret = blk_co_pwrite_zeroes(s->target, offset + done, n,
+            ret = precopy_check_target(s) ?:
+                  blk_co_pwrite_zeroes(s->target, offset + done, n,
                                        BDRV_REQ_MAY_UNMAP);
             trace_precopy_write_through(s, offset + done, n, ret);
         }

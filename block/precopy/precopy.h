@@ -115,6 +115,8 @@ int coroutine_fn GRAPH_UNLOCKED precopy_scan(PrecopyJob *s);
 
 /* copy.c */
 void precopy_failed(PrecopyJob *s, bool read, int ret);
+/* Before each write: 0, or the error if the target must not be written */
+int precopy_check_target(PrecopyJob *s);
 PrecopyPick coroutine_fn precopy_copy_next(PrecopyJob *s,
                                            PrecopySweep *sweep);
 /* Must the next request wait for one that is in flight? */

@@ -54,7 +54,8 @@ static int coroutine_fn precopy_scan_zero(PrecopyJob *s, int64_t offset,
         if (precopy_target_zero(s, offset + done, bytes - done, &n)) {
             continue;
         }
-        ret = blk_co_pwrite_zeroes(s->target, offset + done, n,
+        ret = precopy_check_target(s) ?:
+              blk_co_pwrite_zeroes(s->target, offset + done, n,
                                    BDRV_REQ_MAY_UNMAP);
         if (ret < 0) {
             /* Left to the copy, which has a policy for errors */
