@@ -136,13 +136,14 @@ bool precopy_should_end(PrecopyJob *s)
 }
 
 /* Send all that is dirty; nothing becomes dirty meanwhile */
-bool coroutine_fn precopy_send_rest(PrecopyJob *s)
+bool coroutine_fn precopy_send_rest(PrecopyJob *s, int64_t until)
 {
     PrecopySweep rest = {
         .free_too = true,
     };
 
-    while (!qatomic_read(&s->failed) && !job_is_cancelled(&s->common.job)) {
+    while (!qatomic_read(&s->failed) && !job_is_cancelled(&s->common.job) &&
+           precopy_clock_ms() < until) {
         PrecopyPick pick;
 
         if (precopy_is_full(s, PRECOPY_MAX_IN_FLIGHT)) {
@@ -174,7 +175,8 @@ static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
     s->in_drain = true;
     bdrv_drained_begin(bs);
     qatomic_set(&s->sending_rest, true);
-    same = precopy_send_rest(s) && !job_is_cancelled(&s->common.job);
+    same = precopy_send_rest(s, INT64_MAX) &&
+           !job_is_cancelled(&s->common.job);
     qatomic_set(&s->sending_rest, false);
     if (same) {
         return true;

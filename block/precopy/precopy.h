@@ -149,7 +149,8 @@ int64_t precopy_converge_window(PrecopyJob *s);
 /* job.c */
 extern const BlockJobDriver precopy_job_driver;
 void precopy_statistics(PrecopyJob *s, PrecopyStatistics *info);
-bool coroutine_fn precopy_send_rest(PrecopyJob *s);
+/* Until then (INT64_MAX: as long as it takes); ms, as precopy_clock_ms() */
+bool coroutine_fn precopy_send_rest(PrecopyJob *s, int64_t until);
 /* The user does not want it to be ready any longer, but to end */
 bool precopy_should_end(PrecopyJob *s);
 
