@@ -34,7 +34,7 @@
 
 static void precopy_phase(PrecopyJob *s, PrecopyStatistics *info)
 {
-    if (s->in_drain) {
+    if (s->last_phase) {
         info->phase = PRECOPY_PHASE_LAST;
     } else if (s->ready_after >= 0) {
         info->phase = PRECOPY_PHASE_READY;
@@ -173,6 +173,7 @@ static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
     }
     trace_precopy_last_phase(s, precopy_left(s));
     s->in_drain = true;
+    s->last_phase = true;
     bdrv_drained_begin(bs);
     qatomic_set(&s->sending_rest, true);
     same = precopy_send_rest(s, INT64_MAX) &&
@@ -183,6 +184,7 @@ static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
     }
     bdrv_drained_end(bs);
     s->in_drain = false;
+    s->last_phase = false;
     return false;
 }
 

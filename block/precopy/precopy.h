@@ -98,6 +98,7 @@ struct PrecopyJob {
     bool failed;                /* a request failed since this was cleared */
     bool should_complete;
     bool in_drain;              /* our own */
+    bool last_phase;            /* and not left again */
     bool sending_rest;          /* atomic: in the last phase */
     bool finished;              /* the graph has been put right */
     bool pivoted;
