@@ -46,7 +46,6 @@
 
 static bool reporting, connected;
 static uint64_t interval_ms, next_look, next_free, next_cost, next_again;
-static uint64_t written_before;
 static pid_t trimmer;
 static int trim_pipe = -1;
 static uint64_t trim_request;
@@ -87,7 +86,7 @@ static void tell_cost(void)
          self.ru_utime.tv_usec + self.ru_stime.tv_usec +
          children.ru_utime.tv_usec + children.ru_stime.tv_usec;
     say("cost %" PRIu64 " %" PRIu64 " %" PRIu64, us,
-        bytes_written() - written_before, lines_sent);
+        bytes_written(), lines_sent);
 }
 
 static void look_at_free_space(void)
@@ -404,7 +403,6 @@ static void turn(void)
     }
     if (!connected) {
         connected = true;
-        written_before = bytes_written();
         say_hello();
     }
     if ((p[0].revents & POLLIN) && !hear()) {

@@ -102,6 +102,7 @@ struct disk {
     struct set now_dirty, now_free;     /* as being found */
     uint64_t known;                     /* dirty bytes, in this look */
     uint64_t told_known, told_unknown;
+    uint64_t written;                   /* bytes, when it was found */
     enum reason told_reason;
     bool told;
 };
@@ -122,7 +123,7 @@ void cannot_tell(uint64_t bytes, enum reason reason);
 /* Tell which disks have come and gone */
 void tell_disks(void);
 void tell_coverage(unsigned number, bool privileged);
-/* Bytes written to all disks since boot */
+/* Bytes written to all disks while they were known, in the agent's life */
 uint64_t bytes_written(void);
 /* Look at devices anew */
 void forget_layers(void);

@@ -43,6 +43,7 @@ unsigned nb_disks;
 uint64_t unknown;
 enum reason worst;
 static int dm_control = -1;
+static uint64_t written_of_forgotten;   /* bytes, while they were known */
 
 void open_dm_control(void)
 {
@@ -148,6 +149,18 @@ static void tell_disk(unsigned number)
     d->told = say("disk %u %" PRIu64 " %s %s", number, d->size, serial, name);
 }
 
+/* Bytes written to a disk since boot */
+static uint64_t written_to(dev_t device)
+{
+    char buf[512];
+    uint64_t sectors;
+
+    /* the seventh figure; Documentation/block/stat.rst */
+    return sys_read(device, "stat", buf, sizeof(buf)) &&
+           sscanf(buf, "%*u %*u %*u %*u %*u %*u %" SCNu64, &sectors) == 1
+           ? sectors * 512 : 0;
+}
+
 /* The number of a whole disk, or -1 if there are too many */
 static int disk_number(dev_t device)
 {
@@ -171,6 +184,7 @@ static int disk_number(dev_t device)
     memset(d, 0, sizeof(*d));
     d->device = device;
     d->size = sys_number(device, "size") * 512;
+    d->written = written_to(device);
     snprintf(d->name, sizeof(d->name), "%.200s", strrchr(link, '/') ?
              strrchr(link, '/') + 1 : link);
     return nb_disks++;
@@ -381,23 +395,20 @@ void tell_coverage(unsigned number, bool privileged)
 
 uint64_t bytes_written(void)
 {
-    uint64_t sum = 0;
+    uint64_t sum = written_of_forgotten;
 
     for (unsigned i = 0; i < nb_disks; i++) {
-        char buf[512];
-        uint64_t sectors;
+        uint64_t now = written_to(disks[i].device);
 
-        /* the seventh figure; Documentation/block/stat.rst */
-        if (sys_read(disks[i].device, "stat", buf, sizeof(buf)) &&
-            sscanf(buf, "%*u %*u %*u %*u %*u %*u %" SCNu64, &sectors) == 1) {
-            sum += sectors * 512;
-        }
+        /* less if it has gone, or another has taken its place */
+        sum += now > disks[i].written ? now - disks[i].written : 0;
     }
     return sum;
 }
 
 void forget_disks(void)
 {
+    written_of_forgotten = bytes_written();
     for (unsigned i = 0; i < nb_disks; i++) {
         set_clear(&disks[i].dirty);
         set_clear(&disks[i].free);

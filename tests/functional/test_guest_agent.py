@@ -78,8 +78,24 @@ def partition(ctx):
     after = os.stat(image).st_blocks * 512
     check(before - after >= 60 * MIB, 'the image has gone from %d bytes to '
           '%d', before, after)
-    guest.hints.expect(r'cost \d+ \d+ \d+')
+    check_written(guest.hints)
     guest.poweroff()
+
+
+def check_written(hints):
+    """What it says of the guest's writes has not begun before it looked, and
+    goes on when it is told to stop and to start again."""
+    first = int(hints.expect(r'cost \d+ (\d+) \d+').group(1))
+    check(first <= 32 * MIB, '%d bytes are told at once, the 72 MiB before '
+          'the start among them', first)
+    hints.send('stop 8')
+    hints.expect('done 8 ok 0')
+    begin = len(hints.lines)
+    hints.send('start 9 200 20000')
+    written = int(hints.expect(r'cost \d+ (\d+) \d+',
+                               begin=begin).group(1))
+    check(2 * MIB <= written <= 32 * MIB, 'after 2 MiB, %d bytes are told',
+          written)
 
 
 @test()
