@@ -5,11 +5,12 @@
  *
  * ext4 and xfs; others are not looked at, their dirty pages count as unknown.
  */
+#include "agent.h"
 #include <linux/fs.h>
 #include <linux/fsmap.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include "agent.h"
 
 #define FREE_LEAST      (256 * 1024ULL)
 
@@ -41,13 +42,30 @@ struct mount *mount_of(const fsid_t *fsid)
     return NULL;
 }
 
+/*
+ * Another file system may be mounted upon the one that the list names, and
+ * its path then leads to that: nothing may be told, or discarded, of a device
+ * by what is found there.
+ */
+static bool leads_to(int fd, dev_t device)
+{
+    struct stat st;
+
+    return fd >= 0 && fstat(fd, &st) == 0 && st.st_dev == device;
+}
+
 static void add_mount(dev_t device, const char *path)
 {
     struct mount *m = &mounts[nb_mounts];
     struct statfs st;
+    int fd = nb_mounts < MAX_MOUNTS ? open(path, O_PATH | O_CLOEXEC) : -1;
+    bool ok = leads_to(fd, device) && fstatfs(fd, &st) == 0 &&
+              !mount_of(&st.f_fsid);
 
-    if (nb_mounts == MAX_MOUNTS || statfs(path, &st) < 0 ||
-        mount_of(&st.f_fsid)) {
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (!ok) {
         return;
     }
     memset(m, 0, sizeof(*m));
@@ -90,6 +108,10 @@ int mount_fd(struct mount *m)
 {
     if (m->fd < 0) {
         m->fd = open(m->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (m->fd >= 0 && !leads_to(m->fd, m->device)) {
+            close(m->fd);
+            m->fd = -1;
+        }
     }
     return m->fd;
 }

@@ -99,6 +99,30 @@ def check_written(hints):
 
 
 @test()
+def mounted_upon_another(ctx):
+    """The path of a file system may lead to another one, on another disk:
+    nothing is told or discarded of the one by what the other says."""
+    images = [partitioned_disk(ctx, name, SIZE) for name in ('below', 'upon')]
+    guest = FilesGuest(ctx, [(images[0], 'below'), (images[1], 'upon')])
+    guest.ask('mount /dev/vda1 /mnt')
+    guest.ask('mount /dev/vdb1 /mnt')
+    guest.ask('write /mnt/a 0 %d' % (8 * MIB))
+    guest.ask('sync')
+    begin(guest)
+    disk = number_of(guest.hints, 'upon')
+    wanted = dirty_pages(images[1], START, '/a', 0, 512)
+    guest.ask('write /mnt/a 0 %d' % (2 * MIB))
+    wait_for(lambda: wanted <= Told(guest.hints.lines, disk).dirty, 120,
+             'all dirty pages of the file are told')
+    guest.hints.send('trim 7 %d 65536' % disk)
+    guest.hints.expect(r'done 7 ok [1-9]\d*')
+    check(not any(line.startswith('disk') and 'below' in line
+                  for line in guest.hints.lines),
+          'the disk that no path leads to is told of')
+    guest.poweroff()
+
+
+@test()
 def linear_map(ctx):
     """The same on two pieces of two disks, in another order."""
     images = [ctx.path('one'), ctx.path('two')]
