@@ -33,6 +33,7 @@
 #define LINES_SECOND    1000
 
 #define MAX_SET         65536           /* ranges of a disk, of each kind */
+#define MAX_ALL_SETS    (4UL << 20)     /* of all disks: 96 MiB */
 #define GRAIN           (64 * 1024ULL)  /* ranges are told this exactly */
 #define NAME_SIZE       256
 
@@ -51,7 +52,7 @@ struct set {
     size_t nb, room;
 };
 
-/* Beyond MAX_SET ranges are dropped */
+/* Beyond MAX_SET ranges, or MAX_ALL_SETS in all sets, they are dropped */
 void set_append(struct set *s, uint64_t start, uint64_t end, uint64_t due);
 /* Bring what was appended in order, ranges that meet made one */
 void set_normalize(struct set *s);

@@ -3,10 +3,14 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Bounded by MAX_SET each: what is beyond is not told.
+ * Bounded by MAX_SET each, and by MAX_ALL_SETS together: what is beyond is not
+ * told.
  */
 #include <time.h>
 #include "agent.h"
+
+/* Ranges that there is memory for, of all sets */
+static size_t all_room;
 
 uint64_t now_ms(void)
 {
@@ -25,15 +29,26 @@ void *must(void *p)
     return p;
 }
 
+/* False if all sets together have too much */
+static bool set_grow(struct set *s)
+{
+    size_t room = s->room ? s->room * 2 : 64;
+
+    if (room - s->room > MAX_ALL_SETS - all_room) {
+        return false;
+    }
+    s->r = must(realloc(s->r, room * sizeof(*s->r)));
+    all_room += room - s->room;
+    s->room = room;
+    return true;
+}
+
 void set_append(struct set *s, uint64_t start, uint64_t end,
                        uint64_t due)
 {
-    if (start >= end || s->nb == MAX_SET) {
+    if (start >= end || s->nb == MAX_SET ||
+        (s->nb == s->room && !set_grow(s))) {
         return;
-    }
-    if (s->nb == s->room) {
-        s->room = s->room ? s->room * 2 : 64;
-        s->r = must(realloc(s->r, s->room * sizeof(*s->r)));
     }
     s->r[s->nb++] = (struct range) { start, end, due };
 }
@@ -69,6 +84,7 @@ void set_normalize(struct set *s)
 void set_clear(struct set *s)
 {
     free(s->r);
+    all_room -= s->room;
     *s = (struct set) { 0 };
 }
 
