@@ -194,11 +194,20 @@ static void precopy_choose_hold(PrecopyConverge *c, bool on)
     c->pace_since = now;
 }
 
+/* What a guest owes at the pace so far is forgotten */
+static void precopy_set_throttle(PrecopyJob *s, uint64_t speed)
+{
+    ratelimit_set_speed(&s->throttle, speed, BLOCK_JOB_SLICE_TIME);
+    WITH_QEMU_LOCK_GUARD(&s->throttle.lock) {
+        s->throttle.slice_end_time = 0;
+    }
+}
+
 /* A guest does not wait for a job that stands still */
 static void precopy_apply_pace(PrecopyJob *s)
 {
     bool on = s->converge.outpaced && !s->converge.standing;
-    uint64_t rate = precopy_rate(s);
+    uint64_t rate = precopy_rate(s) ?: PRECOPY_LEAST_BOUND;
 
     switch (s->when_outpaced) {
     case PRECOPY_OUTPACED_WRITE_BLOCKING:
@@ -206,8 +215,7 @@ static void precopy_apply_pace(PrecopyJob *s)
         break;
     case PRECOPY_OUTPACED_THROTTLE:
         /* Half of the link, then the other half reduces what is left */
-        ratelimit_set_speed(&s->throttle, on ? MAX(rate / 2, 1) : 0,
-                            BLOCK_JOB_SLICE_TIME);
+        precopy_set_throttle(s, on ? MAX(rate / 2, 1) : 0);
         break;
     case PRECOPY_OUTPACED_CONTINUE:
         break;

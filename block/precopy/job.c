@@ -135,6 +135,12 @@ bool precopy_should_end(PrecopyJob *s)
            job_cancel_requested(&s->common.job);
 }
 
+bool precopy_throttles(PrecopyJob *s)
+{
+    return !job_is_cancelled(&s->common.job) && !qatomic_read(&s->ret) &&
+           precopy_throttle_ns(s, 0, 0) > 0;
+}
+
 /* Send all that is dirty; nothing becomes dirty meanwhile */
 bool coroutine_fn precopy_send_rest(PrecopyJob *s, int64_t until)
 {

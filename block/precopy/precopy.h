@@ -143,6 +143,8 @@ bool precopy_converge_next(PrecopyJob *s);
 /* The job pauses, or goes on */
 void precopy_converge_stand(PrecopyJob *s, bool standing);
 int64_t precopy_throttle_ns(PrecopyJob *s, int64_t offset, int64_t bytes);
+/* Are requests still held back that were to wait when they came? */
+bool precopy_throttles(PrecopyJob *s);
 /* Bytes that a request should have at most, and all in flight together */
 int64_t precopy_converge_bytes(PrecopyJob *s);
 int64_t precopy_converge_window(PrecopyJob *s);

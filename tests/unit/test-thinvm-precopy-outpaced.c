@@ -81,10 +81,10 @@ static void test_let_go(void)
     teardown();
 }
 
-/* As slow as can be */
-static void throttle(void)
+/* To so many bytes in a second */
+static void throttle(int64_t speed)
 {
-    ratelimit_set_speed(&w.job->throttle, 1, BLOCK_JOB_SLICE_TIME);
+    ratelimit_set_speed(&w.job->throttle, speed, BLOCK_JOB_SLICE_TIME);
     nap.played = true;
 }
 
@@ -94,7 +94,7 @@ static void assert_written(void)
     g_assert_true(hbitmap_get(w.job->track->dirty, MiB / GATE_PAGE));
 }
 
-/* It is held after it has been written, in small parts, and not for ever */
+/* It is held after it has been written, in small parts, until its turn */
 static void test_delay(void)
 {
     uint8_t buf[512];
@@ -106,18 +106,26 @@ static void test_delay(void)
     nap.played = true;
     guest_writes(0, 512, 0xa2);
     g_assert_cmpint(nap.nb, ==, 0);
-    throttle();
+    /* 10 s for each block, if no time passes meanwhile */
+    throttle(GATE_PAGE / 10);
     nap.look = assert_written;
     guest_writes(MiB, 512, 0xa2);
-    g_assert_cmpint(nap.total, ==, 2 * NANOSECONDS_PER_SECOND);
+    g_assert_cmpint(nap.total, >=, 10 * NANOSECONDS_PER_SECOND);
+    g_assert_cmpint(nap.total, <, 11 * NANOSECONDS_PER_SECOND);
     g_assert_cmpint(nap.longest, ==, 100 * SCALE_MS);
-    g_assert_cmpint(nap.nb, ==, 20);
-    /* Reads are free */
-    blk_pread(w.guest, 0, sizeof(buf), buf, 0);
-    g_assert_cmpint(nap.nb, ==, 20);
-    ratelimit_set_speed(&w.job->throttle, 0, BLOCK_JOB_SLICE_TIME);
+    nap.nb = 0;
     guest_writes(MiB, 512, 0xa2);
-    g_assert_cmpint(nap.nb, ==, 20);
+    g_assert_cmpint(nap.nb, >, 150);
+    nap.nb = 0;
+    guest_writes(MiB, 512, 0xa2);
+    g_assert_cmpint(nap.nb, >, 250);
+    /* Reads are free */
+    nap.nb = 0;
+    blk_pread(w.guest, 0, sizeof(buf), buf, 0);
+    g_assert_cmpint(nap.nb, ==, 0);
+    throttle(0);
+    guest_writes(MiB, 512, 0xa2);
+    g_assert_cmpint(nap.nb, ==, 0);
     complete();
     teardown();
 }
@@ -141,7 +149,7 @@ static void test_delay_drained(void)
     start_default();
     wait_ready();
     filter = w.job->filter;
-    throttle();
+    throttle(1);
     nap.hold = true;
     r = write_begin(MiB, 512, 0xb2);
     WAIT_UNTIL(nap.sleeper);
@@ -157,6 +165,58 @@ static void test_delay_drained(void)
     write_end(r);
     nap.played = false;
     complete();
+    teardown();
+}
+
+static Request *wait_for_hours(void)
+{
+    Request *r;
+
+    setup(SIZE, SIZE, NULL);
+    gate_disk_fill(w.source, 0, SIZE, 0xb1);
+    start((PrecopyOptions) {
+        .on_target_error = BLOCKDEV_ON_ERROR_REPORT,
+        .when_outpaced = PRECOPY_OUTPACED_THROTTLE,
+    });
+    wait_ready();
+    throttle(1);
+    nap.hold = true;
+    r = write_begin(MiB, 512, 0xb2);
+    WAIT_UNTIL(nap.sleeper);
+    aio_co_wake(nap.sleeper);
+    g_assert_cmpint(nap.nb, ==, 2);
+    return r;
+}
+
+/* Nor does it wait when there is nothing left to wait for */
+static void wait_is_over(Request *r)
+{
+    aio_co_wake(nap.sleeper);
+    g_assert_cmpint(nap.nb, ==, 2);
+    g_assert_null(nap.sleeper);
+    write_end(r);
+    nap.played = false;
+}
+
+static void test_delay_ends(void)
+{
+    Request *r = wait_for_hours();
+
+    precopy_converge_stand(w.job, true);
+    wait_is_over(r);
+    complete();
+    teardown();
+
+    r = wait_for_hours();
+    job_is_to(cancel_by_force);
+    wait_is_over(r);
+    assert_ends(-ECANCELED, w.source_bs);
+    teardown();
+
+    r = wait_for_hours();
+    qatomic_set(&w.job->ret, -EIO);
+    wait_is_over(r);
+    assert_ends(-EIO, w.source_bs);
     teardown();
 }
 
@@ -287,6 +347,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-outpaced/let-go", test_let_go);
     g_test_add_func("/precopy-outpaced/delay", test_delay);
     g_test_add_func("/precopy-outpaced/delay-drained", test_delay_drained);
+    g_test_add_func("/precopy-outpaced/delay-ends", test_delay_ends);
     g_test_add_func("/precopy-outpaced/write-through-queue",
                     test_write_through_queue);
     g_test_add_func("/precopy-outpaced/discard-ignored", test_discard_ignored);

@@ -291,6 +291,26 @@ static void test_throttle(void)
     job_free(s);
 }
 
+/* Nothing is known of the link: that is no reason for hours of delay */
+static void test_throttle_unknown(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_THROTTLE);
+
+    s->should_complete = true;
+    guest_writes(s, 4 * MiB);
+    g_assert_true(s->converge.outpaced);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), >, 0);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, DISK), <,
+                    1000 * NANOSECONDS_PER_SECOND);
+    /* What is owed is not, at another pace */
+    s->converge.rate = 1000;
+    precopy_converge_stand(s, false);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, 0), ==, 0);
+    g_assert_cmpint(precopy_throttle_ns(s, 0, 1), <=,
+                    10 * NANOSECONDS_PER_SECOND);
+    job_free(s);
+}
+
 /* While the job is paused nobody waits for it; then what was right is again */
 static void test_standing(void)
 {
@@ -562,6 +582,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-pace/bound", test_bound);
     g_test_add_func("/precopy-pace/faster", test_faster);
     g_test_add_func("/precopy-pace/throttle", test_throttle);
+    g_test_add_func("/precopy-pace/throttle-unknown", test_throttle_unknown);
     g_test_add_func("/precopy-pace/standing", test_standing);
     g_test_add_func("/precopy-pace/continue", test_continue);
     g_test_add_func("/precopy-pace/stalled", test_stalled);
