@@ -356,7 +356,10 @@ bool precopy_converge_next(PrecopyJob *s)
     uint64_t bound = precopy_bound(s);
     bool idle = left <= bound / 2;
     bool picked = c->sweep.nb_picked;
+    /* It would have taken everything: what is left is busy */
+    bool starved = !picked && !idle && !c->sweep.horizon && c->sweep.free_too;
 
+    precopy_track_set_starved(s->track, starved);
     c->rounds += picked && !c->partly;
     c->partly = false;
     precopy_check_pace(s, left, bound);
@@ -365,5 +368,6 @@ bool precopy_converge_next(PrecopyJob *s)
     c->sweep.cursor = 0;
     c->sweep.nb_picked = 0;
     c->sweep.nb_deferred = 0;
-    return picked || (!idle && (c->sweep.free_too || !precopy_awaits_trim(s)));
+    return picked || (!idle && !starved &&
+                      (c->sweep.free_too || !precopy_awaits_trim(s)));
 }

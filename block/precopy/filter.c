@@ -9,7 +9,9 @@
  *
  * While writes go through (converge.c), a write waits for copies of its
  * range, goes to the source, and then to the target as far as the track says
- * that it is clean there; dirty blocks stay dirty and are copied later.  Its
+ * that it is clean there; dirty blocks stay dirty and are copied later, as what
+ * is written again and again is sent once that way.  If they are so busy that
+ * no copy gets hold of them, the write takes those along that it covers.  Its
  * data is copied first: a guest may change it meanwhile, and both sides must
  * hold the same.  A discard goes through as the zeroes that it leaves behind.
  *
@@ -74,6 +76,9 @@ precopy_filter_both(BlockDriverState *bs, PrecopyWriteKind kind,
         qemu_iovec_to_buf(qiov, 0, buf, bytes);
         qemu_iovec_init_buf(&bounce, buf, bytes);
         flags &= ~BDRV_REQ_REGISTERED_BUF;
+    }
+    if (precopy_track_is_starved(f->track)) {
+        precopy_track_take(f->track, offset, bytes);
     }
     ret = precopy_filter_below(bs, kind, offset, bytes, buf ? &bounce : NULL,
                                flags);

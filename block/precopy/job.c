@@ -28,6 +28,8 @@
 #define PRECOPY_SLICE_NS (10 * SCALE_MS)
 /* How long it waits when there is nothing to do, or something failed */
 #define PRECOPY_IDLE_NS  (100 * SCALE_MS)
+/* How long it leaves to the guest what is busy */
+#define PRECOPY_BUSY_NS  (10 * SCALE_MS)
 
 /* ------------------------------------------------------------------ */
 /* What is told                                                        */
@@ -211,7 +213,8 @@ static bool coroutine_fn precopy_sweep_end(PrecopyJob *s, BlockDriverState *bs)
     if (s->in_flight) {
         precopy_wait_slot(s);
     } else if (!again) {
-        job_sleep_ns(&s->common.job, PRECOPY_IDLE_NS);
+        job_sleep_ns(&s->common.job, precopy_track_is_starved(s->track)
+                                     ? PRECOPY_BUSY_NS : PRECOPY_IDLE_NS);
     }
     return false;
 }

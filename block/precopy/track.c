@@ -364,6 +364,18 @@ bool precopy_track_writes_through(PrecopyTrack *t)
     return t->write_through;
 }
 
+void precopy_track_set_starved(PrecopyTrack *t, bool starved)
+{
+    QEMU_LOCK_GUARD(&t->lock);
+    t->starved = starved;
+}
+
+bool precopy_track_is_starved(PrecopyTrack *t)
+{
+    QEMU_LOCK_GUARD(&t->lock);
+    return t->starved;
+}
+
 void precopy_track_let_go(PrecopyTrack *t)
 {
     QEMU_LOCK_GUARD(&t->lock);

@@ -103,6 +103,7 @@ struct PrecopyTrack {
     PrecopyCounters counters;
     bool write_through;         /* writes to clean blocks go to both */
     bool let_go;                /* never again */
+    bool starved;               /* all that is dirty is busy all the time */
     PrecopyHintFunc *hint;
     PrecopyHintWrittenFunc *hint_written;
     void *hint_opaque;
@@ -173,6 +174,13 @@ bool precopy_track_clean_part(PrecopyTrack *t, int64_t *offset,
 
 void precopy_track_set_write_through(PrecopyTrack *t, bool on);
 bool precopy_track_writes_through(PrecopyTrack *t);
+
+/*
+ * No sweep gets hold of what is dirty, as the guest writes it all the time:
+ * writes that go through take what is dirty along
+ */
+void precopy_track_set_starved(PrecopyTrack *t, bool starved);
+bool precopy_track_is_starved(PrecopyTrack *t);
 
 /* The target does not matter any more: no write waits for it from now on */
 void precopy_track_let_go(PrecopyTrack *t);

@@ -251,11 +251,6 @@ static void test_write_through_queue(void)
     teardown();
 }
 
-static void discard(int64_t offset, int64_t bytes, int ret)
-{
-    g_assert_cmpint(blk_pdiscard(w.guest, offset, bytes, 0), ==, ret);
-}
-
 static void ready_write_blocking(int64_t size)
 {
     setup(size, size, NULL);
@@ -265,6 +260,50 @@ static void ready_write_blocking(int64_t size)
         .when_outpaced = PRECOPY_OUTPACED_WRITE_BLOCKING,
     });
     wait_ready();
+}
+
+/* One write after the other, over blocks that no copy gets hold of */
+static void check_starved(int ret)
+{
+    Request *r[2];
+
+    ready_write_blocking(SIZE);
+    w.job->downtime_limit = 1;
+    outpace();
+    gate_close(w.target, &w.target->writes);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        r[i] = write_begin(MiB - 512, 2 * MiB + 512, 0xba + i);
+    }
+    /* Another that began before writes went through has ended */
+    precopy_track_mark(w.job->track, MiB - 512, 2 * MiB + 512);
+    WAIT_UNTIL(precopy_track_is_starved(w.job->track));
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, 1);
+    g_assert_cmpint(precopy_left(w.job), ==, 2 * MiB + GATE_PAGE);
+    gate_let_one(w.target, &w.target->writes);
+    g_assert_cmpint(gate_held(w.target, &w.target->writes), ==, 1);
+    /* What the second does not cover as a whole is left */
+    g_assert_cmpint(precopy_left(w.job), ==, GATE_PAGE);
+    w.target->fails = ret;
+    open_writes(NULL);
+    for (int i = 0; i < ARRAY_SIZE(r); i++) {
+        write_end(r[i]);
+    }
+    wait_ready();
+    gate_disk_assert_same(w.source, w.target);
+    complete();
+    teardown();
+}
+
+/* What it takes along is left if the target fails */
+static void test_starved(void)
+{
+    check_starved(0);
+    check_starved(-EIO);
+}
+
+static void discard(int64_t offset, int64_t bytes, int ret)
+{
+    g_assert_cmpint(blk_pdiscard(w.guest, offset, bytes, 0), ==, ret);
 }
 
 /* What a source does not discard it need not copy again */
@@ -350,6 +389,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-outpaced/delay-ends", test_delay_ends);
     g_test_add_func("/precopy-outpaced/write-through-queue",
                     test_write_through_queue);
+    g_test_add_func("/precopy-outpaced/starved", test_starved);
     g_test_add_func("/precopy-outpaced/discard-ignored", test_discard_ignored);
     g_test_add_func("/precopy-outpaced/discard-through", test_discard_through);
     g_test_add_func("/precopy-outpaced/discard-through-left",

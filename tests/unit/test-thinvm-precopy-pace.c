@@ -515,6 +515,15 @@ static void test_horizon(void)
         g_assert_cmpint(sweep->horizon, <=, last / 2);
     } while (sweep->horizon);
     g_assert_cmpint(s->converge.rounds, ==, 1);
+    g_assert_false(precopy_track_is_starved(s->track));
+    /* Nothing waits, and yet nothing is picked: all is busy */
+    for (int i = 0; i < 3; i++) {
+        g_assert_false(precopy_converge_next(s));
+        g_assert_true(precopy_track_is_starved(s->track));
+    }
+    sweep->nb_picked = 1;
+    g_assert_true(precopy_converge_next(s));
+    g_assert_false(precopy_track_is_starved(s->track));
     job_free(s);
 }
 
