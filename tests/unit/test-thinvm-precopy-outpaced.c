@@ -75,8 +75,7 @@ static void test_let_go(void)
     write_end(r);
     g_assert_cmpint(precopy_track_left(w.job->track), >, 0);
     open_writes(NULL);
-    wait_ready();
-    gate_disk_assert_same(w.source, w.target);
+    WAIT_UNTIL(status() == JOB_STATUS_READY);
     complete();
     teardown();
 }
@@ -329,7 +328,6 @@ static void test_discard_through(void)
     ready_write_blocking(size);
     begun = gate_begun(w.target, &w.target->writes);
     guest_writes(MiB, MiB, 0xb9);
-    guest_writes(size - 512, 512, 0xb9);
     outpace();
     discard(512, size - 512, 0);
     /* In three pieces; of pages at the ends the source says they are data */
