@@ -26,6 +26,11 @@
 #include "system/block-backend.h"
 #include "precopy.h"
 
+/*
+ * The longest that "throttle" holds back a request: guests give up on one after
+ * 30 s by default (Linux's SCSI and NVMe disks), and a slow link is no error
+ */
+#define PRECOPY_MAX_DELAY_NS (20 * NANOSECONDS_PER_SECOND)
 /* How long who drains the node waits for a request that is held back */
 #define PRECOPY_DELAY_NS     (100 * SCALE_MS)
 /* Of a discard that goes through, while others may wait for it */
@@ -97,9 +102,10 @@ precopy_filter_both(BlockDriverState *bs, PrecopyWriteKind kind,
 
 /*
  * Requests are held one behind the other, each until its turn at the pace that
- * the guest is left: however many there are at once, it writes no faster.  They
- * have been written and are known to be dirty; a drain, which lets all of them
- * go, adds nothing to what is sent at the end.
+ * the guest is left: however many there are at once, it writes no faster, unless
+ * some would wait for longer than a guest is sure to.  They have been written
+ * and are known to be dirty; a drain, which lets all of them go, adds nothing to
+ * what is sent at the end.
  */
 static void coroutine_fn precopy_filter_delay(BlockDriverState *bs,
                                               int64_t offset, int64_t bytes)
@@ -107,6 +113,7 @@ static void coroutine_fn precopy_filter_delay(BlockDriverState *bs,
     PrecopyFilter *f = bs->opaque;
     int64_t delay = precopy_throttle_ns(f->job, offset, bytes);
 
+    delay = MIN(delay, PRECOPY_MAX_DELAY_NS);
     while (delay > 0 && !qatomic_read(&bs->quiesce_counter) &&
            precopy_throttles(f->job)) {
         qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, MIN(delay, PRECOPY_DELAY_NS));

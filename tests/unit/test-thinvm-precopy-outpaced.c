@@ -117,7 +117,8 @@ static void test_delay(void)
     g_assert_cmpint(nap.nb, >, 150);
     nap.nb = 0;
     guest_writes(MiB, 512, 0xa2);
-    g_assert_cmpint(nap.nb, >, 250);
+    /* It would be its turn after 30 s, but the guest might not wait for it */
+    g_assert_cmpint(nap.nb, ==, 200);
     /* Reads are free */
     nap.nb = 0;
     blk_pread(w.guest, 0, sizeof(buf), buf, 0);
