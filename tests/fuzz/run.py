@@ -79,28 +79,29 @@ class BuildError(Exception):
     pass
 
 
-def table():
-    """The lists in the table of the unit tests, without what single tests
-    link beside these."""
+def listed(name, where):
+    """Files of directory @where in list @name of the unit tests' table, and
+    in the list that it begins with."""
     text = (CHECKOUT / 'tests/unit/thinvm/meson.build').read_text(
         encoding='utf-8')
-    return text.partition('\nif have_block\n')[0]
+    base, files = re.search(rf'^{name} = (?:(\w+) \+ )?\[(.*?)^\]', text,
+                            re.MULTILINE | re.DOTALL).groups()
+    return ((listed(base, where) if base else []) +
+            re.findall(rf"{where} / '(\S+\.c)'", files))
 
 
 def engine_sources():
     """Engine and durability layers, as the unit tests list them."""
-    names = dict.fromkeys(re.findall(r"thinvm_dir / '(\S+\.c)'", table()))
-    return [CHECKOUT / 'block/thinvm' / name for name in names]
+    return [CHECKOUT / 'block/thinvm' / name
+            for name in listed('thinvm_durability', 'thinvm_dir')]
 
 
 def test_sources(name):
     """A unit test and what it is made of beside the engine."""
     unit = CHECKOUT / 'tests/unit'
-    helpers = dict.fromkeys(re.findall(r"thinvm_unit / '(thinvm-\S+\.c)'",
-                                       table()))
-    return [unit / f'{name}.c', *(unit / h for h in helpers
-                                  if h.startswith('thinvm-sim') or
-                                  'crash' in name and 'precopy' not in h)]
+    helpers = listed('thinvm_crash' if 'crash' in name else 'thinvm_store',
+                     'thinvm_unit')
+    return [unit / f'{name}.c', *(unit / h for h in helpers)]
 
 
 def find_clang():

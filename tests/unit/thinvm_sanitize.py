@@ -78,10 +78,14 @@ class Sanitized:
 
     def _sources(self, name):
         """Its own, and what the table names; some of that is QEMU's."""
-        beside = table()[name]
+        beside = [b for b in table()[name] if not isinstance(b, dict)]
         return [f if f.exists() else
                 self.build / 'qemu-src' / f.relative_to(CHECKOUT)
                 for f in (HERE / f'{name}.c', *(HERE / b for b in beside))]
+
+    @staticmethod
+    def _link_args(name):
+        return [b['link_args'] for b in table()[name] if isinstance(b, dict)]
 
     def _without_engine(self, name):
         """Sources and libraries of a test of something else, or None."""
@@ -119,6 +123,7 @@ class Sanitized:
             # the coroutines too, so that ASan learns of changes of stack
             sources = [*self._sources(name),
                        self.build / 'qemu-src/util/coroutine-ucontext.c']
+            flags = self._link_args(name)
         return program.link(name, sources, libraries=flags), {
             k: v for k, v in self.fuzz.environment().items()
             if k.endswith('SAN_OPTIONS')}
