@@ -303,6 +303,20 @@ static bool thinvm_claims_newest(const QemuUUID *uuid, const uint8_t *area,
                          : !any_doubtful;
 }
 
+/* Is @claim one of @self's that did not hold, but may be on the device? */
+static bool thinvm_claim_failed(BDRVThinvmState *self,
+                                const ThinvmClaim *claim)
+{
+    unsigned nb = MIN(self->nb_failed_claims, ARRAY_SIZE(self->failed_claims));
+
+    for (unsigned i = 0; i < nb; i++) {
+        if (qemu_uuid_is_equal(&self->failed_claims[i], &claim->nonce)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /*
  * Has anybody owned the image after @self who did not return it unused?  Where
  * the claim of an epoch in between cannot be read, the answer is yes.
@@ -322,7 +336,8 @@ static bool thinvm_used_since(const QemuUUID *uuid, const uint8_t *area,
             area + epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
 
         if (thinvm_claim_decode(uuid, &claim, block) < 0 ||
-            claim.epoch != epoch || claim.state != THINVM_CLAIM_RETURNED) {
+            claim.epoch != epoch || (claim.state != THINVM_CLAIM_RETURNED &&
+                                     !thinvm_claim_failed(self, &claim))) {
             return true;
         }
     }
@@ -530,6 +545,20 @@ void thinvm_owner_drop(BDRVThinvmState *s)
     QLIST_SAFE_REMOVE(s, owner_link);
 }
 
+/*
+ * The claim that @s has just made does not hold, @former is its newest one
+ * again: by that is judged whether somebody has owned the image since, and a
+ * guest that was sent away may not go on then.
+ */
+static void thinvm_owner_undo(BDRVThinvmState *s, const ThinvmClaim *former)
+{
+    QEMU_LOCK_GUARD(&thinvm_owner_lock);
+    QLIST_SAFE_REMOVE(s, owner_link);
+    s->failed_claims[s->nb_failed_claims++ % ARRAY_SIZE(s->failed_claims)] =
+        s->claim.nonce;
+    s->claim = *former;
+}
+
 /* Neither the device nor a lock decides between two that claim at once */
 static bool thinvm_claim_decides(BDRVThinvmState *s)
 {
@@ -587,7 +616,7 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
         .epoch = epoch,
         .state = THINVM_CLAIM_ACTIVE,
     };
-    ThinvmClaim found;
+    ThinvmClaim found, former = s->claim;
     int64_t start, wait = 0;
     bool decides, ordered;
     int ret;
@@ -633,7 +662,7 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     }
     trace_thinvm_owner_claim(s->bs, epoch, ret);
     if (ret < 0) {
-        thinvm_owner_drop(s);
+        thinvm_owner_undo(s, &former);
         thinvm_fence_release(s);
         return ret;
     }

@@ -174,8 +174,11 @@ struct BDRVThinvmState {
 
     ThinvmFence fence;              /* fence.c */
 
-    /* owner.c: our newest claim, valid after the first one was made */
+    /* owner.c: our newest claim that held, valid after the first one was made;
+       and nonces of the last ones that did not, though they may be there */
     ThinvmClaim claim;
+    QemuUUID failed_claims[8];
+    unsigned nb_failed_claims;
     QLIST_ENTRY(BDRVThinvmState) owner_link;
 
     ThinvmWorker *worker;           /* worker.c */

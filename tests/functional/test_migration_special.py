@@ -8,7 +8,7 @@ import json
 import time
 
 from lib.contents import Contents, scan
-from lib.context import Skip, check
+from lib.context import Failure, Skip, check
 from lib.guest import Guest
 from lib.image import (GiB, MiB, File, NBDExport, create, format_node,
                        require_clean)
@@ -139,6 +139,54 @@ def device_error_while_taking_over(ctx):
     guest.attach(source)
     guest.wait_writes(200)
     finish(ctx, lun, guest, source)
+
+
+class ClaimsOnce(File):
+    """A file whose claims of ownership are written as QEMU opens it and when
+    it gives it up; the next one is not, once."""
+
+    def blockdev(self, node, host='a'):
+        event = 'thinvm_claim_write'
+        return {'driver': 'blkdebug', 'node-name': node,
+                'image': super().blockdev(node + '-file', host),
+                'set-state': [{'event': event, 'state': n, 'new_state': n + 1}
+                              for n in (1, 2)],
+                'inject-error': [{'event': event, 'state': 3, 'errno': 5,
+                                  'iotype': 'write', 'once': True}]}
+
+
+@test(seconds=300, formats=OURS)
+def claim_that_fails(ctx):
+    """A source that is to go on cannot claim the disk; then somebody else
+    writes it.  The guest's memory is older than the disk from then on, whatever
+    the source had wanted to claim.  Nobody else: it may go on."""
+    for other in (False, True):
+        place = ClaimsOnce(ctx, 'image-%s' % other)
+        create(ctx, place, 1 * GiB)
+        _, guest, source = setup_pair(ctx, place=place)
+        source.qmp.cmd('migrate', uri='exec:cat > /dev/null')
+        wait_migration(source, ('completed',))
+        expect_mode(source, 'migration')
+        refused(source, 'claim')
+        if other:
+            ctx.run(ctx.bin('qemu-io'), '-f', ctx.fmt, '-c',
+                    'write -P 7 0 64k', place.url)
+            refused(source, 'older than its disk')
+            source.kill()
+        else:
+            source.qmp.cmd('cont')
+            guest.wait_writes(200)
+            finish(ctx, place, guest, source)
+
+
+def refused(vm, why):
+    """The guest does not go on, and that is the reason."""
+    try:
+        vm.qmp.cmd('cont')
+    except QMPError as err:
+        check(why in err.desc, 'cont fails: %s', err.desc)
+    else:
+        raise Failure('cont worked, though it must not')
 
 
 @test(seconds=300, formats=ANY)
