@@ -141,14 +141,17 @@ def device_error_while_taking_over(ctx):
     finish(ctx, lun, guest, source)
 
 
-class ClaimsOnce(File):
-    """A file whose claims of ownership are written as QEMU opens it and when
+class ClaimsOnce:
+    """A LUN whose claims of ownership are written as QEMU opens it and when
     it gives it up; the next one is not, once."""
+
+    def __init__(self, lun):
+        self._lun = lun
 
     def blockdev(self, node, host='a'):
         event = 'thinvm_claim_write'
         return {'driver': 'blkdebug', 'node-name': node,
-                'image': super().blockdev(node + '-file', host),
+                'image': self._lun.blockdev(node + '-lun', host),
                 'set-state': [{'event': event, 'state': n, 'new_state': n + 1}
                               for n in (1, 2)],
                 'inject-error': [{'event': event, 'state': 3, 'errno': 5,
@@ -160,23 +163,24 @@ def claim_that_fails(ctx):
     """A source that is to go on cannot claim the disk; then somebody else
     writes it.  The guest's memory is older than the disk from then on, whatever
     the source had wanted to claim.  Nobody else: it may go on."""
+    array = Target(ctx)
     for other in (False, True):
-        place = ClaimsOnce(ctx, 'image-%s' % other)
-        create(ctx, place, 1 * GiB)
-        _, guest, source = setup_pair(ctx, place=place)
+        lun = array.add_lun(1 * GiB)
+        create(ctx, lun, 1 * GiB)
+        _, guest, source = setup_pair(ctx, place=ClaimsOnce(lun))
         source.qmp.cmd('migrate', uri='exec:cat > /dev/null')
         wait_migration(source, ('completed',))
         expect_mode(source, 'migration')
         refused(source, 'claim')
         if other:
             ctx.run(ctx.bin('qemu-io'), '-f', ctx.fmt, '-c',
-                    'write -P 7 0 64k', place.url)
+                    'write -P 7 0 64k', lun.url)
             refused(source, 'older than its disk')
             source.kill()
         else:
             source.qmp.cmd('cont')
             guest.wait_writes(200)
-            finish(ctx, place, guest, source)
+            finish(ctx, lun, guest, source)
 
 
 def refused(vm, why):
