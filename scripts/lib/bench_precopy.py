@@ -226,6 +226,19 @@ class Run:
             figures['agent CPU s/GiB'] = (info['cpu-us'] / 1e6 /
                                           (info['written'] / 1024 / MIB))
 
+    def end(self, figures):
+        """Ready, hand-over, and the disk at the other end of the link."""
+        for name, do in (
+                ('ready', lambda: self.watch(self.opts.alone / 2)),
+                # What waited for the hand-over has ended soon after it
+                ('hand-over', lambda: (self.complete(figures),
+                                       self.watch(0.2))),
+                ('after', lambda: self.watch(1))):
+            begin = time.monotonic()
+            do()
+            self.sample()
+            figures['fsync ' + name] = self.over(begin, time.monotonic())[1]
+
     def measure(self):
         opts, figures = self.opts, {}
         self.samples = [(time.monotonic(), self.link.carried(), 0, 0)]
@@ -250,9 +263,7 @@ class Run:
             'host CPU': self.cpu() - host,
             'fsync alone': calm, 'fsync': slowest})
         if ready:
-            self.watch(opts.alone / 2)
-            self.complete(figures)
-            self.watch(1)
+            self.end(figures)
         self.sample()
         figures['slowest'] = self.over(start, time.monotonic())[1]
         figures['used'] = self.used('target' if ready else 'source')
