@@ -19,6 +19,13 @@
  * that is seen to make blocks dirty as fast as the link cleans them is not
  * waited for; else it counts as no progress that the least so far has stood
  * for a while.  While the job is paused, nobody waits for it.
+ *
+ * The bound is what the guest may have to wait for, not what it ought to.  When
+ * the user has asked for the end, all that is dirty is swept without pause while
+ * the guest goes on: each sweep takes less time than the one before, so the
+ * guest makes less dirty meanwhile.  Its requests are held when what is left is
+ * a matter of milliseconds, or when this has taken so long that no more can be
+ * expected of it.
  */
 
 #include "qemu/osdep.h"
@@ -41,6 +48,13 @@
 /* How long a guest that was too fast is held at least */
 #define PRECOPY_LEAST_HOLD      1000
 #define PRECOPY_MOST_HOLD       60000
+/*
+ * The guest's requests are held for so long (ms), or for a part of the time that
+ * has been spent to make it less, if so much was left
+ */
+#define PRECOPY_LEAST_HALT      5
+#define PRECOPY_HALT_PART       8
+#define PRECOPY_LEAST_REST      (64 * 1024)
 /* In flight before the rate is known */
 #define PRECOPY_FIRST_WINDOW    (2 * 1024 * 1024)
 
@@ -145,6 +159,35 @@ uint64_t precopy_bound(PrecopyJob *s)
     /* The limit is a minute at most, the rate whatever a user wants */
     return MAX(MIN(precopy_rate(s) / 1000.0 * s->downtime_limit,
                    PRECOPY_MOST_BOUND), PRECOPY_LEAST_BOUND);
+}
+
+bool precopy_is_closing(PrecopyJob *s)
+{
+    return precopy_should_end(s) && precopy_left(s) <= precopy_bound(s);
+}
+
+/* For how long the guest's requests may be held, in ms */
+static int64_t precopy_halt(PrecopyJob *s)
+{
+    int64_t since = s->converge.closing_since;
+    int64_t spent = since ? precopy_clock_ms() - since : 0;
+
+    return MIN(MAX(spent / PRECOPY_HALT_PART, PRECOPY_LEAST_HALT),
+               s->downtime_limit);
+}
+
+bool precopy_is_late(PrecopyJob *s)
+{
+    return precopy_halt(s) == s->downtime_limit;
+}
+
+bool precopy_is_close(PrecopyJob *s)
+{
+    uint64_t bound = precopy_bound(s);
+    double rest = precopy_rate(s) / 1000.0 * precopy_halt(s);
+
+    return precopy_left(s) <= (precopy_is_late(s) ? bound :
+                               MIN(MAX(rest, PRECOPY_LEAST_REST), bound));
 }
 
 /*
@@ -345,6 +388,19 @@ static void precopy_next_horizon(PrecopyJob *s, bool idle, uint64_t left)
     }
 }
 
+/* Nothing waits any longer, as in the last phase */
+static void precopy_close(PrecopyJob *s, uint64_t left)
+{
+    PrecopyConverge *c = &s->converge;
+
+    if (!c->closing_since) {
+        trace_precopy_closing(s, left);
+        c->closing_since = precopy_clock_ms();
+    }
+    c->sweep.horizon = 0;
+    c->sweep.free_too = true;
+}
+
 /*
  * Called at the end of a sweep, which need not have been sent in full.
  * Returns whether there is reason to sweep again at once.
@@ -354,16 +410,22 @@ bool precopy_converge_next(PrecopyJob *s)
     PrecopyConverge *c = &s->converge;
     uint64_t left = precopy_left(s);
     uint64_t bound = precopy_bound(s);
-    bool idle = left <= bound / 2;
+    bool closing = precopy_is_closing(s);
+    bool idle = !closing && left <= bound / 2;
     bool picked = c->sweep.nb_picked;
     /* It would have taken everything: what is left is busy */
-    bool starved = !picked && !idle && !c->sweep.horizon && c->sweep.free_too;
+    bool starved = !picked && !idle && left &&
+                   !c->sweep.horizon && c->sweep.free_too;
 
     precopy_track_set_starved(s->track, starved);
     c->rounds += picked && !c->partly;
     c->partly = false;
     precopy_check_pace(s, left, bound);
-    precopy_next_horizon(s, idle, left);
+    if (closing) {
+        precopy_close(s, left);
+    } else {
+        precopy_next_horizon(s, idle, left);
+    }
     trace_precopy_sweep(s, c->rounds, c->sweep.horizon, left, bound);
     c->sweep.cursor = 0;
     c->sweep.nb_picked = 0;

@@ -6,6 +6,7 @@
  *   scanning   what is there to copy                      precopy_scan
  *   copying    sweeps, until what is left is in bounds    precopy_loop
  *   ready      it is kept in bounds                       precopy_become_ready
+ *   closing    the user wants the end: it is made less
  *   last phase the guest's requests are held, and the     precopy_last_phase
  *              rest is sent and flushed
  *   finished   the target takes the source's place (job-complete), or just
@@ -99,6 +100,8 @@ static void coroutine_fn precopy_breathe(PrecopyJob *s)
     WITH_JOB_LOCK_GUARD() {
         limited = s->common.speed;
     }
+    /* As in the last phase: the guest would wait the longer for more of it */
+    limited = limited && !precopy_is_closing(s);
     s->max_in_flight = limited ? PRECOPY_MAX_LIMITED : PRECOPY_MAX_IN_FLIGHT;
     if (qatomic_xchg(&s->failed, false)) {
         /* Ignored, or the user has resumed the job: not again at once */
@@ -168,15 +171,23 @@ bool coroutine_fn precopy_send_rest(PrecopyJob *s, int64_t until)
            precopy_flush_target(s) >= 0;
 }
 
+/*
+ * Is next to nothing left, and flushed?  What can be flushed before should not
+ * keep the guest waiting, nor what it writes while that takes.
+ */
+static bool coroutine_fn precopy_come_close(PrecopyJob *s)
+{
+    precopy_wait_all(s);
+    return !qatomic_read(&s->failed) && precopy_is_close(s) &&
+           precopy_flush_target(s) >= 0 && precopy_is_close(s);
+}
+
 /* Returns true if both sides are the same, and the source is drained */
 static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
 {
     bool same;
 
-    precopy_wait_all(s);
-    /* What can be flushed before should not keep the guest waiting */
-    if (qatomic_read(&s->failed) || precopy_flush_target(s) < 0 ||
-        precopy_left(s) > precopy_bound(s)) {
+    if (!precopy_come_close(s)) {
         return false;
     }
     trace_precopy_last_phase(s, precopy_left(s));
@@ -184,9 +195,13 @@ static bool coroutine_fn precopy_last_phase(PrecopyJob *s, BlockDriverState *bs)
     s->last_phase = true;
     bdrv_drained_begin(bs);
     qatomic_set(&s->sending_rest, true);
-    same = precopy_send_rest(s, INT64_MAX) &&
+    trace_precopy_held(s, precopy_left(s));
+    /* The guest may have been amid a burst of writes */
+    same = (precopy_is_close(s) || precopy_is_late(s)) &&
+           precopy_send_rest(s, INT64_MAX) &&
            !job_is_cancelled(&s->common.job);
     qatomic_set(&s->sending_rest, false);
+    trace_precopy_last_phase_end(s, same);
     if (same) {
         return true;
     }
@@ -206,8 +221,8 @@ static bool coroutine_fn precopy_sweep_end(PrecopyJob *s, BlockDriverState *bs)
             precopy_become_ready(s);
             return false;
         }
-        if (precopy_should_end(s)) {
-            return precopy_last_phase(s, bs);
+        if (precopy_is_closing(s) && precopy_last_phase(s, bs)) {
+            return true;
         }
     }
     if (s->in_flight) {
@@ -367,6 +382,7 @@ static int precopy_finish(Job *job)
     bdrv_drained_end(src);
     bdrv_drained_end(filter);
     s->in_drain = false;
+    trace_precopy_finish(s, s->pivoted);
     bdrv_unref(filter);
     bdrv_unref(src);
     return ret;

@@ -65,6 +65,7 @@ typedef struct PrecopyConverge {
     int64_t least_since;        /* ms: when that was */
     bool outpaced;
     bool standing;              /* the job is paused */
+    int64_t closing_since;      /* ms: of the way to the end; 0: not yet */
     int64_t pace_since;         /* ms: when that was said */
     int64_t hold;               /* ms: for how long at least */
 } PrecopyConverge;
@@ -138,6 +139,12 @@ void precopy_converge_start(PrecopyJob *s);
 void precopy_converge_measure(PrecopyJob *s);
 /* Bytes that can be sent within the downtime limit */
 uint64_t precopy_bound(PrecopyJob *s);
+/* The user wants the end, and the rest of it is within the bound */
+bool precopy_is_closing(PrecopyJob *s);
+/* May the guest's requests be held while what is left is sent? */
+bool precopy_is_close(PrecopyJob *s);
+/* All the time has been spent in which it might have become less */
+bool precopy_is_late(PrecopyJob *s);
 /* A sweep is over: begin another, or say that there is nothing to do */
 bool precopy_converge_next(PrecopyJob *s);
 /* The job pauses, or goes on */

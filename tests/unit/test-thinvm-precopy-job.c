@@ -422,6 +422,7 @@ static void test_cancel_last_phase(void)
     guest_writes(MiB, 64 * KiB, 0x74);
     blk_pwrite_zeroes(w.guest, MiB + 64 * KiB, 64 * KiB, 0);
     guest_writes(MiB + 128 * KiB, 64 * KiB, 0x75);
+    time_for_less_is_spent();
     gate_close(w.target, &w.target->writes);
     job_is_to(job_complete_locked);
     WAIT_UNTIL(gate_held(w.target, &w.target->writes));

@@ -4,7 +4,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Somebody goes back to a snapshot, inactivates the target, or has the guest
- * migrate while much is left.  In the world of thinvm-precopy-world.h, with
+ * migrate while much is left, or go on with the target.  In the world of thinvm-precopy-world.h, with
  * the job's clock in the test's hands, so nothing here depends on how fast the
  * machine is.
  */
@@ -22,13 +22,15 @@
 /* The job's clock                                                     */
 
 static int64_t ahead;           /* ms */
+static int64_t stopped;         /* it stands still; 0: it does not */
 
 int64_t __real_precopy_clock_ms(void);
 int64_t __wrap_precopy_clock_ms(void);
 
 int64_t __wrap_precopy_clock_ms(void)
 {
-    return __real_precopy_clock_ms() + qatomic_read(&ahead);
+    return qatomic_read(&stopped) ?:
+           __real_precopy_clock_ms() + qatomic_read(&ahead);
 }
 
 static void an_hour_passes(void)
@@ -185,6 +187,139 @@ static void test_little(void)
     teardown();
 }
 
+/* ------------------------------------------------------------------ */
+/* The guest is to go on with the target                               */
+
+static int nb_held;             /* writes that kept the guest waiting */
+
+static void note_held(void)
+{
+    nb_held += w.job->in_drain;
+}
+
+/* Ready; the clock stands still, so nothing is known of the link */
+static void begin_closing(AioContext *ctx)
+{
+    stopped = __real_precopy_clock_ms();
+    nb_held = 0;
+    begin(ctx);
+    w.target->look = note_held;
+}
+
+static void end_closing(void)
+{
+    assert_ends(0, w.target_bs);
+    gate_disk_assert_same(w.source, w.target);
+    qatomic_set(&stopped, 0);
+    teardown();
+}
+
+static void wait_held(Gate *gate, int nb)
+{
+    WAIT_UNTIL(gate_held(w.target, gate) == nb);
+    g_assert_false(w.job->in_drain);
+}
+
+/* It goes on meanwhile, until next to nothing is left */
+static void check_closing(AioContext *ctx)
+{
+    begin_closing(ctx);
+    guest_writes(2 * MiB, 256 * KiB, 0x51);
+    gate_close(w.target, &w.target->writes);
+    job_is_to(job_complete_locked);
+    wait_held(&w.target->writes, 1);
+    /* behind where the sweep is */
+    guest_writes(MiB, 128 * KiB, 0x52);
+    gate_close(w.target, &w.target->flushes);
+    open_writes(NULL);
+    wait_held(&w.target->flushes, 1);
+    g_assert_cmpint(precopy_left(w.job), ==, 0);
+    /* The flush took so long that the guest has written a lot */
+    guest_writes(3 * MiB, 128 * KiB, 0x53);
+    gate_close(w.target, &w.target->writes);
+    open_flushes(NULL);
+    wait_held(&w.target->writes, 1);
+    guest_writes(512 * KiB, 64 * KiB, 0x54);
+    gate_close(w.target, &w.target->flushes);
+    open_writes(NULL);
+    wait_held(&w.target->flushes, 1);
+    g_assert_cmpint(precopy_left(w.job), ==, 64 * KiB);
+    open_flushes(NULL);
+    end_closing();
+    g_assert_cmpint(nb_held, ==, 1);
+}
+
+static void test_closing(void)
+{
+    in_both(check_closing);
+}
+
+static void open_when_drained(void *opaque)
+{
+    if (w.source_bs->quiesce_counter) {
+        gate_open(w.source, &w.source->writes);
+    } else {
+        later(open_when_drained);
+    }
+}
+
+/* The guest is just writing so much when its requests are held */
+static void end_amid_burst(int64_t bytes)
+{
+    Request *r;
+
+    gate_close(w.source, &w.source->writes);
+    r = write_begin(MiB, bytes, 0x55);
+    WAIT_UNTIL(gate_held(w.source, &w.source->writes) == 1);
+    later(open_when_drained);
+    job_is_to(job_complete_locked);
+    write_end(r);
+    end_closing();
+}
+
+/* It is too much: it goes on, unless that has been tried for long enough */
+static void check_closing_burst(AioContext *ctx)
+{
+    begin_closing(ctx);
+    end_amid_burst(128 * KiB);
+    g_assert_cmpint(nb_held, ==, 0);
+
+    begin_closing(ctx);
+    time_for_less_is_spent();
+    end_amid_burst(2 * MiB);
+    g_assert_cmpint(nb_held, >, 0);
+}
+
+static void test_closing_burst(void)
+{
+    in_both(check_closing_burst);
+}
+
+/* A limit makes it no longer, and there is an end to it */
+static void check_closing_late(AioContext *ctx)
+{
+    begin_closing(ctx);
+    for (int i = 0; i < 8; i++) {
+        guest_writes(2 * MiB + i * 64 * KiB, 16 * KiB, 0x61);
+    }
+    WITH_JOB_LOCK_GUARD() {
+        block_job_set_speed_locked(&w.job->common, 8 * MiB, &error_abort);
+    }
+    gate_close(w.target, &w.target->writes);
+    job_is_to(job_complete_locked);
+    wait_held(&w.target->writes, 8);
+    guest_writes(MiB, 128 * KiB, 0x62);
+    qatomic_add(&stopped, 8 * 100);
+    open_writes(NULL);
+    end_closing();
+    g_assert_cmpint(nb_held, >, 0);
+}
+
+static void test_closing_late(void)
+{
+    in_both(check_closing_late);
+}
+
 int main(int argc, char **argv)
 {
     bdrv_init();
@@ -195,5 +330,8 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-leave/inactive-through", test_inactive_through);
     g_test_add_func("/precopy-leave/late", test_late);
     g_test_add_func("/precopy-leave/little", test_little);
+    g_test_add_func("/precopy-leave/closing", test_closing);
+    g_test_add_func("/precopy-leave/closing-burst", test_closing_burst);
+    g_test_add_func("/precopy-leave/closing-late", test_closing_late);
     return g_test_run();
 }

@@ -483,6 +483,63 @@ static void test_end(void)
     job_free(s);
 }
 
+/* So much is left */
+static void leave(PrecopyJob *s, uint64_t bytes)
+{
+    send_all(s);
+    precopy_track_mark(s->track, 0, bytes);
+}
+
+static void assert_most_rest(PrecopyJob *s, uint64_t bytes)
+{
+    leave(s, bytes + GRAN);
+    g_assert_false(precopy_is_close(s));
+    leave(s, bytes);
+    g_assert_true(precopy_is_close(s));
+}
+
+/* It becomes less and less likely that less will be left */
+static void test_close(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_CONTINUE);
+
+    s->converge.rate = 20 * MiB;
+    s->should_complete = true;
+    leave(s, 2 * MiB + GRAN);
+    g_assert_false(precopy_is_closing(s));
+    precopy_converge_next(s);
+    g_assert_cmpint(s->converge.closing_since, ==, 0);
+    now_ms += 1000;
+    leave(s, 2 * MiB);
+    g_assert_true(precopy_is_closing(s));
+    g_assert_true(precopy_converge_next(s));
+    /* 5 ms, then an eighth of what was spent, then all of the limit */
+    assert_most_rest(s, 100 * KiB);
+    now_ms += 80;
+    assert_most_rest(s, 204 * KiB);
+    now_ms += 719;
+    assert_most_rest(s, 506 * GRAN);
+    g_assert_false(precopy_is_late(s));
+    now_ms += 1;
+    assert_most_rest(s, 2 * MiB);
+    g_assert_true(precopy_is_late(s));
+    now_ms += 3600000;
+    assert_most_rest(s, 2 * MiB);
+    job_free(s);
+
+    /* On a link that carries next to nothing, or within a short limit */
+    s = job_new(PRECOPY_OUTPACED_CONTINUE);
+    s->should_complete = true;
+    precopy_converge_next(s);
+    assert_most_rest(s, 64 * KiB);
+    s->converge.rate = 1000;
+    assert_most_rest(s, 64 * KiB);
+    s->converge.rate = 1000 * MiB;
+    s->downtime_limit = 4;
+    assert_most_rest(s, 4 * MiB);
+    job_free(s);
+}
+
 /* ------------------------------------------------------------------ */
 /* The next sweep                                                      */
 
@@ -560,6 +617,34 @@ static void test_idle(void)
     job_free(s);
 }
 
+/* The end is near: nothing waits, as little as is left */
+static void test_closing(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_CONTINUE);
+
+    s->converge.rate = 20 * MiB;
+    leave(s, 512 * KiB);
+    g_assert_false(precopy_converge_next(s));
+    g_assert_cmpint(s->converge.sweep.horizon, ==, 5000);
+    s->should_complete = true;
+    g_assert_true(precopy_converge_next(s));
+    g_assert_cmpint(s->converge.sweep.horizon, ==, 0);
+    g_assert_true(s->converge.sweep.free_too);
+    g_assert_false(precopy_track_is_starved(s->track));
+    /* Nothing was picked, yet something is left */
+    g_assert_false(precopy_converge_next(s));
+    g_assert_true(precopy_track_is_starved(s->track));
+    send_all(s);
+    g_assert_true(precopy_converge_next(s));
+    g_assert_false(precopy_track_is_starved(s->track));
+    /* Too much again: what is busy waits, as it did */
+    leave(s, 3 * MiB);
+    s->converge.sweep.nb_picked = 1;
+    precopy_converge_next(s);
+    g_assert_cmpint(s->converge.sweep.horizon, ==, 150);
+    job_free(s);
+}
+
 /* What the guest may just be discarding is not sent, and not spun upon */
 static void test_trim(void)
 {
@@ -599,9 +684,11 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-pace/release-blocks", test_release_blocks);
     g_test_add_func("/precopy-pace/hold", test_hold);
     g_test_add_func("/precopy-pace/end", test_end);
+    g_test_add_func("/precopy-pace/close", test_close);
     g_test_add_func("/precopy-pace/begin", test_begin);
     g_test_add_func("/precopy-pace/horizon", test_horizon);
     g_test_add_func("/precopy-pace/idle", test_idle);
+    g_test_add_func("/precopy-pace/closing", test_closing);
     g_test_add_func("/precopy-pace/trim", test_trim);
     return g_test_run();
 }

@@ -75,6 +75,7 @@ void write_end(Request *r);
 void guest_writes(int64_t offset, int64_t bytes, uint8_t byte);
 void wait_ready(void);
 void ready_with_rest(void);
+void time_for_less_is_spent(void);
 void reach_last_phase(void);
 void open_writes(void *opaque);
 void open_flushes(void *opaque);
