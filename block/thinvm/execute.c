@@ -306,6 +306,7 @@ static int coroutine_fn overcome(Execution *x, Obstacle obstacle, Error **errp)
     }
 }
 
+/* -EALREADY, without @errp: there was nothing to do */
 static int coroutine_fn execute(ThinvmStore *st, ThinvmOp *op,
                                 const ThinvmDataSum *sum, bool unmap,
                                 bool internal, uint64_t *ticket, Error **errp)
@@ -337,7 +338,7 @@ static int coroutine_fn execute(ThinvmStore *st, ThinvmOp *op,
     forget_needs(&x);
     if (ret == -EALREADY) {
         error_free(err);
-        return 0;
+        return ret;
     }
     if (ret < 0 && !err) {
         error_setg_errno(&err, -ret, "Could not change the image's metadata");
@@ -350,7 +351,9 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                                                bool unmap, bool internal,
                                                uint64_t *ticket, Error **errp)
 {
-    return execute(st, op, NULL, unmap, internal, ticket, errp);
+    int ret = execute(st, op, NULL, unmap, internal, ticket, errp);
+
+    return ret == -EALREADY ? 0 : ret;
 }
 
 /* Takes no lock: the worker looks again */
@@ -381,11 +384,21 @@ int coroutine_fn thinvm_store_execute_summed(ThinvmStore *st,
     ThinvmOp copy = *op;
     int ret = execute(st, &copy, sum, false, false, ticket, errp);
 
-    if (ret < 0) {
+    if (ret < 0 && ret != -EALREADY) {
         return ret;
     }
     kick_if_due(st);
     return 0;
+}
+
+int coroutine_fn thinvm_store_execute_telling(ThinvmStore *st,
+                                              const ThinvmOp *op, Error **errp)
+{
+    ThinvmOp copy = *op;
+    int ret = execute(st, &copy, NULL, false, false, NULL, errp);
+
+    kick_if_due(st);
+    return ret;
 }
 
 int coroutine_fn thinvm_store_unmap(ThinvmStore *st, int tree, uint64_t guest,

@@ -287,7 +287,7 @@ static int coroutine_fn relocate(ThinvmCompact *c, uint64_t holder,
     Move *known = find_move(c, r->physical, &r->count);
     Move m = { .from = r->physical };
     Error *local_err = NULL;
-    uint16_t count = 1;
+    bool applied;
     ThinvmOp op = {
         .type = THINVM_OP_RELOCATE,
         .tree = c->tree,
@@ -316,21 +316,24 @@ static int coroutine_fn relocate(ThinvmCompact *c, uint64_t holder,
     op.physical = m.to;
     op.count = r->count = m.nb;
     if (ret == 0) {
-        ret = thinvm_store_execute(st, &op, NULL, &local_err);
+        ret = thinvm_store_execute_telling(st, &op, &local_err);
     }
     if (ret == -EBADMSG && known && forget_move(c, known, known->nb)) {
         error_free(local_err);
         return 0;
     }
     error_propagate(errp, local_err);
+    applied = ret == 0;
+    ret = ret == -EALREADY ? 0 : ret;
     if (known) {
         return ret;
     }
-    if (ret == 0) {
-        ret = get_count(c, m.to, &count, errp);
-    }
-    if (ret < 0 || !count) {
-        /* Not mapped: the snapshot was deleted while we copied */
+    if (!applied) {
+        /*
+         * Say, the snapshot was deleted while we copied.  (If it is deleted
+         * now that it names the copy, that is in quarantine, and no more ours
+         * to give back.)
+         */
         thinvm_store_unreserve(st, m.to, m.nb);
     } else {
         g_array_append_val(c->moves, m);

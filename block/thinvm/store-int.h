@@ -332,6 +332,14 @@ int coroutine_fn thinvm_store_execute_internal(ThinvmStore *st, ThinvmOp *op,
                                                bool unmap, bool internal,
                                                uint64_t *ticket, Error **errp);
 
+/*
+ * As thinvm_store_execute(), for who must know whether it was applied:
+ * -EALREADY, without @errp, if there was nothing to change
+ */
+int coroutine_fn thinvm_store_execute_telling(ThinvmStore *st,
+                                              const ThinvmOp *op,
+                                              Error **errp);
+
 /* ---- journal.c ---- */
 void thinvm_journal_init(ThinvmStore *st, const ThinvmSuperblock *sb);
 void thinvm_journal_destroy(ThinvmStore *st);

@@ -10,7 +10,8 @@
  *
  * Compaction moves private clusters.  A write in place that is on its way to
  * the device must have arrived before its cluster is copied.  It moves those of
- * snapshots, too, which readers elsewhere must notice.
+ * snapshots, too, which readers elsewhere must notice, and which are deleted by
+ * others at any time.
  */
 #include "qemu/osdep.h"
 #include "thinvm-store-test.h"
@@ -374,6 +375,109 @@ static void coroutine_fn test_move_seen(ThinvmSim *sim)
     store_close(st, true);
 }
 
+/*
+ * The snapshot that has just got its copies goes before the mover can look at
+ * them: another thread may have done that, here it is who is kicked.
+ */
+typedef struct Deleted {
+    Mover mover;
+    ThinvmStore *st;
+    uint64_t physical;          /* what the snapshot named before */
+    uint64_t busy;              /* when it was gone */
+    bool ready;
+} Deleted;
+
+static void coroutine_fn deleted_lock(void *opaque, int tree, uint64_t guest,
+                                      uint64_t count)
+{
+    Deleted *d = opaque;
+    ThinvmOp op = { .type = THINVM_OP_SNAPSHOT_PROTECT, .value = 1 };
+
+    mover_lock(&d->mover, tree, guest, count);
+    /* So much is pending that each operation is told to who is kicked */
+    while (d->st->journal.pending_length < d->st->journal.record_limit / 2) {
+        op.count = !op.count;
+        execute(d->st, &op);
+    }
+    op.count = 0;
+    execute(d->st, &op);
+    d->ready = true;
+}
+
+static void coroutine_fn deleted_unlock(void *opaque)
+{
+    Deleted *d = opaque;
+
+    if (d->busy) {
+        /* Nothing of it may be used before that is durable */
+        g_assert_cmpuint(info_of(d->st).busy_clusters, ==, d->busy);
+    }
+    mover_unlock(&d->mover);
+}
+
+/* Who executes an operation is in a coroutine when he kicks */
+static void coroutine_fn delete_moved(void *opaque)
+{
+    const ThinvmSnapshotName name = { .id = 1 };
+    Deleted *d = opaque;
+    ThinvmMapping m;
+    int ret;
+
+    if (!d->ready) {
+        return;
+    }
+    ret = thinvm_store_lookup_snapshot(d->st, &name, NB_WRITTEN - 1, 1, &m);
+    g_assert_cmpint(ret, ==, 0);
+    if (m.physical != d->physical) {
+        d->ready = false;
+        snapshot_delete(d->st);
+        d->busy = info_of(d->st).busy_clusters;
+    }
+}
+
+static void coroutine_fn deleted_run(void *opaque)
+{
+    Deleted *d = opaque;
+    ThinvmCompactLocks locks = { deleted_lock, deleted_unlock, d };
+    ThinvmCompact *c = thinvm_compact_new(d->st, &locks);
+
+    while (!d->mover.done) {
+        g_assert_cmpint(thinvm_compact_step(c, &d->mover.done, &error_abort),
+                        ==, 0);
+    }
+    thinvm_compact_free(c);
+    sim_finish(the_sim);
+}
+
+static void coroutine_fn test_move_deleted(ThinvmSim *sim)
+{
+    Deleted d = { .st = open_with_holes(sim) };
+    ThinvmStore *st = d.st;
+    BlockDriverState *bs;
+
+    d.physical = look_up(st, NB_WRITTEN - 1).physical;
+    flush(st);
+    thinvm_store_reclaim(st, false);
+    snapshot_create(st);
+    g_assert_cmpint(thinvm_store_unmap(st, THINVM_TREE_DISK, NB_WRITTEN - 1, 1,
+                                       THINVM_SOURCE_ZERO, NULL,
+                                       &error_abort), ==, 0);
+    bs = test_node_new(st, VIRTUAL_SIZE);
+    d.mover.s = bs->opaque;
+    thinvm_store_set_kick(st, delete_moved, &d);
+    sim_start(sim, deleted_run, &d);
+    while (!d.mover.done) {
+        sim_yield(sim);
+    }
+    thinvm_store_set_kick(st, NULL, NULL);
+    g_assert_cmpuint(d.busy, >=, 2);    /* the copy, and what it is of */
+    g_assert_cmpuint(info_of(st).nb_snapshots, ==, 0);
+    test_node_free(bs);
+    image_recount(sim, st);
+    image_check(st);
+    store_close(st, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -385,5 +489,6 @@ int main(int argc, char **argv)
     add("/thinvm/inflight/move/cluster", test_move_cluster);
     add("/thinvm/inflight/move/sector", test_move_sector);
     add("/thinvm/inflight/move/seen", test_move_seen);
+    add("/thinvm/inflight/move/deleted", test_move_deleted);
     return g_test_run();
 }
