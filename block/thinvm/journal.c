@@ -38,7 +38,9 @@
  * bytes as they are, and is the first thing that the next round writes.  When
  * a flush fails, the device may have lost any write since the last successful
  * one, and may report it just once; so all unflushed records are written
- * again before a later flush counts for them.  For data, which we do not
+ * again before a later flush counts for them.  Flushes are not only a round's
+ * own: where one of a checkpoint fails amid a round, that round has failed,
+ * too, lest its records count as written.  For data, which we do not
  * keep, we rely on the device's promise: a flush that succeeds after one that
  * failed covers earlier writes too, or flushes go on failing.  (SCSI and NVMe
  * devices keep what they could not write.  The kernel's page cache does not,
@@ -366,22 +368,23 @@ static void confirm_flushed(ThinvmStore *st, uint64_t sequence)
 /*
  * Flush the device, and note which records this makes durable: those whose
  * write had completed when it was issued.  While records wait to be written
- * again, and when any other flush has failed meanwhile, it confirms nothing.
+ * again, and when any other flush has failed meanwhile, it confirms nothing,
+ * and fails.
  */
 int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event)
 {
     ThinvmJournal *j = &st->journal;
-    uint64_t sequence = 0;
     unsigned failures;
+    uint64_t sequence;
+    bool in_doubt;
     int ret;
 
     if (qatomic_read(&st->poisoned)) {
         return -EIO;
     }
     WITH_QEMU_LOCK_GUARD(&st->lock) {
-        if (!j->rewrite) {
-            sequence = j->written_sequence;
-        }
+        in_doubt = j->rewrite;
+        sequence = j->written_sequence;
         failures = j->flush_failures;
     }
     thinvm_device_event(st->dev, event);
@@ -391,13 +394,19 @@ int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event)
         trace_thinvm_flush_failed(st, j->flushed_sequence, ret);
         j->flush_failures++;
         j->rewrite = !QSIMPLEQ_EMPTY(&j->unflushed);
-    } else if (failures == j->flush_failures) {
+    } else if (!in_doubt && failures == j->flush_failures) {
         confirm_flushed(st, sequence);
     } else {
         /* Another flush failed meanwhile: this one vouches for nothing */
         ret = -EIO;
     }
     return ret;
+}
+
+unsigned thinvm_journal_failures(ThinvmStore *st)
+{
+    QEMU_LOCK_GUARD(&st->lock);
+    return st->journal.flush_failures;
 }
 
 /* ------------------------------------------------------------------ */
@@ -527,9 +536,11 @@ static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut,
 {
     ThinvmJournal *j = &st->journal;
     ThinvmJournalRecord *r;
+    unsigned failures;
     int ret = 0;
 
     while ((r = first_sealed(st, cut))) {
+        failures = thinvm_journal_failures(st);
         if (!summed) {
             record_strip(st, r);
         }
@@ -552,6 +563,10 @@ static int coroutine_fn journal_write_sealed(ThinvmStore *st, uint64_t cut,
         QSIMPLEQ_INSERT_TAIL(&j->unflushed, r, next);
         j->written_sequence = r->header.sequence;
         st->nb_summed += r->header.nb_sums > 0;
+        j->rewrite |= failures != j->flush_failures;
+        if (j->rewrite) {
+            return -EIO;        /* somebody else's flush failed meanwhile */
+        }
     }
     return 0;
 }

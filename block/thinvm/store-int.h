@@ -369,6 +369,11 @@ uint64_t thinvm_journal_used(ThinvmStore *st);
 bool thinvm_journal_is_behind(ThinvmStore *st);
 /* @event: BLKDBG_*, what the flush is for */
 int coroutine_fn thinvm_journal_flush(ThinvmStore *st, int event);
+/*
+ * How many flushes, anybody's, have failed.  What was written before one that
+ * failed may be lost, whatever a later one says.
+ */
+unsigned thinvm_journal_failures(ThinvmStore *st);
 int coroutine_fn thinvm_journal_commit(ThinvmStore *st,
                                        ThinvmCommitLevel level,
                                        bool only_metadata);

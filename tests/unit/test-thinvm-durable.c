@@ -186,6 +186,110 @@ static void coroutine_fn test_found_in_doubt(ThinvmSim *sim)
     }
 }
 
+/* ------------------------------------------------------------------ */
+/* Flushes of others                                                   */
+
+/* Chance decides what comes first, and what is lost: so many times */
+#define RUNS    40
+
+typedef bool OtherIsDue(ThinvmStore *st);
+
+/* Somebody whose flush fails while others are writing */
+typedef struct Other {
+    ThinvmSim *sim;
+    ThinvmStore *st;
+    OtherIsDue *is_due;
+    bool failed, over, done;
+} Other;
+
+static void coroutine_fn other_run(void *opaque)
+{
+    Other *o = opaque;
+
+    while (!o->over && !o->is_due(o->st)) {
+        sim_yield(o->sim);
+    }
+    if (!o->over) {
+        sim_fail(o->sim, SIM_FLUSH, 0, UINT64_MAX, 0, EIO, true);
+        thinvm_journal_flush(o->st, 0);
+        o->failed = true;
+    }
+    o->done = true;
+    sim_finish(o->sim);
+}
+
+static void other_begin(Other *o, ThinvmSim *sim, ThinvmStore *st,
+                        OtherIsDue *is_due)
+{
+    *o = (Other) { .sim = sim, .st = st, .is_due = is_due };
+    sim_start(sim, other_run, o);
+}
+
+static void coroutine_fn other_end(Other *o)
+{
+    o->over = true;
+    while (!o->done) {
+        sim_yield(o->sim);
+    }
+}
+
+static bool amid_records(ThinvmStore *st)
+{
+    return !QSIMPLEQ_EMPTY(&st->journal.unflushed) &&
+           !QSIMPLEQ_EMPTY(&st->journal.sealed);
+}
+
+/*
+ * Of two records that one commit writes the first is lost by a flush that was
+ * a checkpoint's, say, before the second is written.  That there is nothing
+ * wrong with the commit's own flush says nothing.
+ */
+static void coroutine_fn lose_amid_commit(ThinvmSim *sim,
+                                          ThinvmCommitLevel level)
+{
+    unsigned failed = 0;
+
+    sim_set_lossy(sim, THINVM_JOURNAL_OFFSET, JOURNAL_END);
+    for (int i = 0; i < RUNS; i++) {
+        ThinvmStore *st;
+        bool promised;
+        Other o;
+
+        image_create(sim, VIRTUAL_SIZE);
+        st = image_open(sim);
+        g_assert_cmpint(flush(st), ==, 0);
+        g_assert_cmpint(write_one(sim, st, PLACE, OLD), ==, 0);
+        thinvm_state_lock(thinvm_store_state(st));
+        thinvm_journal_seal(st);
+        thinvm_state_unlock(thinvm_store_state(st));
+        g_assert_cmpint(write_one(sim, st, PLACE + 1, NEW), ==, 0);
+
+        other_begin(&o, sim, st, amid_records);
+        promised = thinvm_store_commit(st, level, true) == 0;
+        failed += !promised;
+        /* What is lost after it was written is another matter */
+        promised &= o.failed || level != THINVM_COMMIT_RECORD;
+        other_end(&o);
+        store_die(st);
+
+        st = image_open(sim);
+        if (promised) {
+            g_assert_cmpuint(image_read_tag(sim, st, PLACE), ==, OLD);
+            g_assert_cmpuint(image_read_tag(sim, st, PLACE + 1), ==, NEW);
+        }
+        image_check(st);
+        store_close(st, false);
+    }
+    g_assert_cmpuint(failed, >, 0);
+}
+
+static void coroutine_fn test_commit_amid_failure(ThinvmSim *sim)
+{
+    lose_amid_commit(sim, THINVM_COMMIT_RECORD);
+    lose_amid_commit(sim, THINVM_COMMIT_DURABLE);
+    lose_amid_commit(sim, THINVM_COMMIT_FLUSHED);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -195,5 +299,6 @@ int main(int argc, char **argv)
     add("/thinvm/durable/two-deletions", test_two_deletions);
     add("/thinvm/durable/failing-deletion", test_failing_deletion);
     add("/thinvm/durable/found-in-doubt", test_found_in_doubt);
+    add("/thinvm/durable/commit-amid-failure", test_commit_amid_failure);
     return g_test_run();
 }
