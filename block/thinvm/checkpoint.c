@@ -25,7 +25,8 @@
  *
  * When anything fails the frozen base stays, and the next attempt goes
  * on with it, writing again all that was written: a page whose flush failed
- * may be lost.  Until it has succeeded no other base is made, and the ring's
+ * may be lost, also if that was a flush of somebody else, between its write
+ * and ours.  Until it has succeeded no other base is made, and the ring's
  * tail stays.  So whatever became of the slot's contents, what it may name is
  * as it was.
  *
@@ -276,12 +277,22 @@ static int coroutine_fn write_pages(ThinvmStore *st)
     return ret < 0 ? ret : may_go_on(st);
 }
 
+/* What was written since there were @failures of flushes */
+static int coroutine_fn flush_written(ThinvmStore *st, unsigned failures,
+                                      int event)
+{
+    int ret = thinvm_journal_flush(st, event);
+
+    return ret == 0 && thinvm_journal_failures(st) != failures ? -EIO : ret;
+}
+
 /* ------------------------------------------------------------------ */
 /* 5: superblock                                                       */
 
 static int coroutine_fn erase_suspect(ThinvmStore *st)
 {
     g_autofree uint8_t *zeroes = NULL;
+    unsigned failures = thinvm_journal_failures(st);
     int ret;
 
     if (!st->bases.suspect) {
@@ -293,7 +304,7 @@ static int coroutine_fn erase_suspect(ThinvmStore *st)
                               THINVM_PAGE_SIZE, zeroes,
                               BLKDBG_THINVM_SUPERBLOCK_WRITE);
     if (ret == 0) {
-        ret = thinvm_journal_flush(st, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
+        ret = flush_written(st, failures, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
     }
     if (ret == 0) {
         st->bases.suspect = false;
@@ -316,6 +327,7 @@ static void fill_superblock(ThinvmStore *st)
 static int coroutine_fn write_superblock(ThinvmStore *st)
 {
     g_autofree uint8_t *buf = g_malloc0(THINVM_PAGE_SIZE);
+    unsigned failures = thinvm_journal_failures(st);
     int ret;
 
     thinvm_superblock_encode((ThinvmSuperblockLe *)buf,
@@ -325,7 +337,7 @@ static int coroutine_fn write_superblock(ThinvmStore *st)
                               THINVM_PAGE_SIZE, buf,
                               BLKDBG_THINVM_SUPERBLOCK_WRITE);
     return ret < 0 ? ret :
-           thinvm_journal_flush(st, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
+           flush_written(st, failures, BLKDBG_THINVM_SUPERBLOCK_FLUSH);
 }
 
 /* ------------------------------------------------------------------ */
@@ -336,12 +348,14 @@ static int coroutine_fn write_base(ThinvmStore *st)
 {
     ThinvmJournal *j = &st->journal;
     ThinvmSuperblock sb;
+    unsigned failures;
     int ret;
 
     ret = erase_suspect(st);
     if (ret < 0) {
         return ret;
     }
+    failures = thinvm_journal_failures(st);
     ret = write_pages(st);
     if (ret < 0) {
         return ret;
@@ -351,7 +365,7 @@ static int coroutine_fn write_base(ThinvmStore *st)
         thinvm_frozen_complete(st->state, st->frozen);
         st->frozen_complete = true;
     }
-    ret = thinvm_journal_flush(st, BLKDBG_THINVM_PAGE_FLUSH);
+    ret = flush_written(st, failures, BLKDBG_THINVM_PAGE_FLUSH);
     if (ret == 0) {
         ret = may_go_on(st);
     }

@@ -290,6 +290,74 @@ static void coroutine_fn test_commit_amid_failure(ThinvmSim *sim)
     lose_amid_commit(sim, THINVM_COMMIT_FLUSHED);
 }
 
+static bool amid_pages(ThinvmStore *st)
+{
+    return st->frozen && st->frozen_pages->len && !st->frozen_complete;
+}
+
+#define NB_LEAVES   30
+
+static uint64_t in_leaf(unsigned leaf, unsigned n)
+{
+    return (uint64_t)leaf * THINVM_ENTRIES_PER_LEAF + n;
+}
+
+/* Those that the next checkpoint writes take it several writes */
+static void coroutine_fn scatter_pages(ThinvmSim *sim, ThinvmStore *st)
+{
+    for (unsigned round = 0; round < 6; round++) {
+        for (unsigned leaf = 0; leaf < NB_LEAVES; leaf++) {
+            if (round == 0 || round == 5 || (leaf + round) % 2) {
+                g_assert_cmpint(write_one(sim, st, in_leaf(leaf, round), OLD),
+                                ==, 0);
+            }
+        }
+        g_assert_cmpint(flush(st), ==, 0);
+        if (round < 5) {
+            g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
+        }
+    }
+}
+
+/* The same with the pages that a checkpoint writes, before it flushes them */
+static void coroutine_fn test_checkpoint_amid_failure(ThinvmSim *sim)
+{
+    unsigned failed = 0;
+
+    for (int i = 0; i < RUNS; i++) {
+        uint64_t generation;
+        ThinvmStore *st;
+        Other o;
+        int ret;
+
+        image_create(sim, VIRTUAL_SIZE);
+        st = image_open(sim);
+        scatter_pages(sim, st);
+
+        sim_set_lossy(sim, 0, UINT64_MAX);
+        other_begin(&o, sim, st, amid_pages);
+        ret = thinvm_store_checkpoint(st);
+        other_end(&o);
+        sim_set_lossy(sim, 0, 0);
+        if (ret < 0) {
+            failed++;
+            g_assert_cmpint(thinvm_store_checkpoint(st), ==, 0);
+        }
+        generation = st->bases.newest.generation;
+        store_die(st);
+
+        st = image_open(sim);
+        g_assert_cmpuint(st->bases.newest.generation, ==, generation);
+        for (unsigned leaf = 0; leaf < NB_LEAVES; leaf++) {
+            g_assert_cmpuint(image_read_tag(sim, st, in_leaf(leaf, 0)), ==,
+                             OLD);
+        }
+        image_check(st);
+        store_close(st, false);
+    }
+    g_assert_cmpuint(failed, >, 0);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -300,5 +368,7 @@ int main(int argc, char **argv)
     add("/thinvm/durable/failing-deletion", test_failing_deletion);
     add("/thinvm/durable/found-in-doubt", test_found_in_doubt);
     add("/thinvm/durable/commit-amid-failure", test_commit_amid_failure);
+    add("/thinvm/durable/checkpoint-amid-failure",
+        test_checkpoint_amid_failure);
     return g_test_run();
 }
