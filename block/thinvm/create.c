@@ -95,6 +95,7 @@ static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
     if (ret < 0) {
         return ret;
     }
+    thinvm_owner_settle(&d.device, &sb.uuid, &view);
     if (!thinvm_owner_may_take(&view, false, errp)) {
         error_prepend(errp, "Refusing to overwrite a thinvm image: ");
         return -EBUSY;

@@ -47,12 +47,12 @@ int coroutine_fn thinvm_heartbeat_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                        ThinvmBeat *beat);
 /*
  * Watch it until it moves, or has stood for long enough to be sure that it
- * does not.  Whether it moved.
+ * does not.  1: it moved; 0: it stands; negative errno: it cannot be read.
  */
-bool coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
-                                         const QemuUUID *uuid,
-                                         const ThinvmClaim *claim,
-                                         ThinvmBeat *beat);
+int coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
+                                        const QemuUUID *uuid,
+                                        const ThinvmClaim *claim,
+                                        ThinvmBeat *beat);
 
 /* ------------------------------------------------------------------ */
 /* hotlist.c                                                           */

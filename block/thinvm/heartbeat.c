@@ -12,7 +12,9 @@
  * A counter that stands proves nothing: its host may be cut off from the
  * network, paused, or just slow, and go on to write.  So it is told to people,
  * and one that moves stops a forced take-over; but no image is ever taken
- * because a counter stands (invariant 6).
+ * because a counter stands (invariant 6).  It may be taken because its owner
+ * was this host before it was booted; then one that moves shows that there are
+ * two hosts of one name.
  *
  * With each heartbeat the owner looks whether its own claim still stands: the
  * one that displaces it lies in the next slot (a take-over) or in its own (a
@@ -176,25 +178,24 @@ int coroutine_fn thinvm_heartbeat_look(ThinvmDevice *dev, const QemuUUID *uuid,
     return 0;
 }
 
-bool coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
-                                         const QemuUUID *uuid,
-                                         const ThinvmClaim *claim,
-                                         ThinvmBeat *beat)
+int coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
+                                        const QemuUUID *uuid,
+                                        const ThinvmClaim *claim,
+                                        ThinvmBeat *beat)
 {
+    int64_t begin = g_get_monotonic_time();
     uint64_t first;
+    int ret = thinvm_heartbeat_look(dev, uuid, claim, beat);
 
-    if (thinvm_heartbeat_look(dev, uuid, claim, beat) < 0) {
-        return false;
-    }
     first = beat->counter;
-    while (beat->counter == first &&
-           beat->unchanged_ms < THINVM_HEARTBEAT_DEAD_MS) {
+    /* What is remembered may be of a copy of the image, which others watch */
+    while (ret == 0 && beat->counter == first &&
+           beat->unchanged_ms < THINVM_HEARTBEAT_DEAD_MS &&
+           g_get_monotonic_time() - begin < THINVM_HEARTBEAT_DEAD_MS * 1000) {
         qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, 200 * SCALE_MS);
-        if (thinvm_heartbeat_look(dev, uuid, claim, beat) < 0) {
-            return false;
-        }
+        ret = thinvm_heartbeat_look(dev, uuid, claim, beat);
     }
     trace_thinvm_heartbeat_watch(claim->epoch, first, beat->counter,
                                  beat->unchanged_ms);
-    return beat->counter != first;
+    return ret < 0 ? ret : beat->counter != first;
 }

@@ -211,6 +211,7 @@ thinvm_co_contents(BlockDriverState *bs, void *opaque, Error **errp)
     if (ret < 0) {
         return ret;
     }
+    thinvm_owner_settle(&s->device, &s->uuid, &view);
     if (!thinvm_contents_settled(bs, &view, errp)) {
         return -EBUSY;
     }

@@ -478,7 +478,7 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     BDRVThinvmState *s = bs->opaque;
     bool active = !(bs->open_flags & BDRV_O_INACTIVE);
     bool wished = s->options.mode == THINVM_CACHE_MODE_MIGRATION;
-    bool coherent = thinvm_device_coherent(bs);
+    bool coherent = thinvm_device_coherent(bs), follows;
     ThinvmOwnerView view;
     int ret;
 
@@ -493,13 +493,17 @@ int coroutine_fn thinvm_mode_open_reader(BlockDriverState *bs, Error **errp)
     if (ret < 0) {
         return ret;
     }
+    follows = coherent || bs->force_share || (bs->open_flags & BDRV_O_NO_IO);
+    if (!follows) {
+        thinvm_owner_settle(&s->device, &s->uuid, &view);
+    }
     if (!wished && !s->view && view.kind != THINVM_OWNER_OTHER &&
-        view.kind != THINVM_OWNER_NODE) {
+        view.kind != THINVM_OWNER_REBOOTED && view.kind != THINVM_OWNER_NODE) {
         qatomic_set(&s->follow, false);
         return 0;
     }
     s->mode = THINVM_CACHE_MODE_MIGRATION;
-    if (coherent || bs->force_share || (bs->open_flags & BDRV_O_NO_IO)) {
+    if (follows) {
         qatomic_set(&s->follow, coherent);
         return 0;
     }

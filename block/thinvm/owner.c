@@ -17,12 +17,15 @@
  *                                                 never ran here
  *
  * An ACTIVE claim whose process ended without releasing stays as it is; the
- * next one to look recognises it as GONE if it is of this host and its boot or
- * its process is no more.  The claim of another host can only be released by
- * that host, or overridden by the operator (force-takeover), who knows what
- * we cannot: that the host was fenced.
+ * next one to look recognises it as GONE if it is of this host and its process
+ * is no more; as REBOOTED if it is of another boot of this host.  The claim of
+ * another host can only be released by that host, or overridden by the
+ * operator (force-takeover), who knows what we cannot: that the host was
+ * fenced.
  *
- * Even then not while the owner's heartbeat moves: it was not fenced.
+ * Even then not while the owner's heartbeat moves: it was not fenced.  Nor is
+ * the claim of another boot taken then: two hosts made from one image, with
+ * its machine id and its name, are one to us.
  *
  * Invariant 6: only the owner writes.  A claim is durable, and was read back,
  * before thinvm_owner_claim() returns.  Where a reservation keeps everybody
@@ -30,8 +33,8 @@
  * there is nothing to be found by reading, and the flush is left to the one
  * that thinvm_store_begin_writing() issues before its first write.
  *
- * Everything about this host comes from files below /etc and /proc and from
- * kill(pid, 0), so it works for any user and inside QEMU's sandbox.
+ * Everything about this host comes from files below /etc and /proc, from
+ * kill(pid, 0) and statfs(), so it works for any user and inside QEMU's sandbox.
  */
 
 #include "qemu/osdep.h"
@@ -41,11 +44,15 @@
 #include "qemu/lockable.h"
 #include "handover.h"
 #include "trace.h"
+#ifdef CONFIG_LINUX
+#include <linux/magic.h>
+#include <sys/vfs.h>
+#endif
 
 /*
  * How long a claim must stand where nothing else decides a race, if it was
- * written in half of that; and if not, so that an owner whose claim it
- * replaced has looked at it, and knows.
+ * written in half of that; and where it may have replaced that of an owner who
+ * was not waiting any more: until he has looked at it, and knows.
  */
 #define THINVM_LEASE_MS         1000
 #define THINVM_LEASE_SLOW_MS    (THINVM_LEASE_MS + THINVM_HEARTBEAT_MS)
@@ -235,6 +242,23 @@ static bool thinvm_is_this_host(const ThinvmClaim *claim)
            qemu_uuid_is_equal(&claim->boot_id, &me.boot_id);
 }
 
+/* Is the image a file that no other host can have written? */
+static bool thinvm_file_is_local(BlockDriverState *file)
+{
+#ifdef CONFIG_LINUX
+    struct statfs fs;
+
+    if (file->drv && !strcmp(file->drv->format_name, "file") &&
+        statfs(file->filename, &fs) == 0) {
+        return fs.f_type == EXT4_SUPER_MAGIC ||     /* ext2 and ext3, too */
+               fs.f_type == XFS_SUPER_MAGIC ||
+               fs.f_type == BTRFS_SUPER_MAGIC ||
+               fs.f_type == TMPFS_MAGIC;
+    }
+#endif
+    return false;
+}
+
 static ThinvmOwnerKind thinvm_owner_judge(const ThinvmClaim *claim,
                                           BDRVThinvmState *self)
 {
@@ -255,7 +279,8 @@ static ThinvmOwnerKind thinvm_owner_judge(const ThinvmClaim *claim,
         return THINVM_OWNER_OTHER;
     }
     if (!qemu_uuid_is_equal(&claim->boot_id, &me.boot_id)) {
-        return THINVM_OWNER_GONE;
+        return self && thinvm_file_is_local(self->bs->file->bs)
+               ? THINVM_OWNER_GONE : THINVM_OWNER_REBOOTED;
     }
     if (claim->process == me.process &&
         claim->process_start == me.process_start) {
@@ -373,7 +398,8 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
         error_setg_errno(errp, -ret, "Cannot read the claims of ownership "
                          "(%d bytes at offset %d)", THINVM_CLAIM_AREA,
                          (int)THINVM_CLAIM_OFFSET);
-        return ret;
+        /* -EPERM is what thinvm_owner_verify() says of a claim that is lost */
+        return ret == -EPERM ? -EIO : ret;
     }
     certain = thinvm_claims_newest(uuid, area, &view->newest);
     view->newest_epoch = view->newest.epoch;
@@ -414,16 +440,29 @@ void coroutine_fn thinvm_owner_watch(ThinvmDevice *dev, const QemuUUID *uuid,
                                      ThinvmOwnerView *view, bool force)
 {
     ThinvmBeat beat;
+    int ret;
 
     /* Of a process of this host we know that it is there */
-    if (view->kind != THINVM_OWNER_OTHER || (view->this_host && !force)) {
+    if (view->kind != THINVM_OWNER_REBOOTED &&
+        (view->kind != THINVM_OWNER_OTHER || (view->this_host && !force))) {
         return;
     }
-    view->moved = thinvm_heartbeat_watch(dev, uuid, &view->newest, &beat);
-    view->watched = true;
+    ret = thinvm_heartbeat_watch(dev, uuid, &view->newest, &beat);
+    view->moved = ret > 0;
+    view->watched = ret >= 0;
     view->beat = beat.known;
     view->counter = beat.counter;
     view->unchanged_ms = beat.unchanged_ms;
+}
+
+void coroutine_fn thinvm_owner_settle(ThinvmDevice *dev, const QemuUUID *uuid,
+                                      ThinvmOwnerView *view)
+{
+    if (view->kind == THINVM_OWNER_REBOOTED) {
+        thinvm_owner_watch(dev, uuid, view, false);
+        view->kind = view->watched && !view->moved ? THINVM_OWNER_GONE
+                                                   : THINVM_OWNER_OTHER;
+    }
 }
 
 /* What is known of the owner in @view, to follow its name */
@@ -445,6 +484,10 @@ static char *thinvm_owner_liveness(const ThinvmOwnerView *view)
                                view->counter, view->unchanged_ms / 1000,
                                view->unchanged_ms / 100 % 10);
     }
+    if (view->kind == THINVM_OWNER_REBOOTED) {
+        return g_strdup("this host before it was booted, or another one of "
+                        "its name; its heartbeat is not known");
+    }
     return g_strdup(view->this_host ? "a process of this host, which is there"
                                     : "another host");
 }
@@ -459,6 +502,10 @@ static bool thinvm_owner_refuse(const ThinvmOwnerView *view, bool force,
     error_setg(errp, "The image is owned by process %" PRIu32 " on host '%s' "
                "(epoch %" PRIu64 "; %s)", view->newest.process, host,
                view->newest_epoch, liveness);
+    if (view->kind == THINVM_OWNER_REBOOTED && view->moved) {
+        error_append_hint(errp, "There is another host with this one's name "
+                          "and /etc/machine-id; give each its own.\n");
+    }
     if (force) {
         error_append_hint(errp, "It was not fenced, so the image is not taken "
                           "by force.  Stop that process, or fence its "
@@ -496,6 +543,9 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
     case THINVM_OWNER_OTHER:
         return (force && !view->moved) ||
                thinvm_owner_refuse(view, force, errp);
+    case THINVM_OWNER_REBOOTED:
+        return ((view->watched || force) && !view->moved) ||
+               thinvm_owner_refuse(view, force, errp);
     case THINVM_OWNER_UNKNOWN:
         if (force) {
             return true;
@@ -513,6 +563,11 @@ bool thinvm_owner_may_take(const ThinvmOwnerView *view, bool force,
 /* ------------------------------------------------------------------ */
 /* Writing claims                                                      */
 
+static uint64_t thinvm_claim_offset(uint64_t epoch)
+{
+    return THINVM_CLAIM_OFFSET + epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
+}
+
 /* @end: where the journal ends, or NULL */
 static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
                                            const ThinvmClaim *claim,
@@ -520,8 +575,6 @@ static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
                                            bool flush)
 {
     g_autofree uint8_t *block = g_malloc0(THINVM_PAGE_SIZE);
-    uint64_t offset = THINVM_CLAIM_OFFSET +
-                      claim->epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE;
     ThinvmDevice *dev = &s->device;
     int ret;
 
@@ -531,12 +584,22 @@ static int coroutine_fn thinvm_claim_write(BDRVThinvmState *s,
                               (block + THINVM_RELEASE_OFFSET), end);
     }
     thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_WRITE);
-    ret = dev->co_pwrite(dev, offset, THINVM_PAGE_SIZE, block);
+    ret = dev->co_pwrite(dev, thinvm_claim_offset(claim->epoch),
+                         THINVM_PAGE_SIZE, block);
     if (ret < 0 || !flush) {
         return ret;
     }
     thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_FLUSH);
     return dev->co_flush(dev);
+}
+
+/* For the nodes of this process.  @claim may be s->claim as it is */
+static void thinvm_owner_register(BDRVThinvmState *s, const ThinvmClaim *claim)
+{
+    QEMU_LOCK_GUARD(&thinvm_owner_lock);
+    s->claim = *claim;
+    QLIST_SAFE_REMOVE(s, owner_link);
+    QLIST_INSERT_HEAD(&thinvm_owner_nodes, s, owner_link);
 }
 
 void thinvm_owner_drop(BDRVThinvmState *s)
@@ -549,6 +612,9 @@ void thinvm_owner_drop(BDRVThinvmState *s)
  * The claim that @s has just made does not hold, @former is its newest one
  * again: by that is judged whether somebody has owned the image since, and a
  * guest that was sent away may not go on then.
+ *
+ * If @former is active it is itself a new one, whose epoch was found in the
+ * journal: somebody has written under it, and it must not say otherwise.
  */
 static void thinvm_owner_undo(BDRVThinvmState *s, const ThinvmClaim *former)
 {
@@ -557,14 +623,7 @@ static void thinvm_owner_undo(BDRVThinvmState *s, const ThinvmClaim *former)
     s->failed_claims[s->nb_failed_claims++ % ARRAY_SIZE(s->failed_claims)] =
         s->claim.nonce;
     s->claim = *former;
-}
-
-/* Neither the device nor a lock decides between two that claim at once */
-static bool thinvm_claim_decides(BDRVThinvmState *s)
-{
-    const char *reason;
-
-    return thinvm_fence_kind(s, &reason) == THINVM_FENCING_CLAIM;
+    s->epoch_used = former->state == THINVM_CLAIM_ACTIVE;
 }
 
 /* Is @newest still what the claim is to follow? */
@@ -575,11 +634,13 @@ static int coroutine_fn thinvm_owner_still(BDRVThinvmState *s,
     g_autofree char *host = NULL;
     ThinvmOwnerView view;
     int ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
+    bool same = view.newest_epoch == newest->epoch &&
+                (!newest->epoch || qemu_uuid_is_equal(&view.newest.nonce,
+                                                      &newest->nonce));
+    bool recalled = view.newest.state == THINVM_CLAIM_ACTIVE &&
+                    newest->state != THINVM_CLAIM_ACTIVE;
 
-    if (ret < 0 || (view.newest_epoch == newest->epoch &&
-                    (!newest->epoch ||
-                     qemu_uuid_is_equal(&view.newest.nonce,
-                                        &newest->nonce)))) {
+    if (ret < 0 || (same && !recalled)) {
         return ret;
     }
     host = thinvm_owner_host(&view.newest);
@@ -589,24 +650,135 @@ static int coroutine_fn thinvm_owner_still(BDRVThinvmState *s,
     return -EBUSY;
 }
 
+/* ------------------------------------------------------------------ */
+/* Claiming                                                            */
+
+/* @s is the owner from now on, unless others may claim beside it */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_claim_put(BDRVThinvmState *s, const ThinvmClaim *claim, Error **errp)
+{
+    bool ordered = thinvm_fence_orders(s);
+    int ret;
+
+    /* Registered first: nobody of this process may take it for a leftover */
+    thinvm_owner_register(s, claim);
+    s->epoch_used = false;
+    ret = thinvm_claim_write(s, claim, NULL, !ordered);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot write the claim of ownership "
+                         "for epoch %" PRIu64, claim->epoch);
+        return ret;
+    }
+    return ordered ? 0 : thinvm_owner_verify(s, errp);
+}
+
+/*
+ * To take back what one has released is another matter than to claim what is
+ * free: somebody was told to take it, and does not wait.  If he has claimed it
+ * already, our claim, in the same block, would be over his.  So say first, in
+ * the block of the old claim, that it is active again: who looks from now on
+ * lets it be, and who has looked before has written his claim, and shows it,
+ * when we have waited.
+ *
+ * *@released: what was in that block.
+ */
+static int coroutine_fn thinvm_claim_recall(BDRVThinvmState *s,
+                                            ThinvmClaim *found,
+                                            uint8_t **released, Error **errp)
+{
+    g_autofree uint8_t *block = g_malloc(THINVM_PAGE_SIZE);
+    ThinvmDevice *dev = &s->device;
+    int ret;
+
+    ret = dev->co_pread(dev, thinvm_claim_offset(found->epoch),
+                        THINVM_PAGE_SIZE, block);
+    if (ret == 0) {
+        *released = g_steal_pointer(&block);
+        found->state = THINVM_CLAIM_ACTIVE;
+        thinvm_owner_register(s, &s->claim);
+        ret = thinvm_claim_write(s, found, NULL, true);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot take back the claim of ownership "
+                         "of epoch %" PRIu64, found->epoch);
+        return ret;
+    }
+    qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_LEASE_MS * SCALE_MS);
+    return 0;
+}
+
+/* Best effort: if it fails, others will find the process gone one day */
+static void coroutine_fn thinvm_claim_recall_undo(BDRVThinvmState *s,
+                                                  const ThinvmClaim *found,
+                                                  const uint8_t *released)
+{
+    ThinvmDevice *dev = &s->device;
+
+    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_WRITE);
+    dev->co_pwrite(dev, thinvm_claim_offset(found->epoch), THINVM_PAGE_SIZE,
+                   released);
+    dev->co_flush(dev);
+    thinvm_owner_drop(s);
+}
+
 /*
  * Of two that claim at the same time, both having seen nobody, the one whose
  * block lands last has it: wait longer than a write takes, and look again.
  * A write that took long may have landed when the other had already waited,
  * looked, and begun to write the image: then wait until it knows, too.
  *
- * A fast one does not wait after a hand-over: the guest stands still, and
- * nobody else is told to take what was released; if somebody does all the
- * same, the next look at the claim tells (heartbeat.c).
+ * A fast one does not wait after a hand-over, if it is told to take what was
+ * released, as nodes in migration mode are: the guest stands still.  Whoever
+ * takes it without having been told waits until such a one would know.
  */
-static int64_t thinvm_owner_wait_ms(const ThinvmClaim *newest,
+static int64_t thinvm_claim_wait_ms(BDRVThinvmState *s,
+                                    const ThinvmClaim *newest, bool recalled,
                                     int64_t took_ms)
 {
     if (took_ms > THINVM_LEASE_MS / 2) {
         return THINVM_LEASE_SLOW_MS;
     }
-    return newest->epoch && newest->state == THINVM_CLAIM_RELEASED
-           ? 0 : THINVM_LEASE_MS;
+    if (recalled) {
+        return 0;               /* has waited */
+    }
+    if (!newest->epoch || newest->state != THINVM_CLAIM_RELEASED) {
+        return THINVM_LEASE_MS;
+    }
+    return qatomic_read(&s->mode) == THINVM_CACHE_MODE_MIGRATION
+           ? 0 : THINVM_LEASE_SLOW_MS;
+}
+
+/* Where neither the device nor a lock decides between two */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_claim_race(BDRVThinvmState *s, const ThinvmClaim *claim,
+                  ThinvmClaim *found, Error **errp)
+{
+    bool recall = found->epoch && found->state == THINVM_CLAIM_RELEASED &&
+                  qemu_uuid_is_equal(&found->nonce, &s->claim.nonce);
+    g_autofree uint8_t *released = NULL;
+    int64_t start, wait;
+    int ret;
+
+    ret = recall ? thinvm_claim_recall(s, found, &released, errp) : 0;
+    start = g_get_monotonic_time();
+    if (ret == 0) {
+        ret = thinvm_owner_still(s, found, errp);
+    }
+    if (ret == 0) {
+        ret = thinvm_claim_put(s, claim, errp);
+    }
+    if (ret == 0) {
+        wait = thinvm_claim_wait_ms(s, found, recall,
+                                    (g_get_monotonic_time() - start) / 1000);
+        if (wait) {
+            qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, wait * SCALE_MS);
+            ret = thinvm_owner_verify(s, errp);
+        }
+    }
+    if (ret < 0 && released) {
+        thinvm_claim_recall_undo(s, found, released);
+    }
+    return ret;
 }
 
 int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
@@ -617,8 +789,8 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
         .state = THINVM_CLAIM_ACTIVE,
     };
     ThinvmClaim found, former = s->claim;
-    int64_t start, wait = 0;
-    bool decides, ordered;
+    ThinvmFencing fencing;
+    const char *reason;
     int ret;
 
     thinvm_identity(&claim);
@@ -628,41 +800,26 @@ int coroutine_fn thinvm_owner_claim(BDRVThinvmState *s, uint64_t epoch,
     if (ret < 0) {
         return ret;
     }
-
-    decides = thinvm_claim_decides(s);
-    start = g_get_monotonic_time();
-    ret = decides ? thinvm_owner_still(s, &found, errp) : 0;
-    if (ret < 0) {
-        thinvm_fence_release(s);
-        return ret;
-    }
-
-    /* Registered first: nobody of this process may take it for a leftover */
-    qemu_mutex_lock(&thinvm_owner_lock);
-    s->claim = claim;
-    QLIST_SAFE_REMOVE(s, owner_link);
-    QLIST_INSERT_HEAD(&thinvm_owner_nodes, s, owner_link);
-    qemu_mutex_unlock(&thinvm_owner_lock);
-
-    ordered = thinvm_fence_orders(s);
-    ret = thinvm_claim_write(s, &claim, NULL, !ordered);
-    if (decides) {
-        wait = thinvm_owner_wait_ms(&found, (g_get_monotonic_time() - start) /
-                                            1000);
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot write the claim of ownership "
-                         "for epoch %" PRIu64, epoch);
-    } else if (!ordered) {
-        ret = thinvm_owner_verify(s, errp);
-    }
-    if (ret == 0 && wait) {
-        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, wait * SCALE_MS);
-        ret = thinvm_owner_verify(s, errp);
+    fencing = thinvm_fence_kind(s, &reason);
+    if (fencing == THINVM_FENCING_CLAIM) {
+        ret = thinvm_claim_race(s, &claim, &found, errp);
+    } else {
+        /*
+         * A lock is held since the node was opened.  Before the reservation
+         * was ours another may have had it, and owned the image.
+         */
+        if (fencing == THINVM_FENCING_RESERVATION) {
+            ret = thinvm_owner_still(s, &found, errp);
+        }
+        if (ret == 0) {
+            ret = thinvm_claim_put(s, &claim, errp);
+        }
     }
     trace_thinvm_owner_claim(s->bs, epoch, ret);
     if (ret < 0) {
-        thinvm_owner_undo(s, &former);
+        if (qemu_uuid_is_equal(&s->claim.nonce, &claim.nonce)) {
+            thinvm_owner_undo(s, &former);
+        }
         thinvm_fence_release(s);
         return ret;
     }
@@ -679,6 +836,10 @@ int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
     ThinvmRelease release;
     int ret;
 
+    /* Unused is what we would say of our epoch, and another has used it */
+    if (state == THINVM_CLAIM_RETURNED && s->epoch_used) {
+        state = THINVM_CLAIM_RELEASED;
+    }
     claim.state = state;
     if (end) {
         release = *end;
@@ -693,6 +854,8 @@ int coroutine_fn thinvm_owner_release(BDRVThinvmState *s,
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot release the claim of ownership "
                          "of epoch %" PRIu64, claim.epoch);
+        /* Whatever the claim says now, nothing is written without a new one */
+        thinvm_fence_release(s);
         return ret;
     }
     s->claim = claim;

@@ -179,6 +179,7 @@ struct BDRVThinvmState {
     ThinvmClaim claim;
     QemuUUID failed_claims[8];
     unsigned nb_failed_claims;
+    bool epoch_used;                /* another has written under claim.epoch */
     QLIST_ENTRY(BDRVThinvmState) owner_link;
 
     ThinvmWorker *worker;           /* worker.c */
@@ -399,7 +400,9 @@ extern bool (*thinvm_guest_was_sent_away)(void);
 
 typedef enum ThinvmOwnerKind {
     THINVM_OWNER_NONE,      /* never claimed, released or closed */
-    THINVM_OWNER_GONE,      /* its process or its boot of this host ended */
+    THINVM_OWNER_GONE,      /* its process, on this host, ended */
+    THINVM_OWNER_REBOOTED,  /* so did its boot of this host, unless that is
+                               another host of the same name */
     THINVM_OWNER_OURS,      /* the claim of @self, or one it has given up */
     THINVM_OWNER_NODE,      /* another node of this process */
     THINVM_OWNER_OTHER,     /* another process or host, maybe alive */
@@ -412,7 +415,7 @@ typedef struct ThinvmOwnerView {
     uint64_t newest_epoch;  /* 0: none */
     bool unchanged;         /* newest is @self's: nobody owned it since */
     bool this_host;         /* OTHER: a process of this host, which runs */
-    /* OTHER: its heartbeat, if thinvm_owner_watch() has looked */
+    /* OTHER, REBOOTED: its heartbeat, if thinvm_owner_watch() could read it */
     bool watched, moved;
     bool beat;              /* it has written any */
     uint64_t counter, unchanged_ms;
@@ -431,6 +434,12 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
  */
 void coroutine_fn thinvm_owner_watch(ThinvmDevice *dev, const QemuUUID *uuid,
                                      ThinvmOwnerView *view, bool force);
+/*
+ * The same for those who do not want to own the image: REBOOTED becomes GONE,
+ * or, while it is not known to be, OTHER.
+ */
+void coroutine_fn thinvm_owner_settle(ThinvmDevice *dev, const QemuUUID *uuid,
+                                      ThinvmOwnerView *view);
 /*
  * May the image be owned, going by @view?  If not, says who holds it and what
  * can be done.  @force: the user has ordered a take-over.

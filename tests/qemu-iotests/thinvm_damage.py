@@ -13,7 +13,7 @@ SLOTS = (0, 512 * 1024)         # superblocks, bytes
 CLAIMS = 64 * 1024
 HEARTBEATS = 128 * 1024
 JOURNAL = 1024 * 1024
-KIND_SUPERBLOCK, KIND_RECORD, KIND_PAGE = 1, 2, 5
+KIND_SUPERBLOCK, KIND_RECORD, KIND_CLAIM, KIND_PAGE = 1, 2, 3, 5
 
 # name: (offset in the superblock, struct format)
 FIELDS = {
@@ -135,6 +135,26 @@ class Image:
         words = struct.unpack('<' + 'QQ' * 256, data)[::2]
         return [w & (1 << 40) - 1 for w in words
                 if w >> 40 & 15 == TYPE_PAGE]
+
+    # Claims
+
+    def newest_claim(self):
+        """(offset, block of 512 bytes) of the claim of the highest epoch."""
+        blocks = [(CLAIMS + slot * PAGE, self.read(CLAIMS + slot * PAGE, 512))
+                  for slot in range(16)]
+        return max((b for b in blocks if b[1][:4] == b'TVCL'),
+                   key=lambda b: struct.unpack_from('<Q', b[1], 8))
+
+    def set_boot(self, boot):
+        """The newest claim was made in another boot of its host; its owner,
+        if he lives, knows the claim for his by the nonce."""
+        offset, data = self.newest_claim()
+        block = bytearray(data)
+        block[4:8], block[48:64] = bytes(4), boot
+        crc = self.checksum(KIND_CLAIM, struct.unpack_from('<Q', block, 8)[0],
+                            bytes(block))
+        struct.pack_into('<I', block, 4, crc)
+        self.write(offset, bytes(block))
 
     # Journal
 
