@@ -14,7 +14,9 @@
  *             ABORT, after which none of his writes is under way any more.
  *   check     with each heartbeat and after each write that failed: a target
  *             that lost its memory, or a session that was established anew,
- *             needs the key and the reservation again.
+ *             needs the key and the reservation again.  With it, so that
+ *             nobody can claim the image any more, we look whether somebody
+ *             has, and has let go of it already.
  *   release   with the claim.
  *
  * A multipath device takes the type "write exclusive, registrants only" and a
@@ -237,6 +239,8 @@ fence_holder(BlockDriverState *file, uint64_t *key, unsigned *type)
 /* ------------------------------------------------------------------ */
 /* Keys                                                                */
 
+#define FENCE_KEY_NONCE     0x3ff
+
 /* Never 0 */
 static uint64_t fence_key(const ThinvmClaim *claim)
 {
@@ -247,7 +251,7 @@ static uint64_t fence_key(const ThinvmClaim *claim)
         host = host * 31 + claim->boot_id.data[i];
     }
     return (uint64_t)host << 32 | (claim->process & 0x3fffff) << 10 |
-           (lduw_le_p(claim->nonce.data) & 0x3ff) | 1;
+           (lduw_le_p(claim->nonce.data) & FENCE_KEY_NONCE) | 1;
 }
 
 /* Of this host, by a process that is no more? */
@@ -452,14 +456,34 @@ static int fence_do_without(BDRVThinvmState *s, Error **errp)
     return 0;
 }
 
-int coroutine_fn thinvm_fence_take(BDRVThinvmState *s,
-                                   const ThinvmClaim *claim,
+/*
+ * An owner may claim once more, above the journal's epoch (mode.c).  His
+ * reservation stays, and the new claim is made to have its key, by which others
+ * will know whose it is: what is not done anew cannot fail half-way.
+ */
+static bool fence_keep(BDRVThinvmState *s, ThinvmClaim *claim)
+{
+    uint16_t nonce = lduw_le_p(claim->nonce.data);
+
+    if (!qatomic_read(&s->fence.held)) {
+        return false;
+    }
+    stw_le_p(claim->nonce.data, (nonce & ~FENCE_KEY_NONCE) |
+                                (s->fence.key & FENCE_KEY_NONCE));
+    return fence_key(claim) == s->fence.key;
+}
+
+int coroutine_fn thinvm_fence_take(BDRVThinvmState *s, ThinvmClaim *claim,
                                    const ThinvmClaim *newest, Error **errp)
 {
     ERRP_GUARD();
-    uint64_t key = fence_key(claim);
+    uint64_t key;
     int ret;
 
+    if (fence_keep(s, claim)) {
+        return 0;
+    }
+    key = fence_key(claim);
     qemu_co_mutex_lock(&s->fence.lock);
     s->fence.reason = fence_obstacle(s, newest);
     qemu_co_mutex_unlock(&s->fence.lock);
@@ -512,6 +536,18 @@ void coroutine_fn thinvm_fence_release(BDRVThinvmState *s)
     }
 }
 
+/* What was taken anew must not stay if the image is not ours any more */
+static int coroutine_fn GRAPH_RDLOCK fence_taken_anew(BDRVThinvmState *s,
+                                                      uint64_t key)
+{
+    int ret = thinvm_owner_verify(s, NULL);
+
+    if (ret < 0) {
+        fence_unregister(s->bs->file->bs, key);
+    }
+    return ret < 0 ? ret : 1;
+}
+
 /* With the lock */
 static int coroutine_fn GRAPH_RDLOCK fence_check_locked(BDRVThinvmState *s)
 {
@@ -541,7 +577,10 @@ static int coroutine_fn GRAPH_RDLOCK fence_check_locked(BDRVThinvmState *s)
                      fence_reserve(s, key);
     }
     trace_thinvm_fence_again(s->bs, key, ret);
-    return ret == -EBUSY ? -EPERM : ret < 0 ? ret : 1;
+    if (ret == 0) {
+        return fence_taken_anew(s, key);
+    }
+    return ret == -EBUSY ? -EPERM : ret;
 }
 
 /* Requests that failed for one reason come here one after the other */

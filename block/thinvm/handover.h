@@ -88,10 +88,11 @@ void thinvm_hot_destroy(ThinvmHotList *h);
 /*
  * Reserve the device for the owner who is going to write @claim, or find that
  * this cannot be had (0, unless the user insists).  @newest: the claim that
- * was found, whose owner may be displaced.
+ * was found, whose owner may be displaced.  Of who has a reservation already,
+ * @claim's nonce may be changed.
  */
 int coroutine_fn GRAPH_RDLOCK thinvm_fence_take(BDRVThinvmState *s,
-                                                const ThinvmClaim *claim,
+                                                ThinvmClaim *claim,
                                                 const ThinvmClaim *newest,
                                                 Error **errp);
 void coroutine_fn GRAPH_RDLOCK thinvm_fence_release(BDRVThinvmState *s);
