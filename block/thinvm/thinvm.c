@@ -23,6 +23,8 @@
 
 /* Steps of deleting snapshots that closing a node may take */
 #define THINVM_CLOSE_STEPS  256
+/* How often inactivating may release the image */
+#define THINVM_RELEASES     64
 
 ThinvmNodeList thinvm_nodes = QTAILQ_HEAD_INITIALIZER(thinvm_nodes);
 
@@ -493,19 +495,32 @@ static void GRAPH_UNLOCKED thinvm_reopen_abort(BDRVReopenState *state)
  * Called before the block layer drains, and before a parent has its say.
  * Draining here lets requests that are under way end before the release; one
  * that comes later, because a parent refused and the node stays active, takes
- * ownership again by itself.
+ * ownership again by itself.  So do those that came while the node was drained
+ * (the next part of a long DMA, say), which go on when that ends: they have to
+ * end, too, and the image is released once more.
  */
 static int GRAPH_RDLOCK thinvm_inactivate(BlockDriverState *bs)
 {
     BDRVThinvmState *s = bs->opaque;
+    ThinvmClaimState state = s->returning ? THINVM_CLAIM_RETURNED
+                                          : THINVM_CLAIM_RELEASED;
     Error *local_err = NULL;
-    int ret;
+    bool quiet = false;
+    int ret = 0;
 
-    bdrv_drained_begin(bs);
-    ret = thinvm_give_up(bs, s->returning ? THINVM_CLAIM_RETURNED
-                                          : THINVM_CLAIM_RELEASED,
-                         &local_err);
-    bdrv_drained_end(bs);
+    for (int i = 0; i < THINVM_RELEASES && ret == 0 && !quiet; i++) {
+        bdrv_drained_begin(bs);
+        quiet = i > 0 && !qatomic_read(&s->owner);
+        if (!quiet) {
+            ret = thinvm_give_up(bs, state, &local_err);
+            state = THINVM_CLAIM_RELEASED;
+        }
+        bdrv_drained_end(bs);
+    }
+    if (ret == 0 && !quiet) {
+        error_setg(&local_err, "It is still being written");
+        ret = -EBUSY;
+    }
     if (ret < 0) {
         error_reportf_err(local_err, "thinvm node '%s' cannot be handed "
                           "over: ", bdrv_get_node_name(bs));
