@@ -5,10 +5,12 @@ The owner of an image that has a LUN to itself holds a reservation: the
 device, not the good will of the other side, keeps others from writing.
 """
 
+import os
 import signal
 import threading
 import time
 
+from lib import iscsi_proxy
 from lib.context import Failure, check, wait_for
 from lib.image import GiB, MiB, File, create, format_node, require_clean
 from lib.nbd import NBDClient
@@ -230,6 +232,94 @@ def target_restarts(ctx):
         check(read(ctx, owner, number * 4096) == pattern(number + 1),
               'write %d is lost', number)
     owner.quit()
+    require_clean(ctx, lun)
+
+
+def active(daemon, whether):
+    daemon.qmp.cmd('blockdev-set-active', node_name='disk', active=whether)
+
+
+@test()
+def late_reservation(ctx):
+    """A host has seen that nobody owns the image, and before it reserves the
+    device another one does, writes, and closes the image."""
+    _, lun = new_lun(ctx)
+    slow = iscsi_proxy.Proxy(ctx, lun)
+    late = opened(ctx, slow, active=True)
+    write(ctx, late, 0, pattern(1))
+    active(late, False)
+    slow.hold(iscsi_proxy.RESERVE)
+    errors = []
+
+    def activate():
+        try:
+            active(late, True)
+        except QMPError as err:
+            errors.append(err.desc)
+
+    thread = threading.Thread(target=activate)
+    thread.start()
+    slow.wait_held()
+    other = opened(ctx, lun, host='b')
+    write(ctx, other, 0, pattern(2))
+    write(ctx, other, 512 << 20, pattern(3))
+    other.quit()
+    slow.go()
+    thread.join()
+    check(errors and 'just now' in errors[0], 'who came too late is told %s',
+          errors)
+    check(not raw_write_refused(ctx, lun), 'who came too late has reserved it')
+    active(late, True)
+    check(read(ctx, late, 0) == pattern(2) and
+          read(ctx, late, 512 << 20) == pattern(3),
+          'what the other one wrote is lost')
+    late.quit()
+    require_clean(ctx, lun)
+
+
+@test()
+def claimed_twice(ctx):
+    """Who finds the epoch of his claim in the journal claims once more, with
+    the reservation that he has: there is nothing to go wrong."""
+    _, lun = new_lun(ctx)
+    opened(ctx, lun).quit()
+    with open(lun.path, 'r+b') as device:       # no claim is left
+        os.pwrite(device.fileno(), bytes(64 << 10), 64 << 10)
+    faulty = iscsi_proxy.Proxy(ctx, lun)
+    faulty.spoil((iscsi_proxy.RESERVE, iscsi_proxy.REGISTER),
+                 after=iscsi_proxy.RESERVE)
+    owner = opened(ctx, faulty)
+    info = query_thinvm(owner.qmp, 'disk')
+    check(info['image-owner']['epoch'] == 2 and
+          info['fencing'] == 'reservation', 'the owner has %s', info)
+    check(raw_write_refused(ctx, lun), 'another initiator could write')
+    faulty.spoil(())
+    owner.quit()
+    check(not raw_write_refused(ctx, lun), 'the reservation is still there')
+    require_clean(ctx, lun)
+
+
+@test()
+def no_reservation_for_the_displaced(ctx):
+    """A host is frozen while it looks after its reservation; another takes
+    over, and closes the image.  There is no reservation then when the first
+    one looks, and it must not stay if it is taken anew."""
+    _, lun = new_lun(ctx)
+    slow = iscsi_proxy.Proxy(ctx, lun)
+    frozen = opened(ctx, slow)
+    slow.hold(iscsi_proxy.READ_RESERVATION)
+    slow.wait_held()
+    winner = opened(ctx, lun, host='b', force_takeover=True)
+    write(ctx, winner, 0, pattern(2))
+    winner.quit()
+    slow.go()
+    frozen.qmp.wait_event('THINVM_OWNERSHIP_LOST', 30)
+    check(not raw_write_refused(ctx, lun), 'a displaced owner has reserved '
+          'the device')
+    heir = opened(ctx, lun, host='b')
+    check(read(ctx, heir, 0) == pattern(2), 'a write is lost')
+    heir.quit()
+    frozen.kill()
     require_clean(ctx, lun)
 
 

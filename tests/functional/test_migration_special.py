@@ -5,6 +5,8 @@ second disk, a block job that holds on to the source, a death right after.
 """
 
 import json
+import os
+import struct
 import time
 
 from lib.contents import Contents, scan
@@ -141,20 +143,22 @@ def device_error_while_taking_over(ctx):
     finish(ctx, lun, guest, source)
 
 
-class ClaimsOnce:
-    """A LUN whose claims of ownership are written as QEMU opens it and when
-    it gives it up; the next one is not, once."""
+class FailingClaim:
+    """A LUN to which the claim of ownership that is written after @number of
+    them is not, once."""
 
-    def __init__(self, lun):
+    def __init__(self, lun, number):
         self._lun = lun
+        self._number = number
 
     def blockdev(self, node, host='a'):
         event = 'thinvm_claim_write'
+        last = self._number + 1
         return {'driver': 'blkdebug', 'node-name': node,
                 'image': self._lun.blockdev(node + '-lun', host),
                 'set-state': [{'event': event, 'state': n, 'new_state': n + 1}
-                              for n in (1, 2)],
-                'inject-error': [{'event': event, 'state': 3, 'errno': 5,
+                              for n in range(1, last)],
+                'inject-error': [{'event': event, 'state': last, 'errno': 5,
                                   'iotype': 'write', 'once': True}]}
 
 
@@ -167,7 +171,8 @@ def claim_that_fails(ctx):
     for other in (False, True):
         lun = array.add_lun(1 * GiB)
         create(ctx, lun, 1 * GiB)
-        _, guest, source = setup_pair(ctx, place=ClaimsOnce(lun))
+        # it opens the image, gives it up, says that it is not free any more
+        _, guest, source = setup_pair(ctx, place=FailingClaim(lun, 3))
         source.qmp.cmd('migrate', uri='exec:cat > /dev/null')
         wait_migration(source, ('completed',))
         expect_mode(source, 'migration')
@@ -181,6 +186,34 @@ def claim_that_fails(ctx):
             source.qmp.cmd('cont')
             guest.wait_writes(200)
             finish(ctx, lun, guest, source)
+
+
+@test(seconds=300, formats=OURS)
+def returned_though_used(ctx):
+    """Somebody has written the disk of a guest that was sent away, and his
+    claim is gone.  The next one claims his epoch, finds it in the journal,
+    and cannot claim another: the disk that he returns was used."""
+    lun, guest, source = setup_pair(ctx)
+    source.qmp.cmd('migrate', uri='exec:cat > /dev/null')
+    wait_migration(source, ('completed',))
+    expect_mode(source, 'migration')
+    qemu_io = [ctx.bin('qemu-io'), '-c', 'write -P 7 0 64k']
+    ctx.run(*qemu_io, '-f', ctx.fmt, lun.url)
+    forget_newest_claim(lun)
+    once = FailingClaim(lun, 1).blockdev('once', 'b')
+    text = ctx.run(*qemu_io, 'json:' + json.dumps(
+        {'driver': ctx.fmt, 'file': once}), ok=range(1, 120))
+    check('Cannot write the claim' in text, 'the second claim: %s', text)
+    refused(source, 'older than its disk')
+    source.kill()
+
+
+def forget_newest_claim(lun):
+    with open(lun.path, 'r+b') as device:
+        blocks = [(64 << 10) + 4096 * slot for slot in range(16)]
+        claims = {struct.unpack('<8xQ', os.pread(device.fileno(), 16, at)): at
+                  for at in blocks}
+        os.pwrite(device.fileno(), bytes(4096), claims[max(claims)])
 
 
 def refused(vm, why):
