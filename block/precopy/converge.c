@@ -17,8 +17,9 @@
  * come about, the guest is faster than the link, and what the user asked for
  * in that case happens until it is in time again and writes less.  A guest
  * that is seen to make blocks dirty as fast as the link cleans them is not
- * waited for; else it counts as no progress that the least so far has stood
- * for a while.  While the job is paused, nobody waits for it.
+ * waited for, unless the job is ready and it may be a burst; else it counts as
+ * no progress that the least so far has stood for a while.  While the job is
+ * paused, nobody waits for it.
  *
  * The bound is what the guest may have to wait for, not what it ought to.  When
  * the user has asked for the end, all that is dirty is swept without pause while
@@ -311,14 +312,30 @@ static bool precopy_is_faster(PrecopyJob *s)
     return rate && s->converge.dirty_rate > rate / 10 * 9;
 }
 
+/*
+ * What a guest's page cache has gathered for half a minute is let out at once,
+ * and sent within seconds.  If the job is ready, nobody waits for that; if the
+ * guest waited for the link meanwhile, so would whatever it writes beside.
+ */
+static bool precopy_may_be_burst(PrecopyJob *s)
+{
+    return s->ready_after >= 0 &&
+           precopy_clock_ms() - MAX(s->converge.within_at,
+                                    s->started + s->ready_after) <
+           PRECOPY_PATIENCE_MS;
+}
+
 /* Not to be waited for: a sweep may take hours, and the user may too */
 static void precopy_check_faster(PrecopyJob *s)
 {
     PrecopyConverge *c = &s->converge;
     uint64_t left = precopy_left(s);
 
-    if (!c->outpaced && left > precopy_bound(s) &&
-        (precopy_is_faster(s) || precopy_should_end(s))) {
+    if (left <= precopy_bound(s)) {
+        c->within_at = precopy_clock_ms();
+    } else if (!c->outpaced &&
+               (precopy_should_end(s) ||
+                (precopy_is_faster(s) && !precopy_may_be_burst(s)))) {
         trace_precopy_outpaced(s, left, c->dirty_rate, c->rate);
         precopy_set_outpaced(s, true);
     }

@@ -68,6 +68,7 @@ typedef struct PrecopyConverge {
     int64_t closing_since;      /* ms: of the way to the end; 0: not yet */
     int64_t pace_since;         /* ms: when that was said */
     int64_t hold;               /* ms: for how long at least */
+    int64_t within_at;          /* ms: the rest was last seen in its bound */
 } PrecopyConverge;
 
 struct PrecopyJob {

@@ -62,6 +62,7 @@ static PrecopyJob *job_new(PrecopyOutpaced when_outpaced)
     s->track = precopy_track_new(DISK, GRAN);
     s->when_outpaced = when_outpaced;
     s->downtime_limit = 100;
+    s->ready_after = -1;
     ratelimit_init(&s->throttle);
     precopy_converge_start(s);
     return s;
@@ -265,6 +266,52 @@ static void test_faster(void)
     s->converge.rate = 2 * MiB;
     guest_writes(s, 1 * MiB);
     g_assert_false(s->converge.outpaced);
+    job_free(s);
+}
+
+/* Faster than the link, for so long, and sent all the same */
+static void burst(PrecopyJob *s, int64_t ms)
+{
+    int64_t end = now_ms + ms;
+
+    while (now_ms < end) {
+        g_assert_false(s->converge.outpaced);
+        send_all(s);
+        guest_writes(s, 6 * MiB);
+    }
+}
+
+/* Once the job is ready, that has to go on for a while */
+static void test_burst(void)
+{
+    PrecopyJob *s = job_new(PRECOPY_OUTPACED_WRITE_BLOCKING);
+
+    s->converge.rate = 20 * MiB;
+    s->started = now_ms;
+    pass(s, 250, 0, 0, 0);
+    s->ready_after = 1000;
+    now_ms += 1000;
+    burst(s, 2500);
+    g_assert_false(s->converge.outpaced);
+    /* In its bound for a moment */
+    send_all(s);
+    pass(s, 250, 0, 0, 0);
+    burst(s, 2750);
+    g_assert_false(s->converge.outpaced);
+    burst(s, 250);
+    g_assert_true(s->converge.outpaced);
+    job_free(s);
+
+    /* Unless the user wants the end */
+    s = job_new(PRECOPY_OUTPACED_WRITE_BLOCKING);
+    s->converge.rate = 20 * MiB;
+    s->started = now_ms;
+    s->ready_after = 0;
+    burst(s, 500);
+    g_assert_false(s->converge.outpaced);
+    s->should_complete = true;
+    burst(s, 250);
+    g_assert_true(s->converge.outpaced);
     job_free(s);
 }
 
@@ -675,6 +722,7 @@ int main(int argc, char **argv)
     g_test_add_func("/precopy-pace/window", test_window);
     g_test_add_func("/precopy-pace/bound", test_bound);
     g_test_add_func("/precopy-pace/faster", test_faster);
+    g_test_add_func("/precopy-pace/burst", test_burst);
     g_test_add_func("/precopy-pace/throttle", test_throttle);
     g_test_add_func("/precopy-pace/throttle-unknown", test_throttle_unknown);
     g_test_add_func("/precopy-pace/standing", test_standing);

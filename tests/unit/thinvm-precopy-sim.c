@@ -249,6 +249,7 @@ static void sim_begin(Sim *s)
     s->job = g_new0(PrecopyJob, 1);
     s->job->track = s->t;
     s->job->downtime_limit = s->o->downtime_ms;
+    s->job->ready_after = -1;
     s->t->write_through = s->policy == SIM_BLOCKING;
     s->job->when_outpaced = s->o->write_blocking &&
         s->policy > SIM_BLOCKING ?
