@@ -267,16 +267,16 @@ int coroutine_fn thinvm_co_check(BlockDriverState *bs, BdrvCheckResult *result,
     if (fix & BDRV_FIX_ERRORS) {
         store_fix |= THINVM_FIX_ERRORS;
     }
-    /* Nobody goes on deleting snapshots meanwhile */
-    qatomic_inc(&s->nb_delete_jobs);
+    /* Nobody goes on deleting snapshots meanwhile, or takes metadata space */
+    thinvm_worker_stop(s);
     ret = store_fix ? thinvm_mode_begin_write(bs) : 0;
     if (ret < 0) {
-        qatomic_dec(&s->nb_delete_jobs);
+        thinvm_worker_resume(s);
         return ret;
     }
     ret = thinvm_store_check(s->store, store_fix, thinvm_check_report, NULL,
                              &res, &local_err);
-    qatomic_dec(&s->nb_delete_jobs);
+    thinvm_worker_resume(s);
     if (ret < 0) {
         if (local_err) {
             error_report_err(local_err);

@@ -478,6 +478,9 @@ void thinvm_worker_destroy(BDRVThinvmState *s);     /* drained */
 void thinvm_worker_attach(BDRVThinvmState *s, AioContext *ctx);
 void thinvm_worker_detach(BDRVThinvmState *s);      /* drained */
 void thinvm_worker_drain_end(BDRVThinvmState *s);
+/* Until it is resumed nothing is done; in the node's AioContext */
+void coroutine_fn thinvm_worker_stop(BDRVThinvmState *s);
+void thinvm_worker_resume(BDRVThinvmState *s);
 /* There are operations that a commit within flush_interval must cover */
 void thinvm_worker_arm(BDRVThinvmState *s);         /* any thread */
 void thinvm_worker_kick(void *opaque);              /* any thread */

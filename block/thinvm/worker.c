@@ -16,8 +16,10 @@
  * looks between them whether the node is to be quiet, and then ends.  What was
  * left undone is remembered and taken up when the drained section ends.
  *
- * Threads: "timer", "bh" and "running" belong to the node's AioContext; the
- * flags are atomic.
+ * A check, which must see one state, stops it in the same way.
+ *
+ * Threads: "timer", "bh", "running" and "stops" belong to the node's
+ * AioContext; the flags are atomic.
  */
 
 #include "qemu/osdep.h"
@@ -31,6 +33,7 @@ struct ThinvmWorker {
     QEMUTimer *timer;
     QEMUBH *bh;
     bool running;
+    unsigned stops;     /* of those for whom it is to be quiet */
     /* atomic */
     bool confirm;   /* records may have been written that no flush covers */
     bool armed;     /* the timer runs */
@@ -49,10 +52,18 @@ struct ThinvmWorker {
  */
 #define THINVM_WORKER_ROUNDS 16
 
-static bool thinvm_worker_may_run(ThinvmWorker *w)
+/* Asked between the steps of a checkpoint */
+static bool thinvm_worker_goes_on(void *opaque)
 {
+    ThinvmWorker *w = opaque;
+
     return qatomic_read(&w->s->bs->quiesce_counter) == 0 &&
            qatomic_read(&w->s->owner);
+}
+
+static bool thinvm_worker_may_run(ThinvmWorker *w)
+{
+    return thinvm_worker_goes_on(w) && !w->stops;
 }
 
 void thinvm_worker_arm(BDRVThinvmState *s)
@@ -87,12 +98,6 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_worker_commit(ThinvmWorker *w)
     if (stats.pending_operations || ret < 0) {
         thinvm_worker_arm(w->s);
     }
-}
-
-/* Asked between the steps of a checkpoint */
-static bool thinvm_worker_goes_on(void *opaque)
-{
-    return thinvm_worker_may_run(opaque);
 }
 
 /*
@@ -273,6 +278,22 @@ void thinvm_worker_drain_end(BDRVThinvmState *s)
                        qatomic_read(&w->collect))) {
         qemu_bh_schedule(w->bh);
     }
+}
+
+/* It ends what it is at, a checkpoint too: who stops it waits for that */
+void coroutine_fn thinvm_worker_stop(BDRVThinvmState *s)
+{
+    s->worker->stops++;
+    while (s->worker->running) {
+        qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, SCALE_MS);
+    }
+}
+
+void thinvm_worker_resume(BDRVThinvmState *s)
+{
+    assert(s->worker->stops);
+    s->worker->stops--;
+    thinvm_worker_drain_end(s);
 }
 
 /* ------------------------------------------------------------------ */
