@@ -326,6 +326,19 @@ static void bases_fall_back(ThinvmBases *bases, const Error *why)
 }
 
 /*
+ * The newest base may be whole, but not what tells which pages the older one
+ * has: these cannot be kept from reuse, so it is no way back any more.
+ */
+static void bases_drop_older(ThinvmBases *bases, const Error *why)
+{
+    bases->has_older = false;
+    bases->suspect = true;
+    error_free(bases->damage);
+    bases->damage = error_copy(why);
+    error_prepend(&bases->damage, "The older base is damaged: ");
+}
+
+/*
  * A state on the base @sb will take over pages of ours if we have come by that
  * base.  If not, the records that we lack may still be in the ring: the owner
  * has made another checkpoint while we were about to start afresh.  A
@@ -344,13 +357,20 @@ static void coroutine_fn follow_towards(ThinvmStore *st,
     }
 }
 
+/* Which of an image's bases to open from */
+typedef enum UseBases {
+    USE_NEWEST,                 /* and keep what the older one names */
+    USE_NEWEST_ALONE,
+    USE_OLDER,
+} UseBases;
+
 /*
- * The bases to open from: the older one, if @why says what is wrong with the
- * newest.  *sequence: of the newest on the device.
+ * The bases to open from.  @why: what is wrong with one of them, if both are
+ * not to be used.  *sequence: of the newest on the device.
  */
 static int coroutine_fn choose_bases(ThinvmStore *st, ThinvmBases *bases,
-                                     const Error *why, uint64_t *sequence,
-                                     Error **errp)
+                                     UseBases use, const Error *why,
+                                     uint64_t *sequence, Error **errp)
 {
     int ret = thinvm_bases_read(st->dev, bases, errp);
 
@@ -358,11 +378,11 @@ static int coroutine_fn choose_bases(ThinvmStore *st, ThinvmBases *bases,
         return ret;
     }
     *sequence = bases->newest.sequence;
-    if (why && !bases->has_older) {
+    if (use != USE_NEWEST && !bases->has_older) {
         error_setg(errp, "There is no older base");
         return -EBADMSG;
     }
-    if (why && thinvm_bases_repaired(bases)) {
+    if (use == USE_OLDER && thinvm_bases_repaired(bases)) {
         error_setg(errp, "%s; the older base is from before a repair, so it "
                    "is not used.  To go back to it, and repair again, write "
                    "zeroes to the 512 bytes at offset %" PRIu64 " of the "
@@ -370,8 +390,10 @@ static int coroutine_fn choose_bases(ThinvmStore *st, ThinvmBases *bases,
                    thinvm_superblock_offset(bases->newest_slot));
         return -EUCLEAN;
     }
-    if (why) {
+    if (use == USE_OLDER) {
         bases_fall_back(bases, why);
+    } else if (use == USE_NEWEST_ALONE) {
+        bases_drop_older(bases, why);
     }
     if (st->state && !qemu_uuid_is_equal(&bases->newest.uuid, &st->uuid)) {
         error_setg(errp, "The device holds another image now");
@@ -418,17 +440,17 @@ static int coroutine_fn build_state(ThinvmStore *st, const ThinvmBases *bases,
 }
 
 /*
- * One attempt; *bases is what it was made from, also on failure.  @why: what
- * is wrong with the newest base, so use the older one; or NULL.
+ * One attempt; *bases is what it was made from, also on failure.  @use, @why:
+ * see choose_bases().
  */
 static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
-                                  const Error *why, Error **errp)
+                                  UseBases use, const Error *why, Error **errp)
 {
     g_autofree ThinvmHistory *history = g_new0(ThinvmHistory, 1);
     uint64_t sequence;
     ThinvmState *s;
     ThinvmPosition pos;
-    int ret = choose_bases(st, bases, why, &sequence, errp);
+    int ret = choose_bases(st, bases, use, why, &sequence, errp);
 
     if (ret < 0) {
         return ret;
@@ -464,11 +486,11 @@ static int coroutine_fn open_once(ThinvmStore *st, ThinvmBases *bases,
     return 0;
 }
 
-int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
-                                         Error **errp)
+static int coroutine_fn open_from(ThinvmStore *st, UseBases use,
+                                  const Error *why, Error **errp)
 {
     ThinvmBases bases = {};
-    int ret = open_once(st, &bases, why, errp);
+    int ret = open_once(st, &bases, use, why, errp);
 
     if (ret < 0) {
         thinvm_bases_destroy(&bases);
@@ -476,12 +498,25 @@ int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
     return ret;
 }
 
-/* The newest base is damaged, which *@err says, or what else is wrong then */
-static int coroutine_fn try_older(ThinvmStore *st, Error **err)
+int coroutine_fn thinvm_replay_fall_back(ThinvmStore *st, const Error *why,
+                                         Error **errp)
+{
+    return open_from(st, USE_OLDER, why, errp);
+}
+
+/*
+ * One of the bases is damaged, which *@err says, or what else is wrong then.
+ * The newest needs no journal to be what it is, so it comes first.
+ */
+static int coroutine_fn try_one(ThinvmStore *st, Error **err)
 {
     Error *local_err = NULL;
-    int ret = thinvm_replay_fall_back(st, *err, &local_err);
+    int ret;
 
+    if (open_from(st, USE_NEWEST_ALONE, *err, NULL) == 0) {
+        return 0;
+    }
+    ret = thinvm_replay_fall_back(st, *err, &local_err);
     if (ret == -EUCLEAN) {
         error_free(*err);
         *err = local_err;
@@ -501,7 +536,7 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
         Error *local_err = NULL;
         ThinvmBases bases = {}, now = {};
         bool moved;
-        int ret = open_once(st, &bases, NULL, &local_err);
+        int ret = open_once(st, &bases, USE_NEWEST, NULL, &local_err);
 
         if (ret == 0) {
             return 0;
@@ -510,7 +545,7 @@ int coroutine_fn thinvm_replay_open(ThinvmStore *st, Error **errp)
                 now.newest.generation != bases.newest.generation;
         thinvm_bases_destroy(&now);
         thinvm_bases_destroy(&bases);
-        if (!moved && ret == -EBADMSG && try_older(st, &local_err) == 0) {
+        if (!moved && ret == -EBADMSG && try_one(st, &local_err) == 0) {
             error_free(local_err);
             return 0;
         }
