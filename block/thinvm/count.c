@@ -467,6 +467,7 @@ static void set_below(ThinvmState *s, ThinvmPointerLe *slot, int level,
     if (level < THINVM_INNER_LEVELS) {
         thinvm_slot_set(slot, thinvm_slot_word(slot), 0,
                         page_free_clusters(s, page, base));
+        collapse(s, slot, page);
     } else {
         s->nb_count_free = page_free_clusters(s, page, base);
     }
