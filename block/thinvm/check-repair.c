@@ -237,6 +237,12 @@ static int coroutine_fn repair_round(ThinvmCheck *c, int fix, GArray *spare,
             thinvm_check_all(c);
             c->nb_unflagged = MAX(c->nb_unflagged, nb_unflagged);
         }
+        if (ret == 0 && c->incomplete && c->counts_lost) {
+            /* What nobody counted would be given away */
+            ret = -EIO;
+            error_setg(errp, "Metadata that could be read before cannot be "
+                       "read now, so clusters cannot be counted");
+        }
     }
     if (ret == 0) {
         ret = apply_fixes(c, fix, rebuild, &changed);
@@ -293,6 +299,13 @@ static int coroutine_fn separate(ThinvmCheck *c, int fix, Error **errp)
     GArray *spare = reserve_spare(c);
     int ret = 0;
 
+    if (c->more_duplicates) {
+        g_autofree char *message = g_strdup_printf("more than %u clusters "
+            "have two users: repair once more to separate the rest",
+            THINVM_CHECK_MAX_DUPLICATES);
+
+        c->report(c->opaque, message);
+    }
     if (spare->len) {
         qemu_co_mutex_lock(&c->st->checkpoint_lock);
         c->quiet = true;

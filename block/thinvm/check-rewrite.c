@@ -243,6 +243,14 @@ static int coroutine_fn rewrite_leaf(Rewrite *r, uint64_t page, uint64_t guest,
     return flags;
 }
 
+/* Disks of other sizes have this page, too: does all of it lie in both? */
+static bool ends_alike(Rewrite *r, const Done *done, uint64_t guest, int level)
+{
+    return done->size_clusters == r->c->size_clusters ||
+           MIN(done->size_clusters, r->c->size_clusters) >=
+           guest + guest_span(level);
+}
+
 static int coroutine_fn rewrite_map(Rewrite *r, ThinvmPointer *ptr, int level,
                                     uint64_t guest, uint64_t parent,
                                     unsigned slot)
@@ -267,8 +275,7 @@ static int coroutine_fn rewrite_map(Rewrite *r, ThinvmPointer *ptr, int level,
     }
     what = thinvm_check_guest_range(r->c, guest, level);
     done = find_done(r, number);
-    if (done && done->place == place &&
-        done->size_clusters == r->c->size_clusters) {
+    if (done && done->place == place && ends_alike(r, done, guest, level)) {
         *ptr = done->ptr;
         ptr->shared_below = ptr->type == THINVM_PTR_PAGE && shared_below;
         return done->flags;
@@ -302,7 +309,7 @@ static int coroutine_fn rewrite_map(Rewrite *r, ThinvmPointer *ptr, int level,
     if (flags && ptr->type == THINVM_PTR_PAGE) {
         new_page(r, kind, level, buf, ptr);
     }
-    if (!done) {
+    if (!done || done->place == place) {
         set_done(r, number, place, flags, ptr);
     }
     return flags;
@@ -442,6 +449,7 @@ static int coroutine_fn rewrite_counts(Rewrite *r, ThinvmPointer *ptr,
     set_done(r, number, 0, 0, ptr);
     if (flags < 0) {
         *ptr = (ThinvmPointer) { };
+        r->c->counts_lost = true;
         message = g_strdup_printf("%s: counted anew", what);
         r->c->report(r->c->opaque, message);
         r->c->result->corruptions_fixed++;
@@ -516,6 +524,7 @@ int coroutine_fn thinvm_check_rewrite(ThinvmCheck *c, GArray *spare,
     thinvm_state_unlock(c->s);
 
     c->quiet = c->rewriting = true;
+    c->counts_lost = false;
     rewrite_active(&r, &map, &vmstate);
     if (rewrite_snapshots(&r, &snapshot, THINVM_SNAPSHOT_LEVELS, 0)) {
         set_root(&r, THINVM_ROOT_SNAPSHOT, &snapshot);

@@ -33,6 +33,16 @@ char *thinvm_check_guest_range(ThinvmCheck *c, uint64_t guest, int level)
                            ((guest + count) << bits) - 1);
 }
 
+static void add_duplicate(ThinvmCheck *c, int64_t user)
+{
+    if (c->fixes && g_hash_table_size(c->duplicates) <
+                    THINVM_CHECK_MAX_DUPLICATES) {
+        g_hash_table_add(c->duplicates, g_memdup2(&user, sizeof(user)));
+    } else {
+        c->more_duplicates = true;
+    }
+}
+
 /* Guest cluster @guest is at @physical; each leaf or run comes here once */
 static void coroutine_fn count_cluster(ThinvmCheck *c, uint64_t guest,
                                        uint64_t physical, int64_t user)
@@ -56,7 +66,7 @@ static void coroutine_fn count_cluster(ThinvmCheck *c, uint64_t guest,
     first = thinvm_check_own(c->owners, physical, place);
     if (first != place) {
         /* Snapshots share clusters, but each is in one place of the disk */
-        g_hash_table_add(c->duplicates, g_memdup2(&user, sizeof(user)));
+        add_duplicate(c, user);
         thinvm_check_corruption(c, "%s: guest offset 0x%" PRIx64 " uses "
                                 "cluster %" PRIu64 ", which is at guest offset "
                                 "0x%" PRIx64 "%s, too", c->tree, offset,
@@ -193,8 +203,9 @@ static void coroutine_fn private_cluster(ThinvmCheck *c, uint64_t guest,
     if (physical < c->window_start || physical >= c->window_end) {
         return;
     }
+    /* None: its leaf could not be read when references were counted */
     chunk = thinvm_check_chunk(c->clusters, physical);
-    references = chunk[physical % THINVM_CHECK_CHUNK];
+    references = chunk ? chunk[physical % THINVM_CHECK_CHUNK] : 0;
     if (references > 1) {
         c->nb_unflagged++;
         thinvm_check_corruption(c, "%s: guest offset 0x%" PRIx64 " takes "

@@ -234,6 +234,8 @@ int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
     thinvm_needs_destroy(c->s, &needs);
     thinvm_state_unlock(c->s);
 
+    /* What hangs on an item that is wrong is not counted either */
+    c->incomplete |= ret < 0;
     if (ret == -EBADMSG) {
         c->damaged = true;
         if (read_in_part(c, ref, buf, what) == 0) {
@@ -241,7 +243,6 @@ int coroutine_fn thinvm_check_read_page(ThinvmCheck *c,
             return 1;
         }
     }
-    c->incomplete |= ret < 0;
     if (ret < 0 && c->first_walk) {
         const char *why = err ? error_get_pretty(err) :
             ret == -EBADMSG ? "it is of another kind elsewhere" :
@@ -614,6 +615,7 @@ void coroutine_fn thinvm_check_all(ThinvmCheck *c)
         g_array_set_size(c->fixes, 0);
     }
     g_hash_table_remove_all(c->duplicates);
+    c->more_duplicates = false;
     c->incomplete = c->damaged = false;
     c->nb_unflagged = c->unwritten_runs = 0;
     c->promises_wrong = false;
@@ -648,6 +650,21 @@ static int coroutine_fn repair(ThinvmCheck *c, int fix, Error **errp)
     return thinvm_check_repair(c, fix, errp);
 }
 
+/*
+ * A checkpoint that was interrupted, or has failed, has put the space map at
+ * other places, which the counts in memory tell of, and the device does not.
+ */
+static int coroutine_fn finish_checkpoint(ThinvmStore *st, Error **errp)
+{
+    int ret = qatomic_read(&st->frozen) ? thinvm_store_checkpoint(st) : 0;
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not finish the checkpoint that "
+                         "was begun before; nothing was checked");
+    }
+    return ret;
+}
+
 int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
                                     void (*report_fn)(void *opaque,
                                                       const char *message),
@@ -661,9 +678,13 @@ int coroutine_fn thinvm_store_check(ThinvmStore *st, int fix,
         .result = result,
     };
     unsigned token;
-    int ret = 0;
+    int ret;
 
     *result = (ThinvmCheckResult) { };
+    ret = finish_checkpoint(st, errp);
+    if (ret < 0) {
+        return ret;
+    }
     c.duplicates = g_hash_table_new_full(g_int64_hash, g_int64_equal, g_free,
                                          NULL);
     if (fix) {

@@ -24,6 +24,13 @@
 /* Findings after these are counted, but not reported one by one */
 #define THINVM_CHECK_MAX_REPORTS 1000
 
+/*
+ * Users of a cluster that belongs to another place that get one of their own
+ * in one repair.  A run has 512 in a pointer, and each that is remembered
+ * takes some fifty bytes.
+ */
+#define THINVM_CHECK_MAX_DUPLICATES (1 << 18)
+
 /* Counts by number, in chunks that exist where something was counted */
 #define THINVM_CHECK_CHUNK      THINVM_COUNTS_PER_LEAF
 
@@ -92,7 +99,11 @@ typedef struct ThinvmCheck {
     /* What check-rewrite.c is for */
     bool damaged;                   /* a page lacks something, or is wrong */
     GHashTable *duplicates;         /* thinvm_check_user(): those that share a
-                                       cluster with another place */
+                                       cluster with another place, as many as
+                                       a repair separates */
+    bool more_duplicates;           /* there are more */
+    bool counts_lost;               /* what had counts was left out: all users
+                                       must be seen */
     uint64_t unwritten_runs;        /* in all pages, each taken once */
     bool promises_wrong;            /* the image says another number */
     bool promises_short;        /* corrected, but not that many are free */

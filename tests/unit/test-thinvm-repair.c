@@ -648,6 +648,180 @@ static void test_damage(gconstpointer data)
     sim_free(sim);
 }
 
+/* ------------------------------------------------------------------ */
+/* Without cuts                                                        */
+
+/* A page of counts that says no more than a pointer can has to go */
+static void coroutine_fn test_free_range(ThinvmSim *sim)
+{
+    ThinvmOp shrink = {
+        .type = THINVM_OP_SHRINK, .value = 2 * THINVM_COUNTS_PER_LEAF,
+    };
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    g_assert_cmpint(thinvm_store_grow(st, DEVICE_MAX, &error_abort), ==, 0);
+    set_count(st, 3 * THINVM_COUNTS_PER_LEAF + 5, 1);
+    into_both_bases(st);
+    g_assert_cmpuint(check(st, FIX_ALL, NULL).leaks_fixed, ==, 1);
+    execute(st, &shrink);
+    must_be_clean(st);
+    store_close(st, true);
+}
+
+/* Snapshots of a disk that has grown since go on sharing their pages */
+static void coroutine_fn test_sizes(ThinvmSim *sim)
+{
+    ThinvmOp resize = { .type = THINVM_OP_RESIZE, .value = 2 * VIRTUAL_SIZE };
+    ThinvmSnapshot snap = { .name = "one" };
+    ThinvmOp create = { .type = THINVM_OP_SNAPSHOT_CREATE, .snapshot = &snap };
+    uint64_t root = 0;
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    write_leaves(sim, st, true);
+    for (snap.id = 1; snap.id <= 4; snap.id++) {
+        execute(st, &create);
+    }
+    execute(st, &resize);
+    into_both_bases(st);
+    flip_map(sim, st, 1, 0);
+    store_die(st);
+
+    st = image_open(sim);
+    check(st, FIX_ALL, NULL);
+    must_be_clean(st);
+    for (uint32_t slot = 0; slot < 4; slot++) {
+        g_assert_cmpint(thinvm_store_read_snapshot(st, slot, &snap,
+                                                   &error_abort), ==, 0);
+        g_assert_true(!root || snap.root.address == root);
+        root = snap.root.address;
+    }
+    store_close(st, true);
+}
+
+/* The space map has moved in memory, but not on the device */
+static void coroutine_fn test_pending(ThinvmSim *sim)
+{
+    g_autoptr(GString) messages = g_string_new("");
+    ThinvmCheckResult result;
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    write_leaves(sim, st, true);
+    sim_fail(sim, SIM_WRITE, 0, THINVM_JOURNAL_OFFSET, 0, EIO, false);
+    g_assert_cmpint(thinvm_store_checkpoint(st), ==, -EIO);
+    g_assert_cmpint(thinvm_store_check(st, FIX_ALL, collect, messages, &result,
+                                       NULL), ==, -EIO);
+    g_assert_cmpstr(messages->str, ==, "");
+    sim_fail(sim, 0, 0, 0, 0, 0, false);
+    must_be_clean(st);
+    store_close(st, true);
+}
+
+/* A leaf that cannot be read when it is counted, but can be later */
+static void coroutine_fn test_read_error(ThinvmSim *sim)
+{
+    ThinvmOp map = {
+        .type = THINVM_OP_MAP, .guest = THIEF, .count = 1,
+        .physical = 3 * THINVM_COUNTS_PER_LEAF + 5, .valid = THINVM_ALL_VALID,
+    };
+    ThinvmCheckResult result;
+    ThinvmStore *st;
+    uint64_t page;
+
+    make_image(sim);
+    st = image_open(sim);
+    g_assert_cmpint(thinvm_store_grow(st, DEVICE_MAX, &error_abort), ==, 0);
+    /* A leaf, some of whose clusters the snapshot's has too */
+    write_one(sim, st, guest_at(NB_LEAVES - 1, 0) + 1, 77);
+    execute(st, &map);
+    into_both_bases(st);
+    page = page_of(sim, &st->bases.newest.map_root, 9, THIEF, 0);
+    store_die(st);
+
+    st = thinvm_store_open(sim_device(sim), 0, &error_abort);
+    sim_fail(sim, SIM_READ, page * THINVM_PAGE_SIZE,
+             (page + 1) * THINVM_PAGE_SIZE, 0, EIO, true);
+    result = check(st, 0, NULL);
+    g_assert_true(sim_has_failed(sim));
+    g_assert_cmpuint(result.check_errors, ==, 1);
+    g_assert_cmpuint(result.corruptions, ==, 0);
+    must_be_clean(st);
+    thinvm_store_free(st);
+}
+
+/* Leaves, more than fit into the smallest cache */
+#define NB_MANY     100
+/* Times that each is read at least, in a repair */
+#define NB_READS    5
+
+static unsigned failing_read;
+
+static ThinvmStore *coroutine_fn open_small(ThinvmSim *sim)
+{
+    ThinvmStore *st = thinvm_store_open(sim_device(sim), THINVM_PAGE_SIZE,
+                                        &error_abort);
+
+    thinvm_store_begin_writing(st, info_of(st).epoch + 1, &error_abort);
+    return st;
+}
+
+/* What is said to be repaired is so */
+static void coroutine_fn recount_entry(ThinvmSim *sim)
+{
+    g_autoptr(GString) messages = g_string_new("");
+    ThinvmCheckResult result = { };
+    ThinvmStore *st = open_small(sim);
+    uint64_t page = page_of(sim, &st->bases.newest.map_root, 9,
+                            NB_MANY / 2 * LEAF, 0);
+    int ret;
+
+    sim_fail(sim, SIM_READ, page * THINVM_PAGE_SIZE,
+             (page + 1) * THINVM_PAGE_SIZE, failing_read, EIO, true);
+    ret = thinvm_store_check(st, FIX_ALL, collect, messages, &result, NULL);
+    g_assert_true(sim_has_failed(sim));
+    store_die(st);
+    st = image_open(sim);
+    if (ret == 0 && !result.check_errors) {
+        must_be_clean(st);
+    }
+    check(st, FIX_ALL, NULL);
+    must_be_clean(st);
+    for (unsigned i = 0; i < NB_MANY; i++) {
+        g_assert_cmpuint(image_read_tag(sim, st, i * LEAF), ==, 100 + i);
+    }
+    store_close(st, true);
+}
+
+static void coroutine_fn many_entry(ThinvmSim *sim)
+{
+    ThinvmStore *st;
+
+    image_create(sim, VIRTUAL_SIZE);
+    st = image_open(sim);
+    for (unsigned i = 0; i < NB_MANY; i++) {
+        g_assert_cmpint(write_one(sim, st, i * LEAF, 100 + i), ==, 0);
+    }
+    make_count_leaf(sim, st);
+    store_die(st);
+}
+
+/* Counts are lost, and then a leaf cannot be read: its clusters are in use */
+static void test_recount(void)
+{
+    ThinvmSim *sim = sim_new(1, DEVICE_SIZE, DEVICE_MAX);
+
+    run_on(sim, many_entry);
+    for (failing_read = 0; failing_read < NB_READS; failing_read++) {
+        judge_copy(sim, 1, SIM_CUT_ALL, recount_entry);
+    }
+    sim_free(sim);
+}
+
 int main(int argc, char **argv)
 {
     module_call_init(MODULE_INIT_TRACE);
@@ -659,5 +833,10 @@ int main(int argc, char **argv)
 
         g_test_add_data_func(path, &damages[i], test_damage);
     }
+    add("/thinvm/repair/free-range", test_free_range);
+    add("/thinvm/repair/sizes", test_sizes);
+    add("/thinvm/repair/pending", test_pending);
+    add("/thinvm/repair/read-error", test_read_error);
+    g_test_add_func("/thinvm/repair/recount", test_recount);
     return g_test_run();
 }
