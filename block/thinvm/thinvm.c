@@ -23,8 +23,8 @@
 
 /* Steps of deleting snapshots that closing a node may take */
 #define THINVM_CLOSE_STEPS  256
-/* How often inactivating may release the image */
-#define THINVM_RELEASES     64
+/* How often inactivating may release the image; each may take a second */
+#define THINVM_RELEASES     8
 
 ThinvmNodeList thinvm_nodes = QTAILQ_HEAD_INITIALIZER(thinvm_nodes);
 
