@@ -72,7 +72,8 @@ write_clusters(TemplateCopy *c, uint64_t first, uint64_t *count, uint64_t at,
         error_setg_errno(errp, -ret, "No space for the copy of the template");
         return ret;
     }
-    ret = bdrv_co_pwrite(c->bs->file, physical << s->cluster_bits,
+    ret = !thinvm_still_owner(s) ? -EIO :
+          bdrv_co_pwrite(c->bs->file, physical << s->cluster_bits,
                          *count << s->cluster_bits, c->buf + at, 0);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot write the copy of the template");

@@ -8,8 +8,9 @@
  * calls of the first kind run under the graph lock that their caller holds;
  * a backend takes it by itself.
  *
- * Invariant 6 is watched here: when a write of metadata fails, the mode
- * machine looks whether the image is still ours before anybody repeats it.
+ * Invariant 6 is watched here: a write of metadata begins only if the claim
+ * counts, and when it fails, the mode machine looks whether the image is still
+ * ours before anybody repeats it.
  */
 
 #include "qemu/osdep.h"
@@ -53,13 +54,26 @@ thinvm_node_pread(ThinvmDevice *dev, uint64_t offset, uint64_t bytes,
     return bdrv_co_pread(bs->file, offset, bytes, buf, 0);
 }
 
+/* Claims are made, and images taken over, by who is no owner yet */
+static bool coroutine_fn GRAPH_RDLOCK
+thinvm_node_may_write(BlockDriverState *bs)
+{
+    BDRVThinvmState *s = bs->opaque;
+
+    return !qatomic_read(&s->lost) && thinvm_claim_counts(s);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_node_pwrite(ThinvmDevice *dev, uint64_t offset, uint64_t bytes,
                    const void *buf)
 {
     BlockDriverState *bs = thinvm_device_bs(dev);
-    int ret = bdrv_co_pwrite(bs->file, offset, bytes, buf, 0);
+    int ret;
 
+    if (!thinvm_node_may_write(bs)) {
+        return -EIO;
+    }
+    ret = bdrv_co_pwrite(bs->file, offset, bytes, buf, 0);
     if (ret < 0) {
         trace_thinvm_metadata_write_failed(bs, offset, bytes, ret);
         if (thinvm_mode_write_failed(bs)) {
@@ -77,7 +91,10 @@ static int coroutine_fn GRAPH_RDLOCK thinvm_node_flush(ThinvmDevice *dev)
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_node_pdiscard(ThinvmDevice *dev, uint64_t offset, uint64_t bytes)
 {
-    return bdrv_co_pdiscard(thinvm_device_bs(dev)->file, offset, bytes);
+    BlockDriverState *bs = thinvm_device_bs(dev);
+
+    return thinvm_node_may_write(bs) ? bdrv_co_pdiscard(bs->file, offset, bytes)
+                                     : -EIO;
 }
 
 /*
@@ -217,6 +234,10 @@ thinvm_node_grow(ThinvmDevice *dev, uint64_t bytes)
 
     if (lun) {
         thinvm_refresh_lun(protocol);
+    }
+    /* First: by what another has made of the length it could be cut */
+    if (!thinvm_node_may_write(bs)) {
+        return -EIO;
     }
     length = thinvm_node_length(dev);
     if (length < 0) {

@@ -41,6 +41,8 @@ int coroutine_fn thinvm_heartbeat_write(BDRVThinvmState *s, uint64_t counter);
  */
 int coroutine_fn thinvm_heartbeat_check_claim(BDRVThinvmState *s,
                                               Error **errp);
+/* The same; that ours stands is remembered, for thinvm_claim_counts() */
+int coroutine_fn thinvm_claim_look(BDRVThinvmState *s, Error **errp);
 /* What the owner of @claim has written.  Remembers since when it stands */
 int coroutine_fn thinvm_heartbeat_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                        const ThinvmClaim *claim,

@@ -19,6 +19,12 @@
  * With each heartbeat the owner looks whether its own claim still stands: the
  * one that displaces it lies in the next slot (a take-over) or in its own (a
  * race of two claims).
+ *
+ * An owner that is frozen beats no heart, and thaws amid its writes.  Where a
+ * successor has no reservation, or has closed the image again, no device keeps
+ * it from writing.  So each write asks how old the last look is, and looks
+ * itself if that is too old (thinvm_claim_counts()).  On a machine that is just
+ * slow this is one look, for all writes that wait.
  */
 
 #include "qemu/osdep.h"
@@ -27,6 +33,13 @@
 #include "qemu/lockable.h"
 #include "handover.h"
 #include "trace.h"
+
+/* Looks that a write waits for before it fails, and the rest between two */
+#define THINVM_CLAIM_LOOKS      3
+#define THINVM_CLAIM_REST_NS    (100 * SCALE_MS)
+
+QEMU_BUILD_BUG_ON(THINVM_CLAIM_COUNTS_MS < THINVM_HEARTBEAT_MS * 2);
+QEMU_BUILD_BUG_ON(THINVM_CLAIM_COUNTS_MS >= THINVM_HEARTBEAT_DEAD_MS);
 
 static uint64_t thinvm_heartbeat_offset(uint64_t epoch)
 {
@@ -53,6 +66,7 @@ int coroutine_fn thinvm_heartbeat_write(BDRVThinvmState *s, uint64_t counter)
                           THINVM_PAGE_SIZE, block);
 }
 
+/* -EIO: whatever is wrong with the device; others say what the block holds */
 static int coroutine_fn thinvm_claim_read(BDRVThinvmState *s, uint64_t epoch,
                                           ThinvmClaim *claim)
 {
@@ -64,7 +78,7 @@ static int coroutine_fn thinvm_claim_read(BDRVThinvmState *s, uint64_t epoch,
     ret = dev->co_pread(dev, THINVM_CLAIM_OFFSET +
                         epoch % THINVM_NB_CLAIMS * THINVM_PAGE_SIZE,
                         THINVM_PAGE_SIZE, block);
-    return ret < 0 ? ret :
+    return ret < 0 ? -EIO :
            thinvm_claim_decode(&s->uuid, claim, (ThinvmClaimLe *)block);
 }
 
@@ -98,6 +112,69 @@ int coroutine_fn thinvm_heartbeat_check_claim(BDRVThinvmState *s,
         error_setg_errno(errp, -ret, "Cannot read the claim of ownership");
     }
     return ret;
+}
+
+int coroutine_fn thinvm_claim_look(BDRVThinvmState *s, Error **errp)
+{
+    int64_t begun = thinvm_boot_ms();
+    int ret = thinvm_heartbeat_check_claim(s, errp);
+
+    if (ret == 0) {
+        qatomic_set(&s->claim_seen_ms, begun);
+    }
+    return ret;
+}
+
+/*
+ * The process may be stopped again amid a look, which is old then.  A device
+ * that is as slow as that looks the same, but not for ever.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_claim_look_until_sure(BDRVThinvmState *s)
+{
+    const char *reason;
+    int ret = 0;
+
+    for (int i = 0; i < THINVM_CLAIM_LOOKS; i++) {
+        g_autoptr(Error) local_err = NULL;
+
+        if (ret < 0) {
+            qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, THINVM_CLAIM_REST_NS);
+        }
+        ret = thinvm_claim_look(s, &local_err);
+        if (ret == -EPERM) {
+            thinvm_mode_lose(s, error_get_pretty(local_err));
+            return ret;
+        }
+        if (ret == 0 && thinvm_claim_seen_lately(s)) {
+            return 0;
+        }
+    }
+    /* Where the host's lock decides, a bad block is no reason to stop */
+    if (ret < 0 && thinvm_fence_kind(s, &reason) != THINVM_FENCING_LOCK) {
+        return ret;
+    }
+    qatomic_set(&s->claim_seen_ms, thinvm_boot_ms());
+    return 0;
+}
+
+bool coroutine_fn thinvm_claim_confirm(BDRVThinvmState *s)
+{
+    unsigned failed = qatomic_read(&s->claim_looks_failed);
+    int ret = 0;
+
+    qemu_co_mutex_lock(&s->claim_lock);
+    if (qatomic_read(&s->claim_looks_failed) != failed) {
+        ret = -EIO;             /* what we waited for was for us, too */
+    } else if (!thinvm_claim_seen_lately(s)) {
+        ret = thinvm_claim_look_until_sure(s);
+        trace_thinvm_claim_confirm(s->bs, ret);
+        if (ret < 0) {
+            qatomic_inc(&s->claim_looks_failed);
+        }
+    }
+    qemu_co_mutex_unlock(&s->claim_lock);
+    return ret == 0 && !qatomic_read(&s->lost);
 }
 
 /* ------------------------------------------------------------------ */

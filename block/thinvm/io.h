@@ -96,11 +96,13 @@ static inline ThinvmSource thinvm_mapping_source(const ThinvmMapping *m)
  * To be asked when all that had to be waited for has been, right before data
  * are written.  A request passed thinvm_mode_begin_write(), but ownership can
  * be lost at any time after (thinvm_mode_lose()), and the place that was found
- * or reserved is the new owner's to give away.
+ * or reserved is the new owner's to give away.  May wait for a look at the
+ * claim.
  */
-static inline bool thinvm_still_owner(BDRVThinvmState *s)
+static inline bool coroutine_fn GRAPH_RDLOCK
+thinvm_still_owner(BDRVThinvmState *s)
 {
-    return likely(qatomic_read(&s->owner));
+    return likely(qatomic_read(&s->owner)) && thinvm_claim_counts(s);
 }
 
 /*

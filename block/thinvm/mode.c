@@ -165,6 +165,22 @@ thinvm_take_store(BDRVThinvmState *s, bool unchanged, bool fresh,
     return st;
 }
 
+/* What was read and written since this began counts as one look */
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_take_claim(BDRVThinvmState *s, uint64_t epoch,
+                  const ThinvmClaim *newest, Error **errp)
+{
+    int64_t begun = thinvm_boot_ms();
+    int ret;
+
+    qatomic_set(&s->claim_seen_ms, 0);
+    ret = thinvm_owner_claim(s, epoch, newest, errp);
+    if (ret >= 0) {
+        qatomic_set(&s->claim_seen_ms, begun);
+    }
+    return ret;
+}
+
 /*
  * Epochs in claims and in the journal rise together; only if claims were
  * wiped can the journal be ahead.  Then claim once more, above it.
@@ -189,7 +205,7 @@ thinvm_take_claimed(BDRVThinvmState *s, bool unchanged, bool fresh,
                        "raised any more");
             ret = -EOVERFLOW;
         } else {
-            ret = thinvm_owner_claim(s, info.epoch + 1, &s->claim, errp);
+            ret = thinvm_take_claim(s, info.epoch + 1, &s->claim, errp);
         }
     }
     if (ret >= 0) {
@@ -288,7 +304,7 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
     if (thinvm_guest_is_stale(s, &view, errp)) {
         return -ESTALE;
     }
-    ret = thinvm_owner_claim(s, view.newest_epoch + 1, &view.newest, errp);
+    ret = thinvm_take_claim(s, view.newest_epoch + 1, &view.newest, errp);
     if (ret < 0) {
         return ret;
     }
@@ -303,6 +319,7 @@ thinvm_take_locked(BDRVThinvmState *s, bool fresh, Error **errp)
          */
         thinvm_owner_release(s, THINVM_CLAIM_RETURNED,
                              ret == -EBADMSG ? end : NULL, NULL);
+        qatomic_set(&s->claim_seen_ms, 0);
         thinvm_owner_drop(s);
         return ret;
     }
@@ -406,6 +423,7 @@ int coroutine_fn thinvm_mode_give_up(BlockDriverState *bs,
     ret = thinvm_owner_release(s, state,
                                state != THINVM_CLAIM_CLOSED ? &end : NULL,
                                errp);
+    qatomic_set(&s->claim_seen_ms, 0);
     if (ret < 0) {
         thinvm_owner_drop(s);
         goto out;

@@ -15,7 +15,8 @@
  *              while the owner is busy, less often while it is not.
  *
  * Nothing depends on it: a follower's look-up catches up by itself, and a
- * displaced owner is fenced, or stopped by its first failing write.
+ * displaced owner is fenced, or stopped by its first write after it was frozen
+ * (heartbeat.c), or its first that fails.
  *
  * Drain: the coroutine counts as a request in flight, works in bounded steps,
  * and looks between them whether the node is to be quiet.
@@ -94,7 +95,7 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_own(ThinvmPulse *p)
         thinvm_mode_device_cut(s, length, needed);
         return;
     }
-    ret = thinvm_heartbeat_check_claim(s, &local_err);
+    ret = thinvm_claim_look(s, &local_err);
     if (ret == -EPERM && qatomic_read(&s->owner)) {
         thinvm_mode_lose(s, error_get_pretty(local_err));
     }

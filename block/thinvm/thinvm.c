@@ -287,6 +287,7 @@ static int GRAPH_UNLOCKED thinvm_open(BlockDriverState *bs, QDict *options,
     thinvm_device_init_node(s);
     qemu_co_mutex_init(&s->mode_lock);
     qemu_co_mutex_init(&s->fence.lock);
+    qemu_co_mutex_init(&s->claim_lock);
     thinvm_io_init(s);
     thinvm_volume_init(s);
     thinvm_worker_init(s);

@@ -182,6 +182,14 @@ struct BDRVThinvmState {
     bool epoch_used;                /* another has written under claim.epoch */
     QLIST_ENTRY(BDRVThinvmState) owner_link;
 
+    /*
+     * heartbeat.c, atomic: when the look began that has last found our claim
+     * in its place, by thinvm_boot_ms().  0: there is none to rely on.
+     */
+    int64_t claim_seen_ms;
+    CoMutex claim_lock;             /* one look of those that writes wait for */
+    unsigned claim_looks_failed;    /* atomic */
+
     ThinvmWorker *worker;           /* worker.c */
     ThinvmPulse *pulse;             /* pulse.c */
     ThinvmVolume volume;            /* volume.c */
@@ -468,6 +476,50 @@ void thinvm_owner_describe_displaced(BDRVThinvmState *s,
 void thinvm_owner_drop(BDRVThinvmState *s);
 /* Is the newest claim on the device ours? -EPERM if not */
 int coroutine_fn thinvm_owner_verify(BDRVThinvmState *s, Error **errp);
+
+/* ------------------------------------------------------------------ */
+/* heartbeat.c: is the claim still ours?                               */
+
+/*
+ * For so long a look at the claim counts.  Longer than from one heartbeat to
+ * the next, which look anyway; shorter than a forced take-over watches a
+ * counter that stands, so whoever was frozen for long enough to be displaced
+ * looks again before he writes.
+ */
+#define THINVM_CLAIM_COUNTS_MS  4000
+
+/* A clock that goes on while the process is stopped, or the host suspended */
+static inline int64_t thinvm_boot_ms(void)
+{
+    struct timespec now;
+
+#ifdef CLOCK_BOOTTIME
+    clock_gettime(CLOCK_BOOTTIME, &now);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &now);
+#endif
+    return now.tv_sec * 1000LL + now.tv_nsec / SCALE_MS;
+}
+
+static inline bool thinvm_claim_seen_lately(BDRVThinvmState *s)
+{
+    int64_t seen = qatomic_read(&s->claim_seen_ms);
+
+    return !seen || thinvm_boot_ms() - seen < THINVM_CLAIM_COUNTS_MS;
+}
+
+/* Look again.  False: it is not, and ownership is lost; or nobody can tell */
+bool coroutine_fn GRAPH_RDLOCK thinvm_claim_confirm(BDRVThinvmState *s);
+
+/*
+ * Right before a write to the device, of data or metadata.  Costs one look at
+ * the clock, unless that says that the claim was not looked at for too long.
+ */
+static inline bool coroutine_fn GRAPH_RDLOCK
+thinvm_claim_counts(BDRVThinvmState *s)
+{
+    return likely(thinvm_claim_seen_lately(s)) || thinvm_claim_confirm(s);
+}
 
 /* ------------------------------------------------------------------ */
 /* worker.c: the background coroutine of an image: commits each        */

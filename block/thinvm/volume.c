@@ -249,6 +249,9 @@ static int coroutine_fn thinvm_cut(void *opaque, uint64_t size)
     int ret;
 
     assume_graph_lock();        /* thinvm_co_shrink() holds it */
+    if (!thinvm_claim_counts(bs->opaque)) {
+        return -EIO;
+    }
     ret = bdrv_co_truncate(bs->file, size, true, PREALLOC_MODE_OFF, 0, NULL);
     trace_thinvm_device_shrink(bs, size, ret);
     return ret;

@@ -160,6 +160,55 @@ def frozen_owner(ctx):
     require_clean(ctx, lun)
 
 
+def thaws_after_a_close(ctx, **more):
+    """While the owner is frozen, another takes the image over, writes it and
+    closes it.  Then the device lets everybody write."""
+    _, lun = new_lun(ctx)
+    frozen = opened(ctx, lun, **more)
+    write(ctx, frozen, 0, pattern(1))
+    client = NBDClient(ctx, frozen.export_nbd(), 'disk')
+    frozen.process.popen.send_signal(signal.SIGSTOP)
+    successor = opened(ctx, lun, host='b', force_takeover=True, **more)
+    write(ctx, successor, 0, pattern(2))
+    successor.quit()
+    check(not raw_write_refused(ctx, lun), 'the reservation outlives a clean '
+          'close')
+    # There before it thaws, and more than one: overwrites, and new clusters.
+    places = [offset + 4096 * number for number in range(4)
+              for offset in (0, 512 << 20)]
+    for offset in places:
+        client.send(1, offset=offset, data=pattern(3), tag=offset)
+    frozen.process.popen.send_signal(signal.SIGCONT)
+    for _ in places:
+        offset, error, _ = client.reply()
+        check(error != 0, 'a displaced owner acknowledged a write at %d',
+              offset)
+    event = frozen.qmp.wait_event('THINVM_OWNERSHIP_LOST', 30)
+    ctx.log('lost: %s' % event)
+    client.close()
+    frozen.kill()
+    heir = opened(ctx, lun, host='b', **more)
+    for offset in places:
+        check(read(ctx, heir, offset) == (bytes(4096) if offset
+                                          else pattern(2)),
+              'the displaced owner wrote at %d', offset)
+    heir.quit()
+    require_clean(ctx, lun)
+
+
+@test()
+def frozen_until_the_close(ctx):
+    """A frozen owner that thaws when its successor has closed the image, and
+    no reservation is left: it looks at the claims before it writes."""
+    thaws_after_a_close(ctx)
+
+
+@test()
+def frozen_until_the_close_by_claim(ctx):
+    """The same where there are only the claims."""
+    thaws_after_a_close(ctx, reservation='off')
+
+
 @test()
 def idle_owner_notices(ctx):
     """One that writes nothing notices, too, by looking at its claim."""

@@ -185,6 +185,11 @@ int coroutine_fn thinvm_mode_commit_found(BlockDriverState *bs,
     return 0;
 }
 
+bool coroutine_fn thinvm_claim_confirm(BDRVThinvmState *s)
+{
+    return true;
+}
+
 bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
 {
     return false;
