@@ -466,6 +466,10 @@ void thinvm_mode_device_cut(BDRVThinvmState *s, int64_t length,
     thinvm_mode_lose(s, reason);
 }
 
+/*
+ * Where the claim cannot be read, nothing is taken anew, and the write fails;
+ * the next one, or the next heartbeat, may find the device well again.
+ */
 bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
 {
     BDRVThinvmState *s = bs->opaque;
@@ -475,8 +479,11 @@ bool coroutine_fn thinvm_mode_write_failed(BlockDriverState *bs)
     if (!qatomic_read(&s->owner)) {
         return false;
     }
-    if (thinvm_owner_verify(s, &local_err) == -EPERM) {
+    ret = thinvm_owner_verify(s, &local_err);
+    if (ret == -EPERM) {
         thinvm_mode_lose(s, error_get_pretty(local_err));
+    }
+    if (ret < 0) {
         return false;
     }
     ret = thinvm_fence_check(s);

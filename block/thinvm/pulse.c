@@ -99,11 +99,12 @@ static void coroutine_fn GRAPH_RDLOCK thinvm_pulse_own(ThinvmPulse *p)
     if (ret == -EPERM && qatomic_read(&s->owner)) {
         thinvm_mode_lose(s, error_get_pretty(local_err));
     }
-    if (ret == -EPERM || !qatomic_read(&s->owner)) {
-        return;
-    }
-    if (thinvm_fence_check(s) == -EPERM && qatomic_read(&s->owner)) {
+    /* One that cannot be read lets the heart beat on, and renews nothing */
+    if (ret == 0 && qatomic_read(&s->owner) &&
+        thinvm_fence_check(s) == -EPERM && qatomic_read(&s->owner)) {
         thinvm_mode_lose(s, "another has reserved the device");
+    }
+    if (!qatomic_read(&s->owner)) {
         return;
     }
     WITH_QEMU_LOCK_GUARD(&p->lock) {

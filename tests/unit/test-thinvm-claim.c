@@ -437,6 +437,50 @@ static void test_unreadable(void)
     disk_close(d);
 }
 
+/* ------------------------------------------------------------------ */
+/* The reservation                                                     */
+
+/* A write fails because the device forgot it */
+static void test_write_renews(void)
+{
+    Disk *d = disk_open();
+
+    forget_reservation();
+    lun.fail_writes = 1;
+    lun.unreadable = true;
+    g_assert_cmpint(disk_write(d, 0, 2), ==, -EIO);
+    g_assert_cmpuint(lun.holder, ==, 0);
+    assert_owner(d);
+
+    lun.fail_writes = 1;
+    lun.unreadable = false;
+    g_assert_cmpint(disk_write(d, 0, 2), ==, 0);
+    g_assert_cmpuint(lun.holder, !=, 0);
+    disk_close(d);
+}
+
+/* So does the heartbeat */
+static void test_heartbeat_renews(void)
+{
+    Disk *d = disk_open();
+
+    forget_reservation();
+    lun.unreadable = true;
+    /* the second begins when all that hangs on the first is done */
+    while (lun.failures < 2) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    g_assert_cmpuint(lun.holder, ==, 0);
+    assert_owner(d);
+
+    lun.unreadable = false;
+    while (!lun.holder) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    assert_owner(d);
+    disk_close(d);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -450,5 +494,7 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/claim/close", test_close);
     g_test_add_func("/thinvm/claim/one-look", test_one_look);
     g_test_add_func("/thinvm/claim/unreadable", test_unreadable);
+    g_test_add_func("/thinvm/claim/write-renews", test_write_renews);
+    g_test_add_func("/thinvm/claim/heartbeat-renews", test_heartbeat_renews);
     return g_test_run();
 }
