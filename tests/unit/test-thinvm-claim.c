@@ -44,6 +44,7 @@ static struct {
     bool slow;                  /* the same */
     unsigned reads, failures;   /* of claims */
     uint64_t registered, holder;
+    void (*at_reserve)(void);
 } lun;
 
 static bool is_claim(int64_t offset)
@@ -132,6 +133,9 @@ static int reserve_out(unsigned action, const uint8_t *data)
         lun.registered = lun.holder = 0;
         return GOOD;
     case 1:                             /* RESERVE */
+        if (lun.at_reserve) {
+            lun.at_reserve();
+        }
         lun.holder = key;
         return GOOD;
     default:
@@ -481,6 +485,23 @@ static void test_heartbeat_renews(void)
     disk_close(d);
 }
 
+/*
+ * Another has come and gone between the look at the claim and the new
+ * reservation: that is given back.
+ */
+static void test_renewed_too_late(void)
+{
+    Disk *d = disk_open();
+
+    forget_reservation();
+    lun.fail_writes = 1;
+    lun.at_reserve = claim_by_another;
+    g_assert_cmpint(disk_write(d, 0, 2), ==, -EIO);
+    assert_lost(d);
+    g_assert_cmpuint(lun.holder, ==, 0);
+    disk_close(d);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -496,5 +517,6 @@ int main(int argc, char **argv)
     g_test_add_func("/thinvm/claim/unreadable", test_unreadable);
     g_test_add_func("/thinvm/claim/write-renews", test_write_renews);
     g_test_add_func("/thinvm/claim/heartbeat-renews", test_heartbeat_renews);
+    g_test_add_func("/thinvm/claim/renewed-too-late", test_renewed_too_late);
     return g_test_run();
 }
