@@ -32,6 +32,11 @@ static int coroutine_fn slot_read(ThinvmDevice *dev, int nr, Slot *slot)
     if (slot->ret < 0) {
         error_setg_errno(&slot->err, -slot->ret,
                          "Could not read superblock %d", nr);
+        /* These say something of contents, which we have not seen */
+        if (slot->ret == -EINVAL || slot->ret == -EBADMSG ||
+            slot->ret == -ENOTSUP) {
+            slot->ret = -EIO;
+        }
         return slot->ret;
     }
     slot->blank = buffer_is_zero(buf, sizeof(ThinvmSuperblockLe));
@@ -63,10 +68,27 @@ bool thinvm_bases_repaired(const ThinvmBases *bases)
            bases->newest.sequence > bases->older.sequence;
 }
 
-/* Which error of two invalid slots tells most?  Damage and versions do */
+/*
+ * Which error of two invalid slots tells most?  A later version's image is
+ * one for certain; behind what cannot be read anything may be.
+ */
+static int slot_rank(const Slot *slot)
+{
+    switch (slot->ret) {
+    case -EINVAL:
+        return 0;
+    case -EBADMSG:
+        return 1;
+    case -ENOTSUP:
+        return 3;
+    default:
+        return 2;
+    }
+}
+
 static int worse_slot(const Slot *slots)
 {
-    return slots[0].ret == -EINVAL && slots[1].ret != -EINVAL ? 1 : 0;
+    return slot_rank(&slots[1]) > slot_rank(&slots[0]);
 }
 
 void thinvm_bases_destroy(ThinvmBases *bases)

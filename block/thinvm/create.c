@@ -76,29 +76,80 @@ QemuOptsList thinvm_create_opts = {
 /* ------------------------------------------------------------------ */
 /* The image that was there before                                     */
 
-static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
-                                                  Error **errp)
+/*
+ * Who uses what is there, as far as it is an image of ours?  Blank devices and
+ * other formats are nobody's.  What cannot be read, or is a later version's,
+ * may be somebody's.  Of an image whose superblocks are both damaged, whoever
+ * has had it open writes good ones with the next checkpoint: there, the claims
+ * decide as always.
+ */
+static int coroutine_fn thinvm_create_look(ThinvmDevice *dev,
+                                           ThinvmOwnerView *view,
+                                           Error **errp)
 {
-    ERRP_GUARD();
-    ThinvmBlkDevice d;
-    ThinvmSuperblock sb, older;
-    ThinvmOwnerView view;
-    bool has_older;
+    Error *local_err = NULL;
+    ThinvmSuperblock sb;
     int ret;
 
-    thinvm_device_init_blk(&d, blk);
-    ret = thinvm_store_probe(&d.device, &sb, &older, &has_older, NULL);
-    if (ret < 0) {
-        return 0;       /* no image, or one that nobody can be using */
-    }
-    ret = thinvm_owner_look(&d.device, &sb.uuid, NULL, &view, errp);
+    *view = (ThinvmOwnerView) { .kind = THINVM_OWNER_NONE };
+    /* In this host's page cache may be what was there before the image */
+    ret = thinvm_device_refresh(dev, errp);
     if (ret < 0) {
         return ret;
     }
-    thinvm_owner_settle(&d.device, &sb.uuid, &view);
-    if (!thinvm_owner_may_take(&view, false, errp)) {
-        error_prepend(errp, "Refusing to overwrite a thinvm image: ");
-        return -EBUSY;
+    ret = thinvm_store_probe(dev, &sb, NULL, NULL, &local_err);
+    if (ret < 0 && ret != -EINVAL && ret != -EBADMSG) {
+        error_propagate(errp, local_err);
+        return ret;
+    }
+    error_free(local_err);
+    if (ret == -EINVAL) {
+        return 0;
+    }
+    if (ret == -EBADMSG) {
+        ret = thinvm_owner_image(dev, &sb.uuid, errp);
+    }
+    if (ret == 0) {
+        ret = thinvm_owner_look(dev, &sb.uuid, NULL, view, errp);
+    }
+    if (ret == 0) {
+        thinvm_owner_settle(dev, &sb.uuid, view);
+    }
+    return ret;
+}
+
+/* Who knows better must say so, in a way that nobody takes by accident */
+static void thinvm_create_refuse(BlockBackend *blk, const ThinvmOwnerView *view,
+                                 Error **errp)
+{
+    ERRP_GUARD();
+    const char *name = blk_bs(blk)->filename;
+
+    error_prepend(errp, "Refusing to overwrite '%s', where a thinvm image is "
+                  "or may be: ", name);
+    /* A process of this host that is there needs no guessing */
+    if (!view->this_host && view->kind != THINVM_OWNER_NODE) {
+        error_append_hint(errp, "If it is certain that no host uses it and "
+                          "nothing of it is needed, erase the header first: "
+                          "qemu-io -f raw -c 'write -z 0 1M' '%s'\n", name);
+    }
+}
+
+static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
+                                                  Error **errp)
+{
+    ThinvmBlkDevice d;
+    ThinvmOwnerView view;
+    int ret;
+
+    thinvm_device_init_blk(&d, blk);
+    ret = thinvm_create_look(&d.device, &view, errp);
+    if (ret == 0 && !thinvm_owner_may_take(&view, false, errp)) {
+        ret = -EBUSY;
+    }
+    if (ret < 0) {
+        thinvm_create_refuse(blk, &view, errp);
+        return ret;
     }
     if (view.newest_epoch) {
         bdrv_graph_co_rdlock();
@@ -110,25 +161,28 @@ static int coroutine_fn thinvm_create_check_owner(BlockBackend *blk,
 
 /*
  * The same before the protocol's own creation, which may truncate or clear
- * what is there.  If the name cannot be opened there is nothing to protect.
- * *device: it names a thing that exists of itself, a LUN or an export; the
- * protocol then creates nothing, but would clear the first sector before
- * anybody knows whether the image fits.
+ * what is there.  *device: it names a thing that exists of itself, a LUN or an
+ * export; the protocol then creates nothing, but would clear the first sector
+ * before anybody knows whether the image fits, and whose it is.  A file that
+ * cannot be opened is not there.
  */
 static int coroutine_fn thinvm_create_check_file(const char *filename,
                                                  bool *device, Error **errp)
 {
     BlockDriverState *bs;
     BlockBackend *blk;
-    int ret = 0;
+    BlockDriver *drv;
+    int ret = -EPERM;
 
     *device = false;
     bs = bdrv_co_open(filename, NULL, NULL, BDRV_O_PROTOCOL, NULL);
     if (!bs) {
+        drv = bdrv_find_protocol(filename, true, NULL);
+        *device = drv && drv->bdrv_co_create_opts == bdrv_co_create_opts_simple;
         return 0;
     }
     *device = bs->drv->bdrv_co_create_opts == bdrv_co_create_opts_simple;
-    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL, NULL);
+    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL, errp);
     if (blk) {
         ret = thinvm_create_check_owner(blk, errp);
         blk_co_unref(blk);

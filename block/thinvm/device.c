@@ -124,15 +124,19 @@ thinvm_node_length(ThinvmDevice *dev)
     return ret < 0 ? ret : bdrv_co_getlength(bs);
 }
 
+/* What is at the bottom of the chain that begins with @bs */
+static BlockDriverState * GRAPH_RDLOCK thinvm_bottom(BlockDriverState *bs)
+{
+    while (bdrv_primary_bs(bs)) {
+        bs = bdrv_primary_bs(bs);
+    }
+    return bs;
+}
+
 /* What is at the bottom of the chain under the image */
 static BlockDriverState * GRAPH_RDLOCK thinvm_protocol(BlockDriverState *bs)
 {
-    BlockDriverState *protocol = bs->file->bs;
-
-    while (bdrv_primary_bs(protocol)) {
-        protocol = bdrv_primary_bs(protocol);
-    }
-    return protocol;
+    return thinvm_bottom(bs->file->bs);
 }
 
 static bool thinvm_is_driver(BlockDriverState *bs, const char *name)
@@ -272,6 +276,12 @@ thinvm_node_discard_unit(ThinvmDevice *dev)
     return thinvm_device_bs(dev)->file->bs->bl.pdiscard_alignment;
 }
 
+static int coroutine_fn GRAPH_RDLOCK
+thinvm_node_forget_cache(ThinvmDevice *dev, Error **errp)
+{
+    return thinvm_device_forget_cache(thinvm_device_bs(dev)->file->bs, errp);
+}
+
 void thinvm_device_init_node(BDRVThinvmState *s)
 {
     s->device = (ThinvmDevice) {
@@ -283,18 +293,17 @@ void thinvm_device_init_node(BDRVThinvmState *s)
         .co_grow = thinvm_node_grow,
         .co_grow_bound = thinvm_node_grow_bound,
         .co_discard_unit = thinvm_node_discard_unit,
+        .co_forget_cache = thinvm_node_forget_cache,
         .co_event = thinvm_node_event,
     };
 }
 
-bool thinvm_device_coherent(BlockDriverState *bs)
+/*
+ * Only file-posix puts the host's page cache in between; the network protocols
+ * send every read to the other side.
+ */
+static bool thinvm_protocol_coherent(BlockDriverState *protocol)
 {
-    BlockDriverState *protocol = thinvm_protocol(bs);
-
-    /*
-     * Only file-posix puts the host's page cache in between; the network
-     * protocols send every read to the other side.
-     */
     if (thinvm_is_driver(protocol, "file") ||
         thinvm_is_driver(protocol, "host_device")) {
         return protocol->open_flags & BDRV_O_NOCACHE;
@@ -302,22 +311,28 @@ bool thinvm_device_coherent(BlockDriverState *bs)
     return true;
 }
 
+bool thinvm_device_coherent(BlockDriverState *bs)
+{
+    return thinvm_protocol_coherent(thinvm_protocol(bs));
+}
+
 /*
  * Of a block device that several hosts share, this host's page cache may hold
  * what was there long ago, claims of ownership included.  (A file system sees
  * to that itself, if it is shared at all.)
  */
-int coroutine_fn thinvm_device_forget_cache(BlockDriverState *bs, Error **errp)
+int coroutine_fn thinvm_device_forget_cache(BlockDriverState *file,
+                                            Error **errp)
 {
-    BlockDriverState *protocol = thinvm_protocol(bs);
+    BlockDriverState *protocol = thinvm_bottom(file);
     Error *local_err = NULL;
 
     if (!thinvm_is_driver(protocol, "host_device") ||
-        thinvm_device_coherent(bs)) {
+        thinvm_protocol_coherent(protocol)) {
         return 0;
     }
     protocol->drv->bdrv_co_invalidate_cache(protocol, &local_err);
-    trace_thinvm_device_forget_cache(bs, local_err ? -EIO : 0);
+    trace_thinvm_device_forget_cache(file, local_err ? -EIO : 0);
     error_propagate(errp, local_err);
     return local_err ? -EIO : 0;
 }
@@ -398,6 +413,16 @@ static int coroutine_fn thinvm_blk_grow(ThinvmDevice *dev, uint64_t bytes)
     return ret < 0 ? ret : 0;
 }
 
+static int coroutine_fn thinvm_blk_forget_cache(ThinvmDevice *dev, Error **errp)
+{
+    int ret;
+
+    bdrv_graph_co_rdlock();
+    ret = thinvm_device_forget_cache(blk_bs(thinvm_device_blk(dev)), errp);
+    bdrv_graph_co_rdunlock();
+    return ret;
+}
+
 void thinvm_device_init_blk(ThinvmBlkDevice *d, BlockBackend *blk)
 {
     d->blk = blk;
@@ -408,5 +433,6 @@ void thinvm_device_init_blk(ThinvmBlkDevice *d, BlockBackend *blk)
         .co_pdiscard = thinvm_blk_pdiscard,
         .co_length = thinvm_blk_length,
         .co_grow = thinvm_blk_grow,
+        .co_forget_cache = thinvm_blk_forget_cache,
     };
 }

@@ -270,7 +270,11 @@ int coroutine_fn thinvm_heartbeat_watch(ThinvmDevice *dev,
            beat->unchanged_ms < THINVM_HEARTBEAT_DEAD_MS &&
            g_get_monotonic_time() - begin < THINVM_HEARTBEAT_DEAD_MS * 1000) {
         qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, 200 * SCALE_MS);
-        ret = thinvm_heartbeat_look(dev, uuid, claim, beat);
+        /* In this host's page cache, no other host's counter ever moves */
+        ret = thinvm_device_refresh(dev, NULL);
+        if (ret == 0) {
+            ret = thinvm_heartbeat_look(dev, uuid, claim, beat);
+        }
     }
     trace_thinvm_heartbeat_watch(claim->epoch, first, beat->counter,
                                  beat->unchanged_ms);

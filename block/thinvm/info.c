@@ -204,7 +204,7 @@ thinvm_co_contents(BlockDriverState *bs, void *opaque, Error **errp)
     int ret;
 
     /* Of a block device, this host's page cache may have an old claim */
-    ret = thinvm_device_forget_cache(bs, errp);
+    ret = thinvm_device_forget_cache(bs->file->bs, errp);
     if (ret >= 0) {
         ret = thinvm_owner_look(&s->device, &s->uuid, s, &view, errp);
     }

@@ -383,6 +383,51 @@ static void thinvm_look_end(const QemuUUID *uuid, const uint8_t *area,
                     qemu_uuid_is_equal(&view->end.nonce, &view->newest.nonce);
 }
 
+static int coroutine_fn thinvm_claims_read(ThinvmDevice *dev, uint8_t *area,
+                                           Error **errp)
+{
+    int ret;
+
+    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_READ);
+    ret = dev->co_pread(dev, THINVM_CLAIM_OFFSET, THINVM_CLAIM_AREA, area);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Cannot read the claims of ownership "
+                         "(%d bytes at offset %d)", THINVM_CLAIM_AREA,
+                         (int)THINVM_CLAIM_OFFSET);
+    }
+    /* -EPERM is what thinvm_owner_verify() says of a claim that is lost */
+    return ret == -EPERM ? -EIO : ret;
+}
+
+int coroutine_fn thinvm_owner_image(ThinvmDevice *dev, QemuUUID *uuid,
+                                    Error **errp)
+{
+    g_autofree uint8_t *area = g_malloc(THINVM_CLAIM_AREA);
+    ThinvmClaim claim;
+    QemuUUID named;
+    int i, ret;
+
+    memset(uuid, 0, sizeof(*uuid));
+    ret = thinvm_claims_read(dev, area, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    for (i = 0; i < THINVM_NB_CLAIMS; i++) {
+        const ThinvmClaimLe *block =
+            (const void *)(area + i * THINVM_PAGE_SIZE);
+
+        memcpy(named.data, block->image_uuid, sizeof(named.data));
+        ret = thinvm_claim_decode(&named, &claim, block);
+        if (ret != -ENOENT) {
+            *uuid = named;
+        }
+        if (ret == 0 || ret == -ENOTSUP) {
+            break;              /* this one is whole */
+        }
+    }
+    return 0;
+}
+
 int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                    BDRVThinvmState *self,
                                    ThinvmOwnerView *view, Error **errp)
@@ -392,14 +437,16 @@ int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
     int ret;
 
     memset(view, 0, sizeof(*view));
-    thinvm_device_event(dev, BLKDBG_THINVM_CLAIM_READ);
-    ret = dev->co_pread(dev, THINVM_CLAIM_OFFSET, THINVM_CLAIM_AREA, area);
+    /* An owner comes here when a write has failed: no time to flush them all */
+    if (!self || !qatomic_read(&self->owner)) {
+        ret = thinvm_device_refresh(dev, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    ret = thinvm_claims_read(dev, area, errp);
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Cannot read the claims of ownership "
-                         "(%d bytes at offset %d)", THINVM_CLAIM_AREA,
-                         (int)THINVM_CLAIM_OFFSET);
-        /* -EPERM is what thinvm_owner_verify() says of a claim that is lost */
-        return ret == -EPERM ? -EIO : ret;
+        return ret;
     }
     certain = thinvm_claims_newest(uuid, area, &view->newest);
     view->newest_epoch = view->newest.epoch;

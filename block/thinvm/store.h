@@ -50,6 +50,11 @@ struct ThinvmDevice {
      * 0, or no such function: any will do.
      */
     uint64_t coroutine_fn (*co_discard_unit)(ThinvmDevice *dev);
+    /*
+     * From now on read what the device has, not what a cache has kept of it.
+     * No such function: there is no cache.
+     */
+    int coroutine_fn (*co_forget_cache)(ThinvmDevice *dev, Error **errp);
     /* Comes before each I/O: a point to inject faults at and to trace
        (BLKDBG_*); may be NULL */
     void coroutine_fn (*co_event)(ThinvmDevice *dev, int event);
@@ -61,6 +66,12 @@ static inline void coroutine_fn thinvm_device_event(ThinvmDevice *dev,
     if (dev->co_event) {
         dev->co_event(dev, event);
     }
+}
+
+static inline int coroutine_fn thinvm_device_refresh(ThinvmDevice *dev,
+                                                     Error **errp)
+{
+    return dev->co_forget_cache ? dev->co_forget_cache(dev, errp) : 0;
 }
 
 typedef struct ThinvmStore ThinvmStore;
@@ -112,7 +123,9 @@ int coroutine_fn thinvm_store_set_template(ThinvmStore *st,
 /*
  * Read the superblocks: the newest valid one to @sb, the other valid one to
  * @older (*has_older).  Warns in *damaged if a slot that held a newer
- * or equal generation seems damaged (for messages).  -EINVAL: no image here.
+ * or equal generation seems damaged (for messages).  -EINVAL: no image here;
+ * -EBADMSG: both are damaged; -ENOTSUP: a later version's.  Others: it cannot
+ * be read, whatever it is.
  */
 int coroutine_fn thinvm_store_probe(ThinvmDevice *dev, ThinvmSuperblock *sb,
                                     ThinvmSuperblock *older, bool *has_older,

@@ -165,7 +165,7 @@ static const char *thinvm_given(const char *option)
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_co_look(BlockDriverState *bs, void *opaque, Error **errp)
 {
-    int ret = thinvm_device_forget_cache(bs, errp);
+    int ret = thinvm_device_forget_cache(bs->file->bs, errp);
 
     return ret < 0 ? ret : thinvm_open_superblock(bs, errp);
 }

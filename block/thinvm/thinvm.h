@@ -267,9 +267,12 @@ bool GRAPH_RDLOCK thinvm_device_coherent(BlockDriverState *bs);
 /* Is the device shorter by now than what the image uses?  By how much? */
 bool coroutine_fn GRAPH_RDLOCK
 thinvm_device_was_cut(BDRVThinvmState *s, int64_t *length, uint64_t *needed);
-/* If there is one on a shared device: take nothing out of it that is old */
+/*
+ * If there is one on a shared device: take nothing out of it that is old.
+ * @file: the node that an image lies on
+ */
 int coroutine_fn GRAPH_RDLOCK
-thinvm_device_forget_cache(BlockDriverState *bs, Error **errp);
+thinvm_device_forget_cache(BlockDriverState *file, Error **errp);
 
 /* ------------------------------------------------------------------ */
 /* options.c                                                           */
@@ -432,10 +435,19 @@ typedef struct ThinvmOwnerView {
     ThinvmRelease end;
 } ThinvmOwnerView;
 
-/* Read all claims and judge the newest.  @self may be NULL */
+/*
+ * Read all claims and judge the newest, past this host's page cache unless
+ * @self, which may be NULL, is the owner
+ */
 int coroutine_fn thinvm_owner_look(ThinvmDevice *dev, const QemuUUID *uuid,
                                    BDRVThinvmState *self,
                                    ThinvmOwnerView *view, Error **errp);
+/*
+ * If the superblocks do not tell: the image that the claims are about.  All
+ * zeroes: there are none.
+ */
+int coroutine_fn thinvm_owner_image(ThinvmDevice *dev, QemuUUID *uuid,
+                                    Error **errp);
 /*
  * Watch the heartbeat of the owner in @view, where that is needed to judge or
  * to tell about it.  May take seconds.

@@ -7,7 +7,7 @@ test is skipped.
 
 import os
 
-from lib.context import Failure, Skip, check
+from lib.context import Failure, Skip, check, wait_for
 from lib.guest import Guest
 from lib.image import GiB, MiB, create, info, require_clean
 from lib.qmp import QMPError
@@ -106,4 +106,92 @@ def old_page_cache(ctx):
                         **{'snapshot': {'name': 'snap'}})
         reader.quit()
         owner.quit()
+    require_clean(ctx, there)
+
+
+def keep_cached(ctx, place):
+    """Have this host's page cache know what is there now, and nothing later.
+
+    As long as somebody has the device open, its cache stays."""
+    kept = open(place.url, 'rb')
+    ctx.cleanup(kept.close)
+    kept.read(64 * MiB)
+
+
+def refused(ctx, says, func, *args, **kwargs):
+    try:
+        func(*args, **kwargs)
+    except QMPError as err:
+        ctx.log('refused: ' + err.desc)
+        check(says in err.desc, 'message: %s', err.desc)
+    else:
+        raise Failure('was not refused: %s' % says)
+
+
+@test()
+def create_past_page_cache(ctx):
+    """An image that another host has in use is not overwritten by one whose
+    page cache is from before it, when the device was blank."""
+    there = LoopDevice(ctx, 512 * MiB)
+    here = LoopDevice(ctx, 512 * MiB, direct=False)
+    keep_cached(ctx, here)
+    create(ctx, there, 1 * GiB)
+    io, img = ctx.bin('qemu-io'), ctx.bin('qemu-img')
+    ctx.run(io, '-n', '-f', ctx.fmt, '-c', 'write -P 7 0 1M', there.url)
+    owner = StorageDaemon(ctx)
+    owner.add_disk(there)
+    text = ctx.run(img, 'create', '-f', ctx.fmt, here.url, '1G',
+                   ok=range(1, 120))
+    check("Refusing to overwrite '%s'" % here.url in text and
+          'owned by process %d' % owner.process.popen.pid in text,
+          'message: %s', text.strip())
+    other = StorageDaemon(ctx, host='b')
+    other.qmp.cmd_raw('blockdev-add', here.blockdev('device'))
+    other.qmp.cmd_raw('blockdev-create', {'job-id': 'create', 'options': {
+        'driver': ctx.fmt, 'file': 'device', 'size': GiB}})
+    job = wait_for(lambda: [j for j in other.qmp.cmd('query-jobs')
+                            if j['status'] == 'concluded'], 60,
+                   'the job has ended')[0]
+    check('owned by process' in job.get('error', 'none'), 'message: %s', job)
+    other.quit()
+    owner.quit()
+    ctx.run(io, '-n', '-r', '-f', ctx.fmt, '-c', 'read -P 7 0 1M', there.url)
+    require_clean(ctx, there)
+
+
+@test()
+def reopen_past_page_cache(ctx):
+    """A reader that is to write, as the base of a chain that is committed
+    does, sees who has owned the image since it was opened, and what he wrote;
+    and no owner whose heart beats is displaced."""
+    there = LoopDevice(ctx, 512 * MiB)
+    create(ctx, there, 1 * GiB)
+    io = ctx.bin('qemu-io')
+    ctx.run(io, '-n', '-f', ctx.fmt, '-c', 'write -P 1 0 1M', there.url)
+    here = LoopDevice(ctx, 512 * MiB, direct=False)
+    reader = StorageDaemon(ctx, host='b')
+    reader.qmp.cmd_raw('blockdev-add', here.blockdev('disk-file'))
+    node = {'driver': ctx.fmt, 'node-name': 'disk', 'file': 'disk-file'}
+    reader.qmp.cmd_raw('blockdev-add', {**node, 'read-only': True})
+    keep_cached(ctx, here)
+
+    owner = StorageDaemon(ctx)
+    owner.add_disk(there)
+    for more, says in (({}, 'owned by process'),
+                       ({'force-takeover': True}, 'its counter has moved')):
+        refused(ctx, says, reader.qmp.cmd_raw, 'blockdev-reopen',
+                {'options': [{**node, **more}]})
+    url = 'nbd+unix:///disk?socket=' + owner.export_nbd()
+    ctx.run(io, '-f', 'raw', '-c', 'write -P 2 0 64k', '-c',
+            'write -P 3 8M 1M', url)
+    owner.quit()
+
+    reader.qmp.cmd_raw('blockdev-reopen', {'options': [node]})
+    url = 'nbd+unix:///disk?socket=' + reader.export_nbd()
+    ctx.run(io, '-f', 'raw', '-c', 'read -P 2 0 64k', '-c',
+            'read -P 1 64k 64k', '-c', 'read -P 3 8M 1M', '-c',
+            'write -P 4 16M 1M', '-c', 'flush', url)
+    reader.quit()
+    ctx.run(io, '-n', '-r', '-f', ctx.fmt, '-c', 'read -P 2 0 64k', '-c',
+            'read -P 3 8M 1M', '-c', 'read -P 4 16M 1M', there.url)
     require_clean(ctx, there)
