@@ -476,6 +476,53 @@ static int coroutine_fn thinvm_create_on(const char *filename,
     return ret;
 }
 
+/* Are these names, of which only files have more than one, of one thing? */
+static bool thinvm_same_thing(const char *a, const char *b)
+{
+    struct stat sa, sb;
+
+    if (!strcmp(a, b)) {
+        return true;
+    }
+    strstart(a, "file:", &a);
+    strstart(b, "file:", &b);
+    if (stat(a, &sa) < 0 || stat(b, &sb) < 0) {
+        return false;
+    }
+    if (S_ISBLK(sa.st_mode) && S_ISBLK(sb.st_mode)) {
+        return sa.st_rdev == sb.st_rdev;
+    }
+    return sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
+}
+
+/*
+ * What the new image is to read from must outlive its creation.  Later, when
+ * both are open, is too late: the protocol has truncated the file by then.
+ */
+static bool thinvm_create_spares_sources(const char *filename, QDict *qdict,
+                                         Error **errp)
+{
+    const char *template = qdict_get_try_str(qdict, THINVM_OPT_TEMPLATE_FILE);
+    const char *backing = qdict_get_try_str(qdict, BLOCK_OPT_BACKING_FILE);
+    g_autofree char *full = NULL;
+
+    if (template && thinvm_same_thing(filename, template)) {
+        error_setg(errp, "The template, '%s', is what would be overwritten; "
+                   "create the image elsewhere", template);
+        return false;
+    }
+    if (backing && *backing) {
+        full = bdrv_get_full_backing_filename_from_filename(filename, backing,
+                                                            NULL);
+    }
+    if (full && thinvm_same_thing(filename, full)) {
+        error_setg(errp, "The backing file, '%s', is what would be "
+                   "overwritten; create the image elsewhere", backing);
+        return false;
+    }
+    return true;
+}
+
 /* A template's name in @qdict becomes that of a node; NULL: there is none */
 static bool coroutine_fn thinvm_create_open_template(QDict *qdict,
                                                      BlockDriverState **bs,
@@ -518,6 +565,9 @@ int coroutine_fn thinvm_co_create_opts(BlockDriver *drv, const char *filename,
     bool device;
     int ret;
 
+    if (!thinvm_create_spares_sources(filename, qdict, errp)) {
+        return -EINVAL;
+    }
     if (thinvm_create_open_template(qdict, &template, errp)) {
         options = thinvm_create_options(qdict, errp);
     }
