@@ -210,6 +210,26 @@ int coroutine_fn thinvm_co_truncate(BlockDriverState *bs, int64_t offset,
 /* ------------------------------------------------------------------ */
 /* Backing file                                                        */
 
+static bool thinvm_backing_check(BlockDriverState *bs, const char *file,
+                                 const char *format, Error **errp)
+{
+    if (strlen(file) > THINVM_MAX_BACKING_NAME) {
+        error_setg(errp, "The backing file's name has %zu bytes; at most %d "
+                   "are possible", strlen(file), THINVM_MAX_BACKING_NAME);
+        return false;
+    }
+    if (strlen(format) >= sizeof(bs->backing_format)) {
+        error_setg(errp, "'%s' is no format of a backing file", format);
+        return false;
+    }
+    if (*format && !*file) {
+        error_setg(errp, "Backing format '%s' was given without a backing "
+                   "file", format);
+        return false;
+    }
+    return true;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 thinvm_set_backing(BlockDriverState *bs, const char *file, const char *format,
                    Error **errp)
@@ -222,18 +242,7 @@ thinvm_set_backing(BlockDriverState *bs, const char *file, const char *format,
     };
     int ret;
 
-    if (strlen(file) > THINVM_MAX_BACKING_NAME) {
-        error_setg(errp, "The backing file's name has %zu bytes; at most %d "
-                   "are possible", strlen(file), THINVM_MAX_BACKING_NAME);
-        return -EINVAL;
-    }
-    if (strlen(format) >= sizeof(bs->backing_format)) {
-        error_setg(errp, "'%s' is no format of a backing file", format);
-        return -EINVAL;
-    }
-    if (*format && !*file) {
-        error_setg(errp, "Backing format '%s' was given without a backing "
-                   "file", format);
+    if (!thinvm_backing_check(bs, file, format, errp)) {
         return -EINVAL;
     }
     ret = thinvm_mode_begin_write(bs);
@@ -342,14 +351,23 @@ int thinvm_amend_options(BlockDriverState *bs, QemuOpts *opts,
         .backing_fmt = qemu_opt_get(opts, BLOCK_OPT_BACKING_FMT),
     };
     uint64_t size = qemu_opt_get_size(opts, BLOCK_OPT_SIZE, 0);
+    bool backing = a.backing_file || a.backing_fmt;
     int ret = 0;
 
+    /* Who takes the backing file away does not keep its format */
+    if (backing && !a.backing_fmt) {
+        a.backing_fmt = *a.backing_file ? bs->backing_format : "";
+    }
+    a.backing_file = a.backing_file ?: bs->backing_file;
+    /* All or nothing: what is known to fail does so before the first step */
+    if (backing && !thinvm_backing_check(bs, a.backing_file, a.backing_fmt,
+                                         errp)) {
+        return -EINVAL;
+    }
     if (size) {
         ret = thinvm_amend_size(bs, size, errp);
     }
-    if (ret >= 0 && (a.backing_file || a.backing_fmt)) {
-        a.backing_file = a.backing_file ?: bs->backing_file;
-        a.backing_fmt = a.backing_fmt ?: bs->backing_format;
+    if (ret >= 0 && backing) {
         ret = thinvm_run(bs, thinvm_co_amend_backing, &a, errp);
     }
     if (ret >= 0 && status_cb) {
