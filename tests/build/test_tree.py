@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import unittest
 
 from helpers import CHECKOUT
@@ -64,3 +65,13 @@ class Files(unittest.TestCase):
 
     def test_nothing_put_off(self):
         self.matches(PUT_OFF)
+
+
+class UnitTests(unittest.TestCase):
+    def test_table(self):
+        """The run under sanitizers reads meson's table in its own way."""
+        sys.path.append(str(CHECKOUT / 'tests/unit'))
+        # pylint: disable=import-outside-toplevel
+        from thinvm_sanitize import table
+        sources = (CHECKOUT / 'tests/unit').glob('test-thinvm-*.c')
+        self.assertEqual(sorted(table()), sorted(s.stem for s in sources))

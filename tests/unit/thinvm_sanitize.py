@@ -64,10 +64,10 @@ def table():
              **{n: n for n in LIBRARIES}}
     # The language of such a file is Python's, as far as it is used there, but
     # for named arguments
-    before = re.sub(r'\((\w+): ', r'(\1=', before)
+    before, rest = (re.sub(r'\(\s*(\w+): ', r'(\1=', t)
+                    for t in (before, rest.partition('\nendif')[0]))
     exec(before, names)                         # pylint: disable=exec-used
-    return eval(rest.partition('\nendif')[0],   # pylint: disable=eval-used
-                names)
+    return eval(rest, names)                    # pylint: disable=eval-used
 
 
 class Sanitized:
