@@ -42,7 +42,7 @@ void thinvm_discard_join(GArray *ranges)
 {
     guint n = 0;
 
-    qsort(ranges->data, ranges->len, sizeof(ThinvmFreedRange), compare_ranges);
+    g_array_sort(ranges, compare_ranges);
     for (guint i = 1; i < ranges->len; i++) {
         ThinvmFreedRange *last = range_at(ranges, n);
         ThinvmFreedRange *r = range_at(ranges, i);
