@@ -381,7 +381,9 @@ int coroutine_fn image_read_root(ThinvmSim *sim, ThinvmStore *st,
     ThinvmMapping m;
     int ret;
 
-    image_by_template = false;
+    if (by_template) {
+        image_by_template = false;      /* never set where there are threads */
+    }
     ret = thinvm_store_lookup(st, THINVM_TREE_DISK, root, guest, 1, false, &m);
     dawdle(sim, turns);
     memset(buf, 0, IMAGE_CLUSTER);
