@@ -473,6 +473,17 @@ static bool fence_keep(BDRVThinvmState *s, ThinvmClaim *claim)
     return fence_key(claim) == s->fence.key;
 }
 
+/*
+ * A process that claims an image again must not do so with the key of its
+ * former claim: others may be about to displace that.
+ */
+static void fence_differ(ThinvmClaim *claim, const ThinvmClaim *newest)
+{
+    if (newest->epoch && fence_key(claim) == fence_key(newest)) {
+        stw_le_p(claim->nonce.data, lduw_le_p(claim->nonce.data) ^ 2);
+    }
+}
+
 int coroutine_fn thinvm_fence_take(BDRVThinvmState *s, ThinvmClaim *claim,
                                    const ThinvmClaim *newest, Error **errp)
 {
@@ -483,6 +494,7 @@ int coroutine_fn thinvm_fence_take(BDRVThinvmState *s, ThinvmClaim *claim,
     if (fence_keep(s, claim)) {
         return 0;
     }
+    fence_differ(claim, newest);
     key = fence_key(claim);
     qemu_co_mutex_lock(&s->fence.lock);
     s->fence.reason = fence_obstacle(s, newest);
